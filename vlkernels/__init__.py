@@ -1,0 +1,12 @@
+"""Fused kernels for vision-language pretraining."""
+
+from vlkernels import ops
+from vlkernels.core import native
+from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.mask import SegmentMask
+from vlkernels.core.random import Rng
+from vlkernels.ops import *  # noqa: F403
+
+native.load()
+
+__all__ = ["Rng", "SegmentLayout", "SegmentMask", *ops.__all__]

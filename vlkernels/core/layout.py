@@ -1,0 +1,295 @@
+"""Where every segment of every sample lies in a packed tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_SEGMENTS = 16
+
+Lengths = Tensor | Sequence[Sequence[int]]
+
+
+class SegmentLayout:
+    """Segment ``s`` of sample ``b`` is rows ``starts[b, s] : starts[b, s] + lengths[b, s]`` of a packed tensor.
+
+    Args:
+        lengths: ``[B, S]`` tokens per segment, on the host (an integer CPU tensor or rows of ints); zeros allowed.
+        capacity: rows of the packed tensor; rows past the last sample belong to nobody (output 0, gradient 0).
+            Default: exactly the sum of the lengths.
+        sample_ids: ``[B]`` identity of each sample for :class:`Rng`; default ``0 .. B-1``.
+
+    Kernels read ``starts`` and ``lengths`` from the device; ``num_tokens``, ``max_seqlen`` and
+    ``max_segment_lengths`` are host integers, exact or upper bounds, so nothing ever waits for the device.
+    """
+
+    def __init__(self, lengths: Lengths, capacity: int | None = None, sample_ids: Tensor | Sequence[int] | None = None):
+        host = _host_lengths(lengths)
+        ends = host.flatten().cumsum(0).view_as(host) if host.numel() else host
+        total = int(host.sum())
+        if capacity is not None and capacity < total:
+            raise ValueError(f"capacity must be at least the sum of the lengths = {total}, got {capacity}")
+        per_sample = host.sum(1)
+        self._set(
+            starts=(ends - host).to(torch.int32),
+            lengths=host.to(torch.int32),
+            sample_ids=_sample_ids(sample_ids, len(host)),
+            num_tokens=total if capacity is None else int(capacity),
+            max_seqlen=int(per_sample.max()) if len(host) else 0,
+            max_segment_lengths=tuple(host.max(0).values.tolist()) if len(host) else (0,) * host.shape[1],
+            rows_per_sample=None,
+        )
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, *, max_seqlen: int, num_tokens: int | None = None) -> SegmentLayout:
+        """One segment per sample from the field's ``cu_seqlens [B+1]``; lengths stay on its device.
+
+        ``num_tokens`` is the number of rows of the packed tensor; without it the layout must lie on the CPU.
+        """
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+            raise ValueError(f"cu_seqlens must be [B+1], got {list(cu_seqlens.shape)}")
+        if num_tokens is None:
+            if cu_seqlens.device.type != "cpu":
+                raise ValueError("num_tokens is required when cu_seqlens is on a device: reading it would wait for the device")
+            num_tokens = int(cu_seqlens[-1])
+        bounds = cu_seqlens.to(torch.int32)
+        layout = cls.__new__(cls)
+        layout._set(
+            starts=bounds[:-1, None].contiguous(),
+            lengths=bounds.diff()[:, None].contiguous(),
+            sample_ids=torch.arange(bounds.numel() - 1, dtype=torch.int32, device=bounds.device),
+            num_tokens=num_tokens,
+            max_seqlen=max_seqlen,
+            max_segment_lengths=(max_seqlen,),
+            rows_per_sample=None,
+        )
+        return layout
+
+    @classmethod
+    def padded(cls, lengths: Tensor | Sequence[int], max_len: int) -> SegmentLayout:
+        """One segment per sample inside a padded ``[B, max_len, ...]`` tensor flattened to ``[B * max_len, ...]``."""
+        host = _host_lengths([[int(n)] for n in lengths] if not isinstance(lengths, Tensor) else lengths[:, None])
+        if len(host) and int(host.max()) > max_len:
+            raise ValueError(f"lengths must be at most max_len = {max_len}, got {int(host.max())}")
+        layout = cls.__new__(cls)
+        layout._set(
+            starts=(torch.arange(len(host), dtype=torch.int32) * max_len)[:, None].contiguous(),
+            lengths=host.to(torch.int32),
+            sample_ids=_sample_ids(None, len(host)),
+            num_tokens=len(host) * max_len,
+            max_seqlen=int(host.max()) if len(host) else 0,
+            max_segment_lengths=(int(host.max()) if len(host) else 0,),
+            rows_per_sample=max_len,
+        )
+        return layout
+
+    def _set(
+        self,
+        *,
+        starts: Tensor,
+        lengths: Tensor,
+        sample_ids: Tensor,
+        num_tokens: int,
+        max_seqlen: int,
+        max_segment_lengths: tuple[int, ...],
+        rows_per_sample: int | None,
+    ) -> None:
+        self.starts = starts
+        self.lengths = lengths
+        self.sample_ids = sample_ids
+        self.num_tokens = num_tokens
+        self.max_seqlen = max_seqlen
+        self.max_segment_lengths = max_segment_lengths
+        self._rows_per_sample = rows_per_sample
+        self._cache: dict[str, Tensor] = {}
+
+    def _with_tensors(self, move) -> SegmentLayout:
+        layout = SegmentLayout.__new__(SegmentLayout)
+        layout._set(
+            starts=move(self.starts),
+            lengths=move(self.lengths),
+            sample_ids=move(self.sample_ids),
+            num_tokens=self.num_tokens,
+            max_seqlen=self.max_seqlen,
+            max_segment_lengths=self.max_segment_lengths,
+            rows_per_sample=self._rows_per_sample,
+        )
+        return layout
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SegmentLayout:
+        if self.starts.device == torch.device(device):
+            return self
+        return self._with_tensors(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SegmentLayout:
+        return self._with_tensors(Tensor.pin_memory)
+
+    @property
+    def device(self) -> torch.device:
+        return self.starts.device
+
+    @property
+    def num_samples(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def num_segments(self) -> int:
+        return self.lengths.shape[1]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 ``[B+1]``: sample ``b`` occupies rows ``cu_seqlens[b] : cu_seqlens[b+1]`` (with its padding, if padded)."""
+        if self._rows_per_sample is not None:
+            return torch.arange(self.num_samples + 1, dtype=torch.int32, device=self.device) * self._rows_per_sample
+        return self.cu_segments[:: self.num_segments].contiguous()
+
+    @property
+    def cu_segments(self) -> Tensor:
+        """int32 ``[B*S+1]``: the segment boundaries of a layout without gaps."""
+        if self._rows_per_sample is not None:
+            raise ValueError("a padded layout has gaps between its segments: use starts and lengths")
+        if "cu_segments" not in self._cache:
+            ends = self.lengths.flatten().cumsum(0, dtype=torch.int32)
+            self._cache["cu_segments"] = torch.nn.functional.pad(ends, (1, 0))
+        return self._cache["cu_segments"]
+
+    def token_sample(self) -> Tensor:
+        """int32 ``[num_tokens]``: the sample each row belongs to, -1 for rows that belong to nobody."""
+        segment = self._flat_segment()
+        return torch.where(segment < 0, -1, segment // max(self.num_segments, 1)).to(torch.int32)
+
+    def token_segment(self) -> Tensor:
+        """int32 ``[num_tokens]``: the segment index (within its sample) of each row, -1 for nobody's rows."""
+        segment = self._flat_segment()
+        return torch.where(segment < 0, -1, segment % max(self.num_segments, 1)).to(torch.int32)
+
+    def token_position(self, within: str = "segment") -> Tensor:
+        """int32 ``[num_tokens]``: position of each row within its segment or its sample, -1 for nobody's rows."""
+        if within not in ("segment", "sample"):
+            raise ValueError(f'within must be "segment" or "sample", got {within!r}')
+        if self.starts.numel() == 0:
+            return torch.full((self.num_tokens,), -1, dtype=torch.int32, device=self.device)
+        segment = self._flat_segment()
+        origin = self.starts if within == "segment" else self.starts[:, :1].expand_as(self.starts)
+        position = self._rows() - origin.flatten()[segment.clamp(min=0)]
+        return torch.where(segment < 0, -1, position).to(torch.int32)
+
+    def token_keys(self) -> Tensor:
+        """int32 ``[num_tokens, 2]``: (sample id, position in the sample), the coordinates :class:`Rng` draws by."""
+        if "keys" not in self._cache:
+            sample = self.token_sample()
+            ids = self.sample_ids[sample.clamp(min=0)] if self.num_samples else torch.zeros_like(sample)
+            self._cache["keys"] = torch.stack((ids, self.token_position("sample")), dim=1)
+        return self._cache["keys"]
+
+    def select(self, segments: Sequence[int]) -> SegmentLayout:
+        """The layout of some segments only, packed without gaps, in the order given."""
+        chosen = list(segments)
+        if not chosen or any(not 0 <= s < self.num_segments for s in chosen):
+            raise ValueError(f"segments must be indices below {self.num_segments}, got {chosen}")
+        if self.device.type == "cpu":
+            return SegmentLayout(self.lengths[:, chosen], sample_ids=self.sample_ids)
+        lengths = self.lengths[:, chosen].contiguous()
+        bounds = tuple(self.max_segment_lengths[s] for s in chosen)
+        covers_all = sorted(chosen) == list(range(self.num_segments))
+        return self._packed(
+            lengths,
+            self.sample_ids,
+            self.num_tokens if covers_all else min(self.num_tokens, self.num_samples * sum(bounds)),
+            bounds,
+        )
+
+    def take(self, index: Tensor) -> SegmentLayout:
+        """The layout of samples ``index`` (an integer tensor on the layout's device), packed in that order.
+
+        Lengths stay on the device, so ``num_tokens`` is the upper bound ``len(index) * max_seqlen``.
+        """
+        _check_index(index)
+        chosen = index.long()
+        return self._packed(
+            self.lengths[chosen],
+            self.sample_ids[chosen],
+            index.numel() * self.max_seqlen,
+            self.max_segment_lengths,
+        )
+
+    def take_positions(self, index: Tensor) -> Tensor:
+        """int32: for every row of ``take(index)`` the row of this layout it comes from, -1 past the last sample."""
+        taken = self.take(index)
+        segment = taken._flat_segment()
+        if taken.starts.numel() == 0:
+            return segment
+        source = self.starts[index.long()].flatten()[segment.clamp(min=0)] + taken.token_position("segment")
+        return torch.where(segment < 0, -1, source).to(torch.int32)
+
+    def _packed(self, lengths: Tensor, sample_ids: Tensor, num_tokens: int, bounds: tuple[int, ...]) -> SegmentLayout:
+        ends = lengths.flatten().cumsum(0, dtype=torch.int32).view_as(lengths)
+        layout = SegmentLayout.__new__(SegmentLayout)
+        layout._set(
+            starts=ends - lengths,
+            lengths=lengths,
+            sample_ids=sample_ids,
+            num_tokens=num_tokens,
+            max_seqlen=min(self.max_seqlen, sum(bounds)),
+            max_segment_lengths=bounds,
+            rows_per_sample=None,
+        )
+        return layout
+
+    def _rows(self) -> Tensor:
+        return torch.arange(self.num_tokens, dtype=torch.int32, device=self.device)
+
+    def _flat_segment(self) -> Tensor:
+        """int32 ``[num_tokens]``: index into the flattened ``[B*S]`` segments, -1 for nobody's rows."""
+        if "flat_segment" not in self._cache:
+            rows = self._rows()
+            if self.starts.numel() == 0:
+                self._cache["flat_segment"] = torch.full_like(rows, -1)
+            else:
+                starts, lengths = self.starts.flatten(), self.lengths.flatten()
+                last = torch.searchsorted(starts, rows, right=True).to(torch.int32) - 1
+                inside = (last >= 0) & (rows - starts[last.clamp(min=0)] < lengths[last.clamp(min=0)])
+                self._cache["flat_segment"] = torch.where(inside, last, -1).to(torch.int32)
+        return self._cache["flat_segment"]
+
+    def __repr__(self) -> str:
+        return (
+            f"SegmentLayout(samples={self.num_samples}, segments={self.num_segments}, "
+            f"num_tokens={self.num_tokens}, max_seqlen={self.max_seqlen}, device={str(self.device)!r})"
+        )
+
+
+def _host_lengths(lengths: Lengths) -> Tensor:
+    if isinstance(lengths, Tensor):
+        if lengths.device.type != "cpu":
+            raise ValueError("lengths must be on the host; for lengths on a device use from_cu_seqlens or take")
+        host = lengths.to(torch.int64)
+    else:
+        rows = [[int(n) for n in row] for row in lengths]
+        widths = {len(row) for row in rows}
+        if len(widths) > 1:
+            raise ValueError(f"every sample must have the same number of segments, got {sorted(widths)}")
+        host = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), widths.pop() if widths else 1)
+    if host.dim() != 2 or not 1 <= host.shape[1] <= MAX_SEGMENTS:
+        raise ValueError(f"lengths must be [B, S] with 1 <= S <= {MAX_SEGMENTS}, got {list(host.shape)}")
+    if host.numel() and int(host.min()) < 0:
+        raise ValueError(f"lengths must not be negative, got {int(host.min())}")
+    if int(host.sum()) >= 2**31:
+        raise ValueError(f"a layout holds at most 2**31 - 1 tokens, got {int(host.sum())}")
+    return host
+
+
+def _sample_ids(sample_ids: Tensor | Sequence[int] | None, num_samples: int) -> Tensor:
+    if sample_ids is None:
+        return torch.arange(num_samples, dtype=torch.int32)
+    ids = torch.as_tensor(sample_ids, dtype=torch.int32, device="cpu").clone()
+    if ids.shape != (num_samples,):
+        raise ValueError(f"sample_ids must be [B] = [{num_samples}], got {list(ids.shape)}")
+    return ids
+
+
+def _check_index(index: Tensor) -> None:
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"index must be an integer tensor [B'], got {index.dtype} {list(index.shape)}")

@@ -1,0 +1,86 @@
+"""What an op declares about itself; the contract tests and the benchmarks read nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlkernels.core.dispatch import Implementation
+from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.random import Rng
+
+
+class InputMaker:
+    """Makes the inputs of a case: the same values for every dtype and device, drawn in float64 from one seed."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0):
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, grad: bool = True, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal values; ``dtype`` overrides the case's (float32 weights beside bfloat16 data)."""
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale
+        # Values are first rounded to bfloat16, so every dtype of a case sees exactly the same numbers.
+        exact = drawn.to(torch.bfloat16)
+        return exact.to(self.device, self._pick(dtype)).requires_grad_(grad)
+
+    def _pick(self, dtype: torch.dtype | None) -> torch.dtype:
+        return self.dtype if dtype is None or self.dtype == torch.float64 else dtype
+
+    def integers(self, low: int, high: int, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(low, high, tuple(shape), generator=self._generator, dtype=dtype).to(self.device)
+
+    def layout(self, lengths: Any, **options: Any) -> SegmentLayout:
+        return SegmentLayout(lengths, **options).to(self.device)
+
+    def rng(self, seed: int = 1234) -> Rng:
+        return Rng(seed, device=self.device)
+
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named set of inputs: ``make(fill)`` returns the keyword arguments of the functional, without ``impl``."""
+
+    name: str
+    make: Callable[[InputMaker], Arguments]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work an op can do: bytes that must move and floating-point operations, forward and backward."""
+
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op: its functional, the reference that defines it, the order ``auto`` follows, and its cases.
+
+    Args:
+        benchmarks: named inputs worth timing; each value is ``make(fill)`` as in :class:`Case`.
+        peers: other people's way to compute the same, timed side by side; each takes the case's arguments.
+        cost: floor of a call from its arguments.
+        deterministic: two runs give the same bits.
+    """
+
+    name: str
+    functional: Callable[..., Any]
+    reference: Callable[..., Any]
+    implementations: Sequence[Implementation]
+    cases: Sequence[Case]
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+    benchmarks: Mapping[str, Callable[[InputMaker], Arguments]] = field(default_factory=dict)
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    cost: Callable[..., Cost] | None = None
+    deterministic: bool = True
