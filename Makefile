@@ -1,0 +1,65 @@
+# make setup     create .venv from requirements.lock, compile and install; the other targets do it first
+# make pretrain  train the quickstart        make test      the whole test suite       make bench      kernels against plain PyTorch, CPU
+# make build     recompile the kernels       make test-gpu  what needs a card          make bench-gpu  kernels against their peers
+# make static    compile every Triton kernel ahead of time and write the resource report
+#
+# PYTHON  the interpreter .venv is made from (3.10 or later).
+# SETUP=0 no .venv: use PYTHON as it is, with whatever versions it has; only the kernels are compiled, in place.
+
+PYTHON ?= python3
+SETUP ?= 1
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: setup build pretrain test test-gpu bench bench-gpu static clean
+
+ifeq ($(SETUP),0)
+RUN := $(PYTHON)
+setup: build
+else
+RUN := .venv/bin/python
+setup: .venv/.installed
+endif
+
+PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
+NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.md' -not -path 'csrc/emulator/*')
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vlkernels needs Python 3.10 or later; choose one with make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || { echo "This Python has no venv: install it (Debian, Ubuntu: apt install python3-venv), or choose another with make PYTHON=..."; exit 1; }
+	@[ -x .venv/bin/python ] || { echo "Creating .venv"; $(PYTHON) -m venv .venv; }
+	@touch $@
+
+.venv/.locked: requirements.lock .venv/.python
+	@echo "Installing requirements.lock (minutes, the first time)"
+	@$(PIP) install -r requirements.lock
+	@touch $@
+
+.venv/.installed: .venv/.locked pyproject.toml $(NATIVE)
+	@echo "Compiling the kernels and installing vlkernels"
+	@$(PIP) install --no-build-isolation --no-deps -e .
+	@[ ! -f vlkernels/_C.missing ] || { echo "*** The compiled kernels were NOT built; everything runs on the reference:"; cat vlkernels/_C.missing; }
+	@touch $@
+
+build:
+	@$(RUN) setup.py -q build_ext --inplace
+
+pretrain: setup
+	.venv/bin/deepspeed engine/pretrain.py --config engine/recipes/quickstart.yaml
+
+test: setup
+	$(RUN) -m pytest -n 2 tests
+
+test-gpu: setup
+	$(RUN) -m pytest -m gpu tests
+
+bench: setup
+	$(RUN) -m benchmarks.run --device cpu
+
+bench-gpu: setup
+	$(RUN) -m benchmarks.run --device cuda
+
+static: setup
+	$(RUN) -m benchmarks.static_report
+
+clean:
+	rm -rf .venv build vlkernels/_C.so vlkernels/_C.missing *.egg-info

@@ -1,0 +1,33 @@
+// What the compiled library says about itself. The ops bind in a file each; every schema is defined in Python.
+#include "binding/binding.h"
+
+#include <string>
+
+#include "primitives/cpu_isa.h"
+
+namespace vlk {
+namespace {
+
+// JSON; without nvcc the CUDA fields are empty.
+std::string build_info() {
+    return std::string("{\"cpu_isa\": \"") + isa_name(cpu_isa()) + "\", \"compiler\": \"" VLK_COMPILER
+           "\", \"cuda_architectures\": \"" VLK_CUDA_ARCHITECTURES "\", \"cuda_toolkit\": \"" VLK_CUDA_TOOLKIT "\"}";
+}
+
+std::string limit_isa(const std::string& highest) {
+    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+        if (highest == isa_name(isa)) {
+            limit_cpu_isa(isa);
+            return isa_name(cpu_isa());
+        }
+    }
+    STD_TORCH_CHECK(false, "cpu isa must be baseline, avx2 or avx512, got ", highest);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vlkernels, CompositeExplicitAutograd, m) {
+    m.impl("build_info", TORCH_BOX(&build_info));
+    m.impl("limit_cpu_isa", TORCH_BOX(&limit_isa));
+}
+
+}  // namespace
+}  // namespace vlk

@@ -1,0 +1,9 @@
+// The element types of the kernels, as plain values: launchers and CPU kernels switch on them, the binding maps tensors to them.
+#pragma once
+#include <cstdint>
+
+namespace vlk {
+
+enum class Dtype : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+}  // namespace vlk

@@ -1,0 +1,134 @@
+"""Builds vlkernels/_C.so through CMake where torch, a C++ compiler and CMake are present.
+
+The install never fails for want of them: everything runs on the reference without the library, and the reason is announced and kept in
+vlkernels/_C.missing, where `python -m vlkernels` finds it. VLKERNELS_REQUIRE_BUILD=1 turns any reason into an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "native"
+OLDEST_TORCH = (2, 11)
+# Finds torch without importing it, which would take seconds.
+PROBE = (
+    "import importlib.metadata, importlib.util\n"
+    "print(importlib.util.find_spec('torch').submodule_search_locations[0])\n"
+    "print(importlib.metadata.version('torch'))"
+)
+
+
+class NotBuilt(Exception):
+    """Why there is no compiled library."""
+
+
+def find_torch() -> tuple[str, dict[str, str]]:
+    """The folder of the torch package, and the environment in which Python sees it.
+
+    pip hides the installed packages from a build through PYTHONPATH, so without that variable torch comes back into sight."""
+    plain = dict(os.environ)
+    unhidden = {name: value for name, value in plain.items() if name != "PYTHONPATH"}
+    for environment in (plain, unhidden):
+        probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=environment)
+        if probe.returncode == 0:
+            folder, version = probe.stdout.split("\n")[:2]
+            if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
+                raise NotBuilt(f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}")
+            return folder, environment
+    raise NotBuilt("torch is not installed for this Python (install it first, then install with --no-build-isolation)")
+
+
+def find_tool(*names: str, why: str) -> str:
+    beside_python = str(Path(sys.executable).parent)
+    for name in names:
+        found = shutil.which(name, path=os.pathsep.join([beside_python, os.environ.get("PATH", os.defpath)]))
+        if found:
+            return found
+    raise NotBuilt(why)
+
+
+def build_library() -> Path:
+    compilers = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+    find_tool(*compilers, why=f"no C++ compiler (looked for {', '.join(compilers)})")
+    cmake = find_tool("cmake", why="no cmake (pip install cmake)")
+    torch_folder, environment = find_torch()
+    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), f"-DVLK_TORCH_DIR={torch_folder}"]
+    cache = BUILD / "CMakeCache.txt"
+    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+        shutil.rmtree(BUILD)  # the tree was moved or copied; CMake would refuse
+    if not cache.exists():
+        try:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', why='')}"]
+        except NotBuilt:
+            pass  # CMake's default, make, does as well
+    run(configure, environment)
+    run([cmake, "--build", str(BUILD), "--parallel", str(len(os.sched_getaffinity(0)))], environment)
+    return BUILD / "_C.so"
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if result.returncode != 0:
+        raise NotBuilt(f"`{' '.join(command)}` failed:\n{result.stdout.strip()}")
+
+
+def announce(reason: str) -> None:
+    message = (
+        f"\n*** vlkernels: the compiled kernels were NOT built: {reason}\n"
+        "*** Everything works on the reference implementations, more slowly. `make build` tries again.\n\n"
+    )
+    sys.stderr.write(message)
+    if not sys.stderr.isatty():  # pip swallows the output of a build that succeeds
+        try:
+            with open("/dev/tty", "w") as terminal:
+                terminal.write(message)
+        except OSError:
+            pass
+
+
+class BuildNative(build_ext):
+    """Puts _C.so, or _C.missing with the reason, into the package: the source tree when in place or editable, else the wheel."""
+
+    def package_folder(self) -> Path:
+        return (ROOT if self.inplace else Path(self.build_lib)) / "vlkernels"
+
+    def run(self) -> None:
+        package = self.package_folder()
+        package.mkdir(parents=True, exist_ok=True)
+        library, missing = package / "_C.so", package / "_C.missing"
+        try:
+            built = build_library()
+        except NotBuilt as reason:
+            if os.environ.get("VLKERNELS_REQUIRE_BUILD") == "1":
+                raise SystemExit(f"vlkernels: the compiled kernels were required and not built: {reason}") from None
+            library.unlink(missing_ok=True)
+            missing.write_text(f"{reason}\n")
+            announce(str(reason))
+            return
+        missing.unlink(missing_ok=True)
+        if not library.exists() or library.read_bytes() != built.read_bytes():
+            # Replaced, never rewritten: a running process has the old file mapped.
+            fresh = library.with_suffix(f".{os.getpid()}.tmp")
+            shutil.copy2(built, fresh)
+            fresh.replace(library)
+
+    def get_outputs(self) -> list[str]:
+        return [str(path) for path in self.package_folder().glob("_C.*")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    ext_modules=[Extension("vlkernels._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # no Python ABI in it: one wheel for all of them
+)
