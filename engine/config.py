@@ -1,0 +1,166 @@
+"""The one description of a run: `Config`, built from the sections, with the rules that span them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from engine.sections import (
+    Data,
+    Evaluation,
+    Model,
+    Objectives,
+    Optimizer,
+    Schedule,
+    Tokenizer,
+    Train,
+    Zero,
+    require,
+)
+
+TINY = {
+    **{f"model.{tower}.{name}": cap for tower in ("image", "text", "fusion")
+       for name, cap in (("width", 32), ("layers", 2), ("heads", 2), ("mlp_width", 64))},
+    "model.projection_dim": 32,
+    "tokenizer.vocab_size": 512,
+    "data.max_records": 256,
+    "data.workers": 0,
+    "train.global_batch": 16,
+    "train.accumulation": 2,
+    "train.max_steps": 12,
+    "train.log_every": 2,
+    "train.save_every": 6,
+    "schedule.warmup_steps": 4,
+    "evaluation.gallery": 64,
+    "evaluation.rerank_top": 4,
+}
+"""What `--tiny true` caps, and at how much."""
+
+
+@dataclass
+class Config:
+    """A pretraining run."""
+
+    name: str = "run"
+    """Name of the run; its folder is OUTPUT/NAME."""
+    output: str = "runs"
+    """Folder that holds the run folders."""
+    seed: int = 0
+    """Decides initial weights, the order of records, crops, corruption and dropout."""
+    tiny: bool = False
+    """Cap widths, layers, vocabulary, data and steps so that the recipe runs on two CPU cores in seconds."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of weights and activations; the optimizer always keeps fp32 weights."""
+    impl: Literal["auto", "reference", "torch", "cpp", "triton", "cuda", "flash"] = "auto"
+    """Implementation every vlkernels op is asked for."""
+    data: Data = field(default_factory=Data)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    model: Model = field(default_factory=Model)
+    objectives: Objectives = field(default_factory=Objectives)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    zero: Zero = field(default_factory=Zero)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self) -> None:
+        if self.tiny:
+            self._cap_sizes()
+        plain = self.name not in ("", ".", "..") and "/" not in self.name
+        require(plain, f"name must be the name of a folder, got {self.name!r}")
+        self._check_shapes()
+        self._check_steps()
+        self._check_precision()
+
+    @property
+    def folder(self) -> str:
+        """The run folder."""
+        return f"{self.output}/{self.name}"
+
+    def micro_batch(self, world: int) -> int:
+        """Pairs one of `world` ranks takes per micro-step."""
+        parts = world * self.train.accumulation
+        require(
+            self.train.global_batch % parts == 0,
+            f"train.global_batch must be divisible by ranks * train.accumulation = {world} * "
+            f"{self.train.accumulation}, got {self.train.global_batch}",
+        )
+        return self.train.global_batch // parts
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested values, as written to yaml and json."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """The whole run as a recipe that parses back to this configuration."""
+        return yaml.safe_dump(_plain(self.as_dict()), sort_keys=False)
+
+    def _cap_sizes(self) -> None:
+        for path, cap in TINY.items():
+            *sections, name = path.split(".")
+            section: Any = self
+            for part in sections:
+                copied = copy.copy(getattr(section, part))
+                setattr(section, part, copied)
+                section = copied
+            value = getattr(section, name)
+            setattr(section, name, cap if value is None else min(value, cap))
+
+    def _check_shapes(self) -> None:
+        image, text, data = self.model.image, self.model.text, self.data
+        require(
+            data.image_size % image.patch_size == 0,
+            f"data.image_size must be a multiple of model.image.patch_size = {image.patch_size}, "
+            f"got {data.image_size}",
+        )
+        side = data.image_size // image.patch_size
+        require(
+            min(image.max_grid) >= side,
+            f"model.image.max_grid must hold data.image_size / patch_size = {side} rows and columns, "
+            f"got {list(image.max_grid)}",
+        )
+        require(
+            data.max_caption_tokens <= text.max_positions,
+            f"data.max_caption_tokens must not exceed model.text.max_positions = {text.max_positions}, "
+            f"got {data.max_caption_tokens}",
+        )
+
+    def _check_steps(self) -> None:
+        train, coupled = self.train, self.objectives.batch_coupled
+        require(
+            train.max_steps is not None or train.max_pairs is not None,
+            "train.max_steps or train.max_pairs must say how long the run is",
+        )
+        require(
+            train.accumulation == 1 or not coupled,
+            f"train.accumulation must be 1 with objectives.{' and objectives.'.join(coupled)}, whose value "
+            f"depends on which pairs share a batch, got {train.accumulation}",
+        )
+        require(
+            not coupled or train.global_batch >= 2,
+            f"train.global_batch must be at least 2, so that pairs have negatives, got {train.global_batch}",
+        )
+
+    def _check_precision(self) -> None:
+        require(
+            self.zero.stage > 0 or self.precision == "fp32",
+            f"zero.stage 0 with precision {self.precision} makes a wrong first update in DeepSpeed: "
+            "use zero.stage 1",
+        )
+        require(
+            self.precision != "fp16" or self.device != "cpu",
+            "precision fp16 needs a GPU: on a cpu use bf16 or fp32",
+        )
+
+
+def _plain(value: Any) -> Any:
+    """The same value with lists for tuples, which yaml's safe form does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
