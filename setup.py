@@ -6,10 +6,13 @@ vlkernels/_C.missing, where `python -m vlkernels` finds it. VLKERNELS_REQUIRE_BU
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -74,6 +77,14 @@ def build_library() -> Path:
     return BUILD / "_C.so"
 
 
+@contextlib.contextmanager
+def one_build_at_a_time() -> Iterator[None]:
+    BUILD.parent.mkdir(exist_ok=True)
+    with open(BUILD.parent / "native.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def run(command: list[str], environment: dict[str, str]) -> None:
     result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if result.returncode != 0:
@@ -105,7 +116,8 @@ class BuildNative(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         library, missing = package / "_C.so", package / "_C.missing"
         try:
-            built = build_library()
+            with one_build_at_a_time():
+                built = build_library()
         except NotBuilt as reason:
             if os.environ.get("VLKERNELS_REQUIRE_BUILD") == "1":
                 raise SystemExit(f"vlkernels: the compiled kernels were required and not built: {reason}") from None
