@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import torch
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / "_C.so"
+WHY_NOT_BUILT_PATH = LIBRARY_PATH.with_suffix(".missing")  # setup.py's reason, when there was one
 OLDEST_TORCH = (2, 11)
+CPU_ISA_LEVELS = ("baseline", "avx2", "avx512")
+
+_LIBRARY = torch.library.Library("vlkernels", "FRAGMENT")
+_LIBRARY.define("build_info() -> str")
+_LIBRARY.define("limit_cpu_isa(str highest) -> str")
 
 
 @functools.cache
@@ -18,7 +25,8 @@ def load() -> str | None:
     if version < OLDEST_TORCH:
         return f"the compiled library needs torch >= 2.11, this is {torch.__version__}"
     if not LIBRARY_PATH.exists():
-        return f"the compiled library is not built ({LIBRARY_PATH.name} is missing): run `make setup` with a C++ compiler"
+        reason = WHY_NOT_BUILT_PATH.read_text().splitlines()[0] if WHY_NOT_BUILT_PATH.exists() else "_C.so is missing"
+        return f"the compiled library is not built ({reason}): run `make setup`"
     try:
         torch.ops.load_library(str(LIBRARY_PATH))
     except OSError as error:
@@ -35,3 +43,13 @@ def missing(op: str, dispatch_key: str = "CPU") -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vlkernels::{op}", dispatch_key):
         return f"the compiled library was built without a {dispatch_key} kernel for {op}"
     return None
+
+
+def build_info() -> dict[str, str]:
+    """What was compiled, and the instruction set the CPU kernels use here; empty without the compiled library."""
+    return {} if load() is not None else json.loads(torch.ops.vlkernels.build_info())
+
+
+def limit_cpu_isa(highest: str) -> str:
+    """Run the CPU kernels of an older machine, so that a test can compare every copy; returns the level in use."""
+    return torch.ops.vlkernels.limit_cpu_isa(highest)
