@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+import vlkernels as vk
+
+ROWS = [[2, 3], [0, 1], [4, 0], [0, 0]]
+
+
+def owners(layout):
+    """(sample, segment, position in segment, position in sample) per row, by the definition."""
+    table = [(-1, -1, -1, -1)] * layout.num_tokens
+    for b in range(layout.num_samples):
+        for s in range(layout.num_segments):
+            start, length = int(layout.starts[b, s]), int(layout.lengths[b, s])
+            for i in range(length):
+                table[start + i] = (b, s, i, start + i - int(layout.starts[b, 0]))
+    return torch.tensor(table, dtype=torch.int32).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("capacity", [None, 10, 17])
+def test_rows_know_their_owner(capacity):
+    layout = vk.SegmentLayout(ROWS, capacity=capacity)
+    found = (layout.token_sample(), layout.token_segment(), layout.token_position(), layout.token_position("sample"))
+    assert torch.equal(torch.stack(found, 1), owners(layout))
+    assert layout.num_tokens == (capacity or 10)
+    assert (layout.max_seqlen, layout.max_segment_lengths) == (5, (4, 3))
+
+
+def test_boundaries():
+    layout = vk.SegmentLayout(ROWS)
+    assert layout.cu_seqlens.tolist() == [0, 5, 6, 10, 10]
+    assert layout.cu_segments.tolist() == [0, 2, 5, 5, 6, 10, 10, 10, 10]
+    assert layout.cu_seqlens.dtype == torch.int32
+
+
+def test_random_layouts_know_their_owners():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        shape = torch.randint(1, 6, (2,), generator=generator).tolist()
+        lengths = torch.randint(0, 4, shape, generator=generator)
+        layout = vk.SegmentLayout(lengths, capacity=int(lengths.sum()) + 2)
+        assert torch.equal(torch.stack((layout.token_sample(), layout.token_segment()), 1), owners(layout)[:, :2])
+
+
+def test_take_follows_the_index():
+    layout = vk.SegmentLayout(ROWS, sample_ids=[7, 8, 9, 10])
+    index = torch.tensor([2, 0, 2])
+    taken = layout.take(index)
+    assert taken.lengths.tolist() == [[4, 0], [2, 3], [4, 0]]
+    assert taken.sample_ids.tolist() == [9, 7, 9]
+    assert taken.num_tokens == 15
+    expected = [6, 7, 8, 9, 0, 1, 2, 3, 4, 6, 7, 8, 9, -1, -1]
+    assert layout.take_positions(index).tolist() == expected
+
+
+def test_select_keeps_some_segments():
+    layout = vk.SegmentLayout(ROWS, sample_ids=[7, 8, 9, 10])
+    text = layout.select([1])
+    assert text.lengths.flatten().tolist() == [3, 1, 0, 0] and text.num_tokens == 4
+    assert text.sample_ids.tolist() == [7, 8, 9, 10]
+    assert layout.select([1, 0]).starts.tolist() == [[0, 3], [5, 6], [6, 6], [10, 10]]
+
+
+def test_padded_layout_has_gaps():
+    layout = vk.SegmentLayout.padded([2, 0, 3], 4)
+    assert layout.token_sample().tolist() == [0, 0, -1, -1, -1, -1, -1, -1, 2, 2, 2, -1]
+    assert layout.cu_seqlens.tolist() == [0, 4, 8, 12]
+    with pytest.raises(ValueError, match="gaps"):
+        layout.cu_segments
+
+
+def test_from_cu_seqlens():
+    layout = vk.SegmentLayout.from_cu_seqlens(torch.tensor([0, 3, 3, 7]), max_seqlen=4)
+    assert layout.lengths.flatten().tolist() == [3, 0, 4] and layout.num_tokens == 7
+    assert torch.equal(layout.cu_seqlens, torch.tensor([0, 3, 3, 7], dtype=torch.int32))
+
+
+def test_keys_are_sample_id_and_position():
+    layout = vk.SegmentLayout([[1, 2]], capacity=4, sample_ids=[41])
+    assert layout.token_keys().tolist()[:3] == [[41, 0], [41, 1], [41, 2]]
+
+
+def test_empty_batch():
+    layout = vk.SegmentLayout(torch.zeros(0, 2, dtype=torch.int64))
+    assert layout.num_tokens == 0 and layout.token_sample().shape == (0,) and layout.token_keys().shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: vk.SegmentLayout([[1], [1, 2]]), r"same number of segments, got \[1, 2\]"),
+        (lambda: vk.SegmentLayout([[3, -1]]), "must not be negative, got -1"),
+        (lambda: vk.SegmentLayout([[3, 4]], capacity=6), "capacity must be at least the sum of the lengths = 7, got 6"),
+        (lambda: vk.SegmentLayout([[1] * 17]), r"1 <= S <= 16, got \[1, 17\]"),
+        (lambda: vk.SegmentLayout([[1]], sample_ids=[1, 2]), r"sample_ids must be \[B\] = \[1\], got \[2\]"),
+        (lambda: vk.SegmentLayout([[1]]).select([1]), r"segments must be indices below 1, got \[1\]"),
+        (lambda: vk.SegmentLayout([[1]]).token_position("batch"), "'batch'"),
+        (lambda: vk.SegmentLayout.padded([5], 4), "at most max_len = 4, got 5"),
+    ],
+)
+def test_mistakes_get_one_clear_line(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
