@@ -14,10 +14,14 @@ SHELL := /bin/bash
 
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
-setup: build
+DEEPSPEED := deepspeed
+setup:
+	@$(RUN) setup.py -q build_ext --inplace
 else
 RUN := .venv/bin/python
+DEEPSPEED := .venv/bin/deepspeed
 setup: .venv/.installed
+	@:
 endif
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
@@ -36,18 +40,19 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.md' -n
 
 .venv/.installed: .venv/.locked pyproject.toml $(NATIVE)
 	@echo "Compiling the kernels and installing vlkernels"
-	@$(PIP) install --no-build-isolation --no-deps -e .
+	@PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --no-deps -e .
 	@[ ! -f vlkernels/_C.missing ] || { echo "*** The compiled kernels were NOT built; everything runs on the reference:"; cat vlkernels/_C.missing; }
 	@touch $@
 
 build:
-	@$(RUN) setup.py -q build_ext --inplace
+	@VLKERNELS_REQUIRE_BUILD=1 $(RUN) setup.py -q build_ext --inplace
 
 pretrain: setup
-	.venv/bin/deepspeed engine/pretrain.py --config engine/recipes/quickstart.yaml
+	$(DEEPSPEED) engine/pretrain.py --config engine/recipes/quickstart.yaml
 
+# Two workers of one thread each; the tests of a file share a worker and its fixtures.
 test: setup
-	$(RUN) -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --timeout 300 tests
 
 test-gpu: setup
 	$(RUN) -m pytest -m gpu tests

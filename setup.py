@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,10 +69,8 @@ def build_library() -> Path:
     if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
         shutil.rmtree(BUILD)  # the tree was moved or copied; CMake would refuse
     if not cache.exists():
-        try:
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', why='')}"]
-        except NotBuilt:
-            pass  # CMake's default, make, does as well
+        with contextlib.suppress(NotBuilt):  # CMake's default, make, does as well
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', why='no ninja')}"]
     run(configure, environment)
     run([cmake, "--build", str(BUILD), "--parallel", str(len(os.sched_getaffinity(0)))], environment)
     return BUILD / "_C.so"
@@ -92,17 +91,15 @@ def run(command: list[str], environment: dict[str, str]) -> None:
 
 
 def announce(reason: str) -> None:
+    """Say it where it is seen: pip swallows a successful build's output, but lately forwards its warnings."""
     message = (
-        f"\n*** vlkernels: the compiled kernels were NOT built: {reason}\n"
-        "*** Everything works on the reference implementations, more slowly. `make build` tries again.\n\n"
+        f"the compiled kernels were NOT built: {reason}\n"
+        "*** Everything works on the reference implementations, more slowly. `make build` tries again."
     )
-    sys.stderr.write(message)
-    if not sys.stderr.isatty():  # pip swallows the output of a build that succeeds
-        try:
-            with open("/dev/tty", "w") as terminal:
-                terminal.write(message)
-        except OSError:
-            pass
+    warnings.warn(message, stacklevel=1)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(f"\n*** vlkernels: {message}\n")
 
 
 class BuildNative(build_ext):
