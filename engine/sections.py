@@ -40,37 +40,44 @@ class Data:
     """Where records come from and how they become tensors."""
 
     source: str | list[str] = "builtin"
-    """Training records: "builtin" (rendered glyphs and their names), or img2dataset tar shards as a path, a
-    brace pattern such as shards/{00000..00099}.tar, or a list of them."""
+    """Training records: "builtin" (rendered glyphs and their names), "builtin-scenes" (two or three of them),
+    "builtin-emoji" (where the Noto font is installed), or img2dataset tar shards as a path, a brace pattern such
+    as shards/{00000..00099}.tar, or a list of all these."""
     held_out: str | list[str] = "builtin"
     """Records for evaluation, written like data.source."""
-    caption_keys: list[str] = field(default_factory=lambda: ["txt", "caption"])
-    """Where captions are looked for: "txt" is the text file of a record, other names are keys of its json."""
+    caption_keys: list[str] = field(default_factory=lambda: ["captions", "caption", "txt"])
+    """Where captions are looked for; the first that a record has is used. "txt" is its text file, other names are
+    keys of its json, which may hold one caption or a list."""
     max_records: int | None = None
     """Use only the first records of each split (null: all)."""
     image_size: int = 32
-    """Side of the square input image in pixels; a multiple of model.image.patch_size."""
+    """Side of a square input image in pixels; a multiple of model.image.patch_size."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean of the red, green and blue channel (values in 0..1), subtracted from every pixel."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Standard deviation every channel is divided by."""
     resize: Literal["squash", "shorter", "fit"] = "squash"
-    """squash: to the square, whatever the aspect; shorter: the shorter side to image_size, then a crop; fit:
-    the longer side to image_size, the aspect kept, so the grid of patches varies."""
-    random_crop: bool = False
-    """Place training crops at random instead of in the centre."""
+    """squash: to the square, whatever the aspect; shorter: the shorter side to image_size, then the centre square;
+    fit: the shorter side to image_size, the aspect kept (in whole patches, at most model.image.max_grid), so that
+    the number of patches varies."""
+    random_crop: Literal["none", "resized", "translate"] = "none"
+    """Of training images. resized: a random part, resized to the square; translate: moved by up to image_size / 16."""
+    random_crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Least and largest share of the area that random_crop "resized" keeps."""
     flip: bool = False
     """Mirror training images at random. Leave it off where captions or glyphs say left and right."""
     workers: int = 0
     """Loader processes per rank (0: load in the training process). They do not change the order."""
     fault_limit: int = 100
-    """Broken records that may be replaced before the run stops."""
+    """Distinct faults in the data (broken records are replaced, and all are named) before the run stops."""
     max_image_pixels: int = 64_000_000
     """Larger images are refused as broken records before they are decoded."""
     max_caption_tokens: int = 64
     """Captions are cut to this many tokens, [CLS] and [SEP] included."""
     cache: str = "runs/cache"
-    """Folder where the built-in shards, their index and trained tokenizers are kept."""
+    """Folder where the built-in shards and the indices of all shards are kept."""
+    permute_captions: bool = False
+    """Give every training caption to another image: a control that must learn nothing about held-out pairs."""
 
     def __post_init__(self) -> None:
         for name in ("source", "held_out", "caption_keys"):
@@ -78,6 +85,8 @@ class Data:
         require_positive(self, "data", "image_size", "max_image_pixels", "max_records")
         require_not_negative(self, "data", "workers", "fault_limit")
         require(min(self.image_std) > 0, f"data.image_std must be positive, got {list(self.image_std)}")
+        low, high = self.random_crop_scale
+        require(0 < low <= high <= 1, f"data.random_crop_scale must rise within (0, 1], got {[low, high]}")
         limit = self.max_caption_tokens
         require(limit >= 3, f"data.max_caption_tokens must be at least 3, got {limit}")
 
