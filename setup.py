@@ -71,7 +71,9 @@ def build_library() -> Path:
     if not cache.exists():
         with contextlib.suppress(NotBuilt):  # CMake's default, make, does as well
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', why='no ninja')}"]
-    run(configure, environment)
+    for line in run(configure, environment).splitlines():
+        if line.startswith("-- vlkernels: "):
+            print(line.removeprefix("-- "))
     run([cmake, "--build", str(BUILD), "--parallel", str(len(os.sched_getaffinity(0)))], environment)
     return BUILD / "_C.so"
 
@@ -84,10 +86,11 @@ def one_build_at_a_time() -> Iterator[None]:
         yield
 
 
-def run(command: list[str], environment: dict[str, str]) -> None:
+def run(command: list[str], environment: dict[str, str]) -> str:
     result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if result.returncode != 0:
         raise NotBuilt(f"`{' '.join(command)}` failed:\n{result.stdout.strip()}")
+    return result.stdout
 
 
 def announce(reason: str) -> None:

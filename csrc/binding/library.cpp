@@ -3,16 +3,14 @@
 
 #include <string>
 
+#include "build_info.h"  // written by CMake
 #include "primitives/cpu_isa.h"
 
 namespace vlk {
 namespace {
 
-// JSON; without nvcc the CUDA fields are empty.
-std::string build_info() {
-    return std::string("{\"cpu_isa\": \"") + isa_name(cpu_isa()) + "\", \"compiler\": \"" VLK_COMPILER
-           "\", \"cuda_architectures\": \"" VLK_CUDA_ARCHITECTURES "\", \"cuda_toolkit\": \"" VLK_CUDA_TOOLKIT "\"}";
-}
+// JSON. `cuda_missing` says why there are no CUDA kernels; it is empty when there are.
+std::string build_info() { return std::string("{\"cpu_isa\": \"") + isa_name(cpu_isa()) + "\", " VLK_BUILD_INFO "}"; }
 
 std::string limit_isa(const std::string& highest) {
     for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
