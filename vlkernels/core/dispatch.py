@@ -36,9 +36,13 @@ class Implementation:
 
     def refusal(self, device_type: str, facts: Facts) -> str | None:
         """Why this implementation cannot serve the call; ``None`` when it can."""
+        return self.refusal_on(device_type) or self.supports(facts)
+
+    def refusal_on(self, device_type: str) -> str | None:
+        """Why this implementation cannot run on this kind of device here; ``None`` when it can."""
         if device_type not in self.devices:
             return f"it runs on {' and '.join(self.devices)}, the inputs are on {device_type}"
-        return self.available() or self.supports(facts)
+        return self.available()
 
 
 _recorders: list[list[tuple[str, str]]] = []
@@ -52,10 +56,15 @@ def resolve(
     facts: Facts | None = None,
 ) -> str:
     """The name of the implementation that serves: the first of ``implementations`` that can, or the one asked for."""
-    chosen = _choose(op, impl, implementations, device.type, facts or {})
+    chosen = _choose(op, impl, implementations, _device_type(device), facts or {})
     for served in _recorders:
         served.append((op, chosen))
     return chosen
+
+
+def _device_type(device: torch.device) -> str:
+    """Meta tensors stand for a device's: shapes alone, and no value to look at."""
+    return "cuda" if device.type == "meta" else device.type
 
 
 def _choose(op: str, impl: str, implementations: Sequence[Implementation], device_type: str, facts: Facts) -> str:

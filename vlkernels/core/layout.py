@@ -21,8 +21,9 @@ class SegmentLayout:
             Default: exactly the sum of the lengths.
         sample_ids: ``[B]`` identity of each sample for :class:`Rng`; default ``0 .. B-1``.
 
-    Kernels read ``starts`` and ``lengths`` from the device; ``num_tokens``, ``max_seqlen`` and
-    ``max_segment_lengths`` are host integers, exact or upper bounds, so nothing ever waits for the device.
+    Kernels read ``starts`` and ``lengths`` from the device; ``num_tokens``, ``max_seqlen``, ``max_segment_lengths`` and
+    ``segment_totals`` (rows of each segment over all samples) are host integers, exact or upper bounds, so nothing ever
+    waits for the device.
     """
 
     def __init__(self, lengths: Lengths, capacity: int | None = None, sample_ids: Tensor | Sequence[int] | None = None):
@@ -39,6 +40,7 @@ class SegmentLayout:
             num_tokens=total if capacity is None else int(capacity),
             max_seqlen=int(per_sample.max()) if len(host) else 0,
             max_segment_lengths=tuple(host.max(0).values.tolist()) if len(host) else (0,) * host.shape[1],
+            segment_totals=tuple(host.sum(0).tolist()),
             rows_per_sample=None,
         )
 
@@ -63,6 +65,7 @@ class SegmentLayout:
             num_tokens=num_tokens,
             max_seqlen=max_seqlen,
             max_segment_lengths=(max_seqlen,),
+            segment_totals=(num_tokens,),
             rows_per_sample=None,
         )
         return layout
@@ -81,6 +84,7 @@ class SegmentLayout:
             num_tokens=len(host) * max_len,
             max_seqlen=int(host.max()) if len(host) else 0,
             max_segment_lengths=(int(host.max()) if len(host) else 0,),
+            segment_totals=(int(host.sum()),),
             rows_per_sample=max_len,
         )
         return layout
@@ -94,6 +98,7 @@ class SegmentLayout:
         num_tokens: int,
         max_seqlen: int,
         max_segment_lengths: tuple[int, ...],
+        segment_totals: tuple[int, ...],
         rows_per_sample: int | None,
     ) -> None:
         self.starts = starts
@@ -102,8 +107,10 @@ class SegmentLayout:
         self.num_tokens = num_tokens
         self.max_seqlen = max_seqlen
         self.max_segment_lengths = max_segment_lengths
+        self.segment_totals = segment_totals
         self._rows_per_sample = rows_per_sample
         self._cache: dict[str, Tensor] = {}
+        self._selections: dict[tuple[int, ...], SegmentLayout] = {}
 
     def _with_tensors(self, move) -> SegmentLayout:
         layout = SegmentLayout.__new__(SegmentLayout)
@@ -114,6 +121,7 @@ class SegmentLayout:
             num_tokens=self.num_tokens,
             max_seqlen=self.max_seqlen,
             max_segment_lengths=self.max_segment_lengths,
+            segment_totals=self.segment_totals,
             rows_per_sample=self._rows_per_sample,
         )
         return layout
@@ -186,20 +194,29 @@ class SegmentLayout:
 
     def select(self, segments: Sequence[int]) -> SegmentLayout:
         """The layout of some segments only, packed without gaps, in the order given."""
-        chosen = list(segments)
+        chosen = tuple(segments)
         if not chosen or any(not 0 <= s < self.num_segments for s in chosen):
-            raise ValueError(f"segments must be indices below {self.num_segments}, got {chosen}")
-        if self.device.type == "cpu":
-            return SegmentLayout(self.lengths[:, chosen], sample_ids=self.sample_ids)
-        lengths = self.lengths[:, chosen].contiguous()
+            raise ValueError(f"segments must be indices below {self.num_segments}, got {list(chosen)}")
+        if torch.compiler.is_compiling():  # a graph that filled the cache would not serve the next layout
+            return self._select(chosen)
+        if chosen not in self._selections:
+            self._selections[chosen] = self._select(chosen)
+        return self._selections[chosen]
+
+    def _select(self, chosen: tuple[int, ...]) -> SegmentLayout:
+        totals = tuple(self.segment_totals[s] for s in chosen)
+        # Columns are stacked, not indexed: an index list would have to travel to the device.
+        lengths = torch.stack([self.lengths[:, s] for s in chosen], dim=1)
         bounds = tuple(self.max_segment_lengths[s] for s in chosen)
-        covers_all = sorted(chosen) == list(range(self.num_segments))
-        return self._packed(
-            lengths,
-            self.sample_ids,
-            self.num_tokens if covers_all else min(self.num_tokens, self.num_samples * sum(bounds)),
-            bounds,
-        )
+        return self._packed(lengths, self.sample_ids, min(self.num_tokens, sum(totals)), bounds, totals)
+
+    def with_sample_ids(self, sample_ids: Tensor) -> SegmentLayout:
+        """The same rows under other identities: for passes over one batch whose random draws must differ."""
+        if sample_ids.shape != (self.num_samples,):
+            raise ValueError(f"sample_ids must be [B] = [{self.num_samples}], got {list(sample_ids.shape)}")
+        layout = self._with_tensors(lambda tensor: tensor)
+        layout.sample_ids = sample_ids.to(torch.int32)
+        return layout
 
     def take(self, index: Tensor) -> SegmentLayout:
         """The layout of samples ``index`` (an integer tensor on the layout's device), packed in that order.
@@ -213,6 +230,7 @@ class SegmentLayout:
             self.sample_ids[chosen],
             index.numel() * self.max_seqlen,
             self.max_segment_lengths,
+            tuple(index.numel() * bound for bound in self.max_segment_lengths),
         )
 
     def take_positions(self, index: Tensor) -> Tensor:
@@ -224,7 +242,14 @@ class SegmentLayout:
         source = self.starts[index.long()].flatten()[segment.clamp(min=0)] + taken.token_position("segment")
         return torch.where(segment < 0, -1, source).to(torch.int32)
 
-    def _packed(self, lengths: Tensor, sample_ids: Tensor, num_tokens: int, bounds: tuple[int, ...]) -> SegmentLayout:
+    def _packed(
+        self,
+        lengths: Tensor,
+        sample_ids: Tensor,
+        num_tokens: int,
+        bounds: tuple[int, ...],
+        totals: tuple[int, ...],
+    ) -> SegmentLayout:
         ends = lengths.flatten().cumsum(0, dtype=torch.int32).view_as(lengths)
         layout = SegmentLayout.__new__(SegmentLayout)
         layout._set(
@@ -234,6 +259,7 @@ class SegmentLayout:
             num_tokens=num_tokens,
             max_seqlen=min(self.max_seqlen, sum(bounds)),
             max_segment_lengths=bounds,
+            segment_totals=totals,
             rows_per_sample=None,
         )
         return layout

@@ -49,7 +49,8 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
 
     Eager calls go through a plain ``autograd.Function`` below the dispatcher's autograd (half the host time);
     ``torch.compile`` traces the op itself, whose autograd is registered with the same functions.
-    ``backward(ctx, *grads)`` returns one gradient per argument of the op, a list for a ``Tensor[]`` argument.
+    ``backward(ctx, *grads)`` returns one gradient per argument of the op, a list for a ``Tensor[]`` argument; an op that
+    returns ``Tensor[]`` gets one list of gradients.
     """
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
 
@@ -60,13 +61,14 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*arguments)
             ctx.spans = spans
+            ctx.returns_list = isinstance(output, list)
             setup_context(_NestedContext(ctx), arguments, output)
             return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            nested = backward(_NestedContext(ctx), *grads)
+            nested = backward(_NestedContext(ctx), *((list(grads),) if ctx.returns_list else grads))
             return (None, *_flatten(nested if isinstance(nested, tuple) else (nested,), ctx.spans))
 
     Eager.__name__ = f"{op.name().partition('::')[2].partition('.')[0]}_eager"

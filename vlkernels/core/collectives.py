@@ -1,0 +1,150 @@
+"""Exchanges of rows between ranks: plain tensors, in rank order, on the caller's group; no group means one process.
+
+Ops call these in their forward only, so a backward never waits for another rank. Give the ops a group of their own
+(``torch.distributed.new_group()``): their exchanges then cannot queue behind those of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+ProcessGroup = dist.ProcessGroup
+RANK_REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of the concatenated batch and which of them this rank holds.
+
+    Args:
+        counts: rows of every rank.
+        rank: this rank within the group.
+        group: the group, or ``None`` for one process.
+    """
+
+    counts: tuple[int, ...]
+    rank: int = 0
+    group: ProcessGroup | None = None
+
+    @property
+    def start(self) -> int:
+        return sum(self.counts[: self.rank])
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.counts[self.rank]
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.counts)
+
+
+def group_name(group: ProcessGroup | None) -> str:
+    """The name under which an op finds the group again; empty for one process."""
+    if group is None:
+        return ""
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(f"group must be a torch.distributed process group that holds this rank, got {group!r}")
+    return group.group_name
+
+
+def named_group(name: str) -> ProcessGroup | None:
+    return _resolve_process_group(name) if name else None
+
+
+def check_rank_counts(count: int, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> None:
+    """Raise unless ``rank_counts`` fits the group and this rank's number of rows."""
+    if rank_counts is None:
+        return
+    world_size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    if len(rank_counts) != world_size:
+        raise ValueError(f"rank_counts must hold one count for each of {world_size} ranks, got {list(rank_counts)}")
+    if rank_counts[rank] != count:
+        raise ValueError(f"rank_counts must be {count} at rank {rank}, the rows it has, got {list(rank_counts)}")
+
+
+def check_rank_reduction(rank_reduction: str) -> None:
+    if rank_reduction not in RANK_REDUCTIONS:
+        raise ValueError(f'rank_reduction must be "mean" or "sum", got "{rank_reduction}"')
+
+
+def locate_rows(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
+    """Where the rows of ``own`` lie in the concatenated batch.
+
+    Without ``rank_counts`` every rank must hold equally many, which the first exchange checks: an error with the counts
+    on a CPU, a device-side assertion elsewhere.
+    """
+    count = own.shape[0]
+    if group is None:
+        return Rows((count,))
+    if rank_counts is not None:
+        return Rows(tuple(rank_counts), group.rank(), group)
+    found = torch.empty(group.size(), dtype=torch.int64, device=own.device)
+    dist.all_gather_into_tensor(found, torch.full((1,), count, dtype=torch.int64, device=own.device), group=group)
+    if own.device.type != "cpu":
+        torch._assert_async((found == count).all())
+    elif (found != count).any():
+        raise ValueError(f"ranks hold {found.tolist()} rows: pass rank_counts when they differ")
+    return Rows((count,) * group.size(), group.rank(), group)
+
+
+def gather_rows(own: Tensor, rows: Rows) -> Tensor:
+    """The rows of all ranks ``[rows.total, ...]``, without gradient."""
+    own = own.detach()
+    if rows.group is None:
+        return own
+    longest = max(rows.counts)
+    padded = own.new_zeros(longest, *own.shape[1:])
+    padded[: own.shape[0]] = own
+    gathered = own.new_empty(rows.world_size * longest, *own.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded, group=rows.group)
+    if min(rows.counts) == longest:
+        return gathered
+    return torch.cat([part[:count] for part, count in zip(gathered.split(longest), rows.counts, strict=True)])
+
+
+def sum_over_ranks(tensor: Tensor, rows: Rows) -> Tensor:
+    """The sum over ranks, in place."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM, rows)
+
+
+def max_over_ranks(tensor: Tensor, rows: Rows) -> Tensor:
+    """The maximum over ranks, in place."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX, rows)
+
+
+def _all_reduce(tensor: Tensor, operation: Any, rows: Rows) -> Tensor:
+    if rows.group is not None:
+        dist.all_reduce(tensor, operation, group=rows.group)
+    return tensor
+
+
+def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
+    """``tensor`` itself, with its gradient multiplied by ``factor``."""
+    return tensor if factor == 1 else _ScaleGradient.apply(tensor, factor)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
