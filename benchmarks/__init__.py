@@ -1,0 +1,1 @@
+"""How fast this is, against whom, and on what evidence."""
