@@ -1,0 +1,201 @@
+"""Batches: samples put together, and the streams of them that training and evaluation read."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice
+
+import numpy as np
+import torch
+import vlkernels as vk
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from engine.config import Config
+from engine.data.plan import BatchPlan
+from engine.data.records import DataError, Record, RecordFault, Source
+from engine.data.samples import Sample, SampleMaker
+from engine.data.tokenization import Tokenizer
+
+_MAX_REPLACEMENTS = 32
+_PREFETCHED = 4  # micro-batches that every worker prepares ahead
+
+
+@dataclass
+class Batch:
+    """B image-text pairs of one micro-step of one rank.
+
+    Patches are flattened in (channel, row, column) order, so a Conv2d weight [D, 3, p, p] is a linear map of them.
+    Layouts carry `sample_ids`, so what `vk.Rng` draws for a pair does not depend on ranks and accumulation.
+    """
+
+    patches: Tensor
+    """float32 [B, P, 3 * patch * patch], normalised, zero padded."""
+    patch_positions: Tensor
+    """int32 [B, P, 2]: row and column in the picture's grid of patches."""
+    image_layout: vk.SegmentLayout
+    """Lengths [B, 1]: patches of each picture."""
+    text_ids: Tensor
+    """int64 [B, L]: [CLS] caption [SEP], zero padded."""
+    masked_ids: Tensor
+    """int64 [B, L]: the same after masked-language corruption."""
+    text_layout: vk.SegmentLayout
+    """Lengths [B, 1]: tokens of each caption."""
+    mlm_rows: Tensor
+    """int64 [M]: the selected rows of the packed text stream."""
+    mlm_targets: Tensor
+    """int64 [M]: the ids that stood there."""
+    labels: Tensor
+    """int64 [B]: equal for equal images."""
+    sample_ids: Tensor
+    """int32 [B]: place in the optimizer step's global batch."""
+    counts: dict[str, int]
+    """What losses are averaged over: "pairs" and "mlm_tokens" of this batch."""
+    normalizers: dict[str, Tensor] = field(default_factory=dict)
+    """Factor on each local sum, by the name of its count; filled by the trainer."""
+    faults: list[str] = field(default_factory=list)
+    """Name and reason of every broken record met while the batch was made."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return self._moved(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self._moved(lambda value: value.pin_memory())
+
+    def _moved(self, move) -> "Batch":
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        moved = {name: move(value) for name, value in values.items() if isinstance(value, (Tensor, vk.SegmentLayout))}
+        return dataclasses.replace(self, **moved)
+
+
+def collate(samples: list[Sample], sample_ids: Iterable[int], faults: Iterable[str] = ()) -> Batch:
+    """Pads the samples to their longest."""
+    ids = torch.as_tensor(list(sample_ids), dtype=torch.int32)
+    text_layout = _layout([sample.text_ids for sample in samples], ids)
+    starts = text_layout.starts[:, 0].tolist()
+    rows = [sample.masked_positions + start for sample, start in zip(samples, starts, strict=True)]
+    targets = [sample.text_ids[sample.masked_positions] for sample in samples]
+    mlm_rows = torch.from_numpy(np.concatenate(rows))
+    return Batch(
+        patches=_padded([sample.patches for sample in samples]),
+        patch_positions=_padded([sample.patch_positions for sample in samples]),
+        image_layout=_layout([sample.patches for sample in samples], ids),
+        text_ids=_padded([sample.text_ids for sample in samples]),
+        masked_ids=_padded([sample.masked_ids for sample in samples]),
+        text_layout=text_layout,
+        mlm_rows=mlm_rows,
+        mlm_targets=torch.from_numpy(np.concatenate(targets)),
+        labels=torch.tensor([sample.identity for sample in samples], dtype=torch.int64),
+        sample_ids=ids,
+        counts={"pairs": len(samples), "mlm_tokens": len(mlm_rows)},
+        faults=list(faults),
+    )
+
+
+def _layout(rows: list[np.ndarray], sample_ids: Tensor) -> vk.SegmentLayout:
+    return vk.SegmentLayout([[len(row)] for row in rows], sample_ids=sample_ids)
+
+
+def _padded(arrays: list[np.ndarray]) -> Tensor:
+    longest = max(map(len, arrays))
+    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(padded)
+
+
+class MicroBatches(Dataset):
+    """The micro-batches of one rank by number, counted from the run's start at stream position `position`."""
+
+    def __init__(
+        self, config: Config, source: Source, tokenizer: Tokenizer, rank: int, world: int, position: int
+    ) -> None:
+        self.source = source
+        self.maker = SampleMaker(config, tokenizer, train=True)
+        self.plan = BatchPlan(len(source), config.seed)
+        self.global_batch = config.train.global_batch
+        self.accumulation = config.train.accumulation
+        self.size = config.micro_batch(world)
+        self.rank, self.world, self.position = rank, world, position
+
+    def __getitem__(self, number: int) -> Batch | DataError:
+        """An error is returned, not raised: a loader process would bury its one line in a traceback."""
+        try:
+            return self._batch(number)
+        except DataError as error:
+            return error
+
+    def _batch(self, number: int) -> Batch:
+        step, micro_step = divmod(number, self.accumulation)
+        first = (micro_step * self.world + self.rank) * self.size  # within the optimizer step's global batch
+        position = self.position + step * self.global_batch + first
+        faults: list[str] = []
+        samples = [
+            self._sample(position + offset, epoch, index, faults)
+            for offset, (epoch, index) in enumerate(self.plan.records(position, self.size))
+        ]
+        return collate(samples, range(first, first + self.size), faults)
+
+    def _sample(self, position: int, epoch: int, index: int, faults: list[str]) -> Sample:
+        for attempt in range(_MAX_REPLACEMENTS):
+            record = _read(self.source, index, faults)
+            if record is not None:
+                return self.maker(record, epoch, index)
+            epoch, index = self.plan.replacement(position, attempt)
+        raise DataError(f"{_MAX_REPLACEMENTS} records drawn for stream position {position} are all broken; the last: {faults[-1]}")
+
+
+def _read(source: Source, index: int, faults: list[str]) -> Record | None:
+    """The record, or None when it is broken; what was amiss is appended to `faults`."""
+    try:
+        record = source[index]
+    except RecordFault as fault:
+        faults.append(str(fault))
+        return None
+    faults += [f"{record.key}: {note}" for note in record.notes]
+    return record
+
+
+def training_stream(
+    config: Config, source: Source, tokenizer: Tokenizer, rank: int, world: int, position: int
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of each optimizer step, for ever, from stream position `position` on.
+
+    The order depends on the seed alone: not on workers, ranks or accumulation. Faults go to `source.ledger`.
+    """
+    micro_batches = MicroBatches(config, source, tokenizer, rank, world, position)
+    workers = config.data.workers
+    loader = DataLoader(
+        micro_batches,
+        batch_size=None,
+        sampler=count(),
+        num_workers=workers,
+        prefetch_factor=_PREFETCHED if workers else None,
+        generator=torch.Generator(),  # its own, so that starting workers draws nothing from the global one
+    )
+    batches = iter(loader)
+    while True:
+        window = list(islice(batches, config.train.accumulation))
+        for batch in window:
+            if isinstance(batch, DataError):
+                raise batch
+            for fault in batch.faults:
+                source.ledger.add(fault)
+        yield window
+
+
+def held_out_batches(config: Config, source: Source, tokenizer: Tokenizer, batch: int) -> Iterator[Batch]:
+    """The records of a held-out source in order, first captions, no random crop, masks of a fixed draw.
+
+    Broken records are left out and named in the faults of the batch that they would have been in.
+    """
+    maker = SampleMaker(config, tokenizer, train=False)
+    for first in range(0, len(source), batch):
+        faults: list[str] = []
+        indices = range(first, min(first + batch, len(source)))
+        records = [(index, _read(source, index, faults)) for index in indices]
+        samples = [maker(record, 0, index) for index, record in records if record is not None]
+        for fault in faults:
+            source.ledger.add(fault)
+        if samples:
+            yield collate(samples, range(first, first + len(samples)), faults)

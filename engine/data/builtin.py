@@ -1,0 +1,123 @@
+"""The built-in sets as tar shards in the layout of img2dataset, written once into the cache, always the same bytes."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image, features
+
+from engine.data import glyphs, scenes
+from engine.data.glyphs import Glyph
+from engine.data.held_out import HELD_OUT_CODE_POINTS
+from engine.data.records import DataError, Region
+
+GLYPHS, SCENES, EMOJI = NAMES = ("builtin", "builtin-scenes", "builtin-emoji")
+NUM_SCENES = {"train": 4096, "held_out": 512}
+_RECORDS_PER_SHARD = 1000
+_FORMAT = "1"
+
+Item = tuple[Image.Image, tuple[str, ...], list[Region]]  # picture, captions, regions
+
+
+def shards(name: str, split: str, cache: Path) -> list[Path]:
+    """The shards of a built-in set, written first where the cache lacks them."""
+    if name == EMOJI and split == "held_out":
+        raise DataError(f'"{EMOJI}" has no held-out part; use "{GLYPHS}" or "{SCENES}"')
+    folder = cache / f"{name}-{split}-{_fingerprint(name)}"
+    if not folder.is_dir():
+        _write_set(folder, _items(name, split))
+    return sorted(folder.glob("*.tar"))
+
+
+def _fingerprint(name: str) -> str:
+    """Of all that the pictures depend on: another font or renderer gets a folder of its own."""
+    font = glyphs.emoji_font() if name == EMOJI else glyphs.FONT
+    renderer = [_FORMAT, Image.__version__, *(str(features.version(part)) for part in ("freetype2", "zlib"))]
+    return hashlib.blake2b(font.read_bytes() + " ".join(renderer).encode(), digest_size=6).hexdigest()
+
+
+def _items(name: str, split: str) -> Iterator[Item]:
+    if name == EMOJI:
+        yield from map(_alone, _shuffled(glyphs.emoji()))
+    elif name == GLYPHS:
+        yield from map(_alone, _shuffled(split_glyphs(split)))
+    else:
+        # held-out scenes too are made of training glyphs: what is new is the combination
+        members = _shuffled(split_glyphs("train"))
+        drawn = scenes.draw_scenes(len(members), sum(NUM_SCENES.values()))
+        for scene in drawn[: NUM_SCENES["train"]] if split == "train" else drawn[NUM_SCENES["train"] :]:
+            picture, caption, regions = scenes.compose(scene, members)
+            yield picture, (caption,), regions
+
+
+def split_glyphs(split: str) -> list[Glyph]:
+    """The glyphs of one split, in code point order."""
+    return [
+        glyph
+        for glyph in glyphs.glyphs()
+        if (split == "held_out") == (not HELD_OUT_CODE_POINTS.isdisjoint(glyph.code_points))
+    ]
+
+
+def _shuffled(found: Iterable[Glyph]) -> list[Glyph]:
+    """In hash order, so that the first records of a set are a fair sample of it."""
+    return sorted(found, key=lambda glyph: hashlib.blake2b(glyph.captions[0].encode()).digest())
+
+
+def _alone(glyph: Glyph) -> Item:
+    return glyph.picture, glyph.captions, [Region(glyph.ink, glyph.captions[0])]
+
+
+def _write_set(folder: Path, items: Iterator[Item]) -> None:
+    """All shards into a new folder that then takes its name; of several processes the first to finish wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-unfinished-"))
+    try:
+        number = 0
+        while shard := list(islice(items, _RECORDS_PER_SHARD)):
+            _write_shard(unfinished / f"{number:05d}.tar", number, shard)
+            number += 1
+        os.rename(unfinished, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_shard(path: Path, shard: int, items: list[Item]) -> None:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for place, (picture, captions, regions) in enumerate(items):
+            key = f"{shard:05d}{place:04d}"
+            data = io.BytesIO()
+            picture.save(data, "PNG", compress_level=9)
+            _add(tar, f"{key}.png", data.getvalue())
+            _add(tar, f"{key}.txt", captions[0].encode())
+            _add(tar, f"{key}.json", _description(key, picture, captions, regions))
+
+
+def _description(key: str, picture: Image.Image, captions: tuple[str, ...], regions: list[Region]) -> bytes:
+    content = {
+        "key": key,
+        "status": "success",
+        "caption": captions[0],
+        "captions": captions,
+        "width": picture.width,
+        "height": picture.height,
+        "regions": [asdict(region) for region in regions],
+    }
+    return json.dumps(content).encode()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # owner 0, time 0
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))

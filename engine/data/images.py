@@ -1,0 +1,89 @@
+"""Image transforms: resize, random crop, flip, and the cut into patches."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+_ASPECT_RANGE = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """PIL image -> (patches [P, 3 * patch * patch] float32 in (channel, row, column) order, grid positions [P, 2] int32).
+
+    resize: "squash" (both sides `size`), "shorter" (the shorter side, then a centre square), "fit" (the shorter side;
+    the aspect ratio is kept, sides rounded to whole patches, at most `max_grid` of them).
+    random_crop: "none", "resized" (a random area, resized to a square), "translate" (moved by up to size // 16 pixels,
+    edges repeated). Random choices are made only when a generator is given.
+    """
+
+    size: int
+    patch: int
+    max_grid: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: str = "squash"
+    random_crop: str = "none"
+    random_crop_scale: tuple[float, float] = (0.5, 1.0)
+    flip: bool = False
+
+    def __call__(self, image: Image.Image, random: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+        if random is not None and self.random_crop == "resized":
+            pixels = np.asarray(self._crop_resized(image, random))
+        else:
+            pixels = np.asarray(self._resized(image))
+        if random is not None and self.random_crop == "translate":
+            pixels = _translate(pixels, self.size // 16, random)
+        if random is not None and self.flip and random.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return self._patches(pixels)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        box = (0.0, 0.0, float(width), float(height))
+        target = (self.size, self.size)
+        if self.resize == "shorter":
+            side = min(width, height)
+            left, top = (width - side) / 2, (height - side) / 2
+            box = (left, top, left + side, top + side)
+        elif self.resize == "fit":
+            target = self._fitting_size(width, height)
+        return _resample(image, target, box)
+
+    def _fitting_size(self, width: int, height: int) -> tuple[int, int]:
+        rows, columns = (limit * self.patch for limit in self.max_grid)
+        scale = min(self.size / min(width, height), rows / height, columns / width)
+        whole = [max(1, round(side * scale / self.patch)) * self.patch for side in (width, height)]
+        return whole[0], whole[1]
+
+    def _crop_resized(self, image: Image.Image, random: np.random.Generator) -> Image.Image:
+        width, height = image.size
+        area = width * height * random.uniform(*self.random_crop_scale)
+        aspect = math.exp(random.uniform(*(math.log(limit) for limit in _ASPECT_RANGE)))
+        crop_width, crop_height = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
+        left, top = random.uniform(0, width - crop_width), random.uniform(0, height - crop_height)
+        return _resample(image, (self.size, self.size), (left, top, left + crop_width, top + crop_height))
+
+    def _patches(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, columns = pixels.shape[0] // self.patch, pixels.shape[1] // self.patch
+        std = np.asarray(self.std, dtype=np.float32)
+        scaled = pixels * (1 / (255 * std)) - np.asarray(self.mean, dtype=np.float32) / std
+        grid = scaled.reshape(rows, self.patch, columns, self.patch, 3).transpose(0, 2, 4, 1, 3)
+        positions = np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T
+        return grid.reshape(rows * columns, -1), positions
+
+
+def _resample(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+    if size == image.size and box == (0, 0, *image.size):
+        return image
+    return image.resize(size, Image.Resampling.BICUBIC, box=box)
+
+
+def _translate(pixels: np.ndarray, reach: int, random: np.random.Generator) -> np.ndarray:
+    shifts = random.integers(-reach, reach + 1, size=2)
+    rows, columns = (
+        np.clip(np.arange(side) + shift, 0, side - 1) for side, shift in zip(pixels.shape[:2], shifts, strict=True)
+    )
+    return pixels[rows[:, None], columns]

@@ -1,0 +1,159 @@
+"""Records, and what becomes of broken ones: every fault is named and counted, nothing in a record is executed."""
+
+import codecs
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+MAX_CAPTION_CHARACTERS = 8_192  # a caption is cut here, before any tokenizer sees it
+MAX_JSON_BYTES = 1 << 24
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # naming them keeps Pillow's PostScript and other interpreters out
+
+
+class DataError(ValueError):
+    """One clear line that stops a run."""
+
+
+class RecordFault(Exception):
+    """A record that cannot be used: its name and the reason."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)  # both as arguments, so that the exception survives pickling between processes
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a picture: its box (left, top, right, bottom) in pixels, right and bottom exclusive, and its caption."""
+
+    box: tuple[int, int, int, int]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """An image with its captions; `identity` is equal for equal image files, `notes` names what was amiss but usable."""
+
+    key: str
+    image: Image.Image
+    captions: list[str]
+    regions: list[Region]
+    identity: int
+    notes: tuple[str, ...] = ()
+
+
+class FaultLedger:
+    """Every distinct fault by name; more than `limit` of them stop the run."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.faults: list[str] = []
+
+    def add(self, fault: RecordFault | str) -> None:
+        """Counts a fault, "name: reason", unless it is known."""
+        if str(fault) in self.faults:
+            return
+        self.faults.append(str(fault))
+        if len(self.faults) > self.limit:
+            raise DataError(
+                f"{len(self.faults)} broken records, more than data.fault_limit = {self.limit}; the last is {fault}"
+            )
+
+    def summary(self) -> str:
+        return "\n  ".join([f"{len(self.faults)} broken records (limit {self.limit})", *self.faults])
+
+
+class Source(Protocol):
+    """A map-style set of records. `source[index]` and `captions` raise RecordFault for a broken record."""
+
+    ledger: FaultLedger
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def captions(self, index: int) -> list[str]:
+        """The captions alone, without touching the image."""
+
+
+def image_identity(data: bytes) -> int:
+    """63 bits of the file's digest."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def decode_image(key: str, data: bytes, max_pixels: int) -> Image.Image:
+    """RGB image, transparency over white. The size is checked in the header, before any pixel is decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise RecordFault(key, f"image of {width} x {height} pixels, the limit is {max_pixels}")
+        return _over_white(image)
+    except RecordFault:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on broken files
+        raise RecordFault(key, f"image cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def decode_text(key: str, data: bytes, complete: bool) -> str:
+    """UTF-8 text; an incomplete one may end inside a character."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(data, final=complete)
+    except UnicodeDecodeError:
+        raise RecordFault(key, "caption is not UTF-8") from None
+
+
+def decode_json(key: str, data: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RecordFault(key, f"json cannot be read ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise RecordFault(key, f"json must be an object, got {type(content).__name__}")
+    return content
+
+
+def clean_captions(key: str, value: Any) -> tuple[list[str], tuple[str, ...]]:
+    """(captions, notes) of a string or a list of strings: white space folded, overlong ones cut, empty ones dropped."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise RecordFault(key, "caption must be a string or a list of strings")
+    notes = tuple(
+        f"caption of {len(text)} characters cut to {MAX_CAPTION_CHARACTERS}"
+        for text in texts
+        if len(text) > MAX_CAPTION_CHARACTERS
+    )
+    captions = [" ".join(text[:MAX_CAPTION_CHARACTERS].split()) for text in texts]
+    captions = [caption for caption in captions if caption]
+    if not captions:
+        raise RecordFault(key, "caption is empty")
+    return captions, notes
+
+
+def parse_regions(key: str, value: Any) -> list[Region]:
+    """Regions of the json's "regions": a list of {"box": [left, top, right, bottom], "caption": text}."""
+    try:
+        return [Region(_box(item["box"]), str(item["caption"])) for item in value]
+    except (TypeError, KeyError, ValueError):
+        raise RecordFault(key, 'regions must be a list of {"box": [4 integers], "caption": text}') from None
+
+
+def _box(values: Sequence[int]) -> tuple[int, int, int, int]:
+    left, top, right, bottom = (int(value) for value in values)
+    return left, top, right, bottom
