@@ -24,8 +24,8 @@ class Panel:
 
 
 PANELS = (
-    Panel("UNITER, ViLT, LayoutLM", "one stream: full", vk.SegmentMask.full(2), (("image", 4), ("text", 5))),
-    Panel("CLIP, SigLIP", "two towers: block-diagonal", vk.SegmentMask([["full", "none"], ["none", "causal"]]), (("image", 4), ("text", 5))),
+    Panel("UNITER, ViLT", "one stream: full", vk.SegmentMask.full(2), (("image", 4), ("text", 5))),
+    Panel("CLIP", "two towers: block-diagonal", vk.SegmentMask([["full", "none"], ["none", "causal"]]), (("image", 4), ("text", 5))),
     Panel("SimVLM, GIT", "prefix-LM", vk.SegmentMask.prefix_lm(), (("image", 4), ("text", 5))),
     Panel("BLIP-2 ITG", "queries, then causal text", vk.SegmentMask.prefix_lm(), (("query", 3), ("text", 5))),
     Panel("ALBEF, BLIP", "text reads image: cross", vk.SegmentMask.full(1), (("text", 5),), (("image", 7),)),
@@ -68,11 +68,11 @@ def _panel(panel: Panel, left: int) -> str:
 def _legend(left: int, y: int) -> str:
     parts = []
     for position, (kind, color) in enumerate(COLORS.items()):
-        x = left + position * 90
+        x = left + position * 110
         parts.append(_cell(x, y, color))
         parts.append(f'<text x="{x + CELL + 5}" y="{y + CELL - 2}" font-size="11" fill="#444444">{kind} tokens</text>')
     note = "rows ask, columns are read; a coloured cell is visible"
-    parts.append(f'<text x="{left + 300}" y="{y + CELL - 2}" font-size="11" fill="#444444">{note}</text>')
+    parts.append(f'<text x="{left + 350}" y="{y + CELL - 2}" font-size="11" fill="#444444">{note}</text>')
     return "\n".join(parts)
 
 
