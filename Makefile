@@ -1,15 +1,16 @@
-# make setup     create .venv from requirements.lock, compile and install; the other targets do it first
-# make pretrain  train the quickstart        make test      the whole test suite       make bench      kernels against plain PyTorch, CPU
-# make build     recompile the kernels       make test-gpu  what needs a card          make bench-gpu  kernels against their peers
-# make static    compile every Triton kernel ahead of time and write the resource report
+# make setup      .venv from requirements.lock, kernels compiled, vlkernels installed; the others do it first
+# make pretrain   train the quickstart
+# make test       the test suite                 make test-gpu   the tests that need a card
+# make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
+# make static     compile every Triton kernel ahead of time and report its resources
+# make build      recompile the kernels, after an edit in csrc
 #
-# PYTHON  the interpreter .venv is made from (3.10 or later).
-# SETUP=0 no .venv: use PYTHON as it is, with whatever versions it has; only the kernels are compiled, in place.
+# PYTHON   the interpreter .venv is made from (3.10 or later)
+# SETUP=0  no .venv: use PYTHON as it is, with the versions it has; only the kernels are compiled, in place
 
 PYTHON ?= python3
 SETUP ?= 1
 SHELL := /bin/bash
-.DELETE_ON_ERROR:
 .PHONY: setup build pretrain test test-gpu bench bench-gpu static clean
 
 ifeq ($(SETUP),0)
@@ -26,11 +27,14 @@ endif
 
 PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.md' -not -path 'csrc/emulator/*')
+ANOTHER := or choose another with make PYTHON=...
 
 .venv/.python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "vlkernels needs Python 3.10 or later; choose one with make PYTHON=..."; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || { echo "This Python has no venv: install it (Debian, Ubuntu: apt install python3-venv), or choose another with make PYTHON=..."; exit 1; }
-	@[ -x .venv/bin/python ] || { echo "Creating .venv"; $(PYTHON) -m venv .venv; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is not Python 3.10 or later: install one, $(ANOTHER)"; exit 1; }
+	@[ -x .venv/bin/python ] || $(PYTHON) -c 'import venv, ensurepip' 2> /dev/null \
+		|| { echo "$(PYTHON) has no venv: install it (Debian: apt install python3-venv), $(ANOTHER)"; exit 1; }
+	@[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
 	@touch $@
 
 .venv/.locked: requirements.lock .venv/.python
@@ -41,7 +45,8 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.md' -n
 .venv/.installed: .venv/.locked pyproject.toml $(NATIVE)
 	@echo "Compiling the kernels and installing vlkernels"
 	@PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --no-deps -e .
-	@[ ! -f vlkernels/_C.missing ] || { echo "*** The compiled kernels were NOT built; everything runs on the reference:"; cat vlkernels/_C.missing; }
+	@[ ! -f vlkernels/_C.missing ] || { echo "*** The compiled kernels were NOT built; all runs on the" \
+		"reference, more slowly. make build tries again. The reason:"; cat vlkernels/_C.missing; }
 	@touch $@
 
 build:

@@ -1,7 +1,8 @@
 """Builds vlkernels/_C.so through CMake where torch, a C++ compiler and CMake are present.
 
-The install never fails for want of them: everything runs on the reference without the library, and the reason is announced and kept in
-vlkernels/_C.missing, where `python -m vlkernels` finds it. VLKERNELS_REQUIRE_BUILD=1 turns any reason into an error.
+The install never fails for want of them: everything runs on the reference without the library, and the reason
+is announced and kept in vlkernels/_C.missing, where `python -m vlkernels` finds it. VLKERNELS_REQUIRE_BUILD=1
+turns any reason into an error.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class NotBuilt(Exception):
 def find_torch() -> tuple[str, dict[str, str]]:
     """The folder of the torch package, and the environment in which Python sees it.
 
-    pip hides the installed packages from a build through PYTHONPATH, so without that variable torch comes back into sight."""
+    pip hides the installed packages from a build through PYTHONPATH: without it torch comes back into sight.
+    """
     plain = dict(os.environ)
     unhidden = {name: value for name, value in plain.items() if name != "PYTHONPATH"}
     for environment in (plain, unhidden):
@@ -47,7 +49,7 @@ def find_torch() -> tuple[str, dict[str, str]]:
             if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
                 raise NotBuilt(f"torch {version} is older than {'.'.join(map(str, OLDEST_TORCH))}")
             return folder, environment
-    raise NotBuilt("torch is not installed for this Python (install it first, then install with --no-build-isolation)")
+    raise NotBuilt("this Python has no torch (install it first, then vlkernels with --no-build-isolation)")
 
 
 def find_tool(*names: str, why: str) -> str:
@@ -87,7 +89,9 @@ def one_build_at_a_time() -> Iterator[None]:
 
 
 def run(command: list[str], environment: dict[str, str]) -> str:
-    result = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if result.returncode != 0:
         raise NotBuilt(f"`{' '.join(command)}` failed:\n{result.stdout.strip()}")
     return result.stdout
@@ -106,7 +110,7 @@ def announce(reason: str) -> None:
 
 
 class BuildNative(build_ext):
-    """Puts _C.so, or _C.missing with the reason, into the package: the source tree when in place or editable, else the wheel."""
+    """Puts _C.so, or _C.missing with the reason, into the package: here if in place, else in the wheel."""
 
     def package_folder(self) -> Path:
         return (ROOT if self.inplace else Path(self.build_lib)) / "vlkernels"
@@ -120,7 +124,8 @@ class BuildNative(build_ext):
                 built = build_library()
         except NotBuilt as reason:
             if os.environ.get("VLKERNELS_REQUIRE_BUILD") == "1":
-                raise SystemExit(f"vlkernels: the compiled kernels were required and not built: {reason}") from None
+                message = f"vlkernels: the compiled kernels were required and not built: {reason}"
+                raise SystemExit(message) from None
             library.unlink(missing_ok=True)
             missing.write_text(f"{reason}\n")
             announce(str(reason))

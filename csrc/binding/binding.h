@@ -1,5 +1,5 @@
-// Shared by the binding files: from torch's stable tensors to what the kernels take (raw pointers, sizes, a Dtype).
-// Shapes and user errors are checked in Python; the checks here only keep a wrong call from touching foreign memory.
+// Shared by the binding files: from torch's stable tensors to what the kernels take (raw pointers, sizes, a
+// Dtype). User errors are found in Python; the checks here keep a wrong call from touching foreign memory.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,8 +28,9 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
 }
 
 inline void check_type(const Tensor& tensor, ScalarType type, const char* name) {
-    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must have another dtype: code ", static_cast<int>(type), ", got ",
-                    static_cast<int>(tensor.scalar_type()));
+    STD_TORCH_CHECK(tensor.scalar_type() == type, name, " must have the dtype ",
+                    torch::headeronly::toString(type), ", got ",
+                    torch::headeronly::toString(tensor.scalar_type()));
 }
 
 inline void check_numel(const Tensor& tensor, int64_t numel, const char* name) {
@@ -48,13 +49,16 @@ const T* read(const Tensor& tensor, ScalarType type, const char* name) {
     return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-inline const void* data_or_null(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+inline const void* data_or_null(const std::optional<Tensor>& tensor) {
+    return tensor ? tensor->const_data_ptr() : nullptr;
+}
 
 inline Tensor new_float(const Tensor& like, const std::vector<int64_t>& sizes) {
     return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
 }
 
-// work(begin, end) over rows, on torch's threads. `row_bytes` is what one row reads and writes: a thread is worth waking for 64 KiB.
+// work(begin, end) over rows, on torch's threads. `row_bytes` is what one row reads and writes: a thread is
+// worth waking for 64 KiB.
 template <typename Work>
 void parallel_rows(int64_t num_rows, int64_t row_bytes, const Work& work) {
     const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, row_bytes));

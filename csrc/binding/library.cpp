@@ -1,4 +1,4 @@
-// What the compiled library says about itself. The ops bind in a file each; every schema is defined in Python.
+// What the compiled library says about itself. Ops bind in a file each; every schema is defined in Python.
 #include "binding/binding.h"
 
 #include <string>
@@ -10,7 +10,13 @@ namespace vlk {
 namespace {
 
 // JSON. `cuda_missing` says why there are no CUDA kernels; it is empty when there are.
-std::string build_info() { return std::string("{\"cpu_isa\": \"") + isa_name(cpu_isa()) + "\", " VLK_BUILD_INFO "}"; }
+std::string build_info() {
+    return std::string("{\"cpu_isa\": \"") + isa_name(cpu_isa()) +
+           "\", \"compiler\": \"" VLK_COMPILER
+           "\", \"cuda_toolkit\": \"" VLK_CUDA_TOOLKIT
+           "\", \"cuda_architectures\": \"" VLK_CUDA_ARCHITECTURES
+           "\", \"cuda_missing\": \"" VLK_CUDA_MISSING "\"}";
+}
 
 std::string limit_isa(const std::string& highest) {
     for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512}) {
@@ -19,7 +25,7 @@ std::string limit_isa(const std::string& highest) {
             return isa_name(cpu_isa());
         }
     }
-    STD_TORCH_CHECK(false, "cpu isa must be baseline, avx2 or avx512, got ", highest);
+    STD_TORCH_CHECK(false, "highest must be baseline, avx2 or avx512, got ", highest);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlkernels, CompositeExplicitAutograd, m) {

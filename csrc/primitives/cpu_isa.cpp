@@ -9,10 +9,10 @@ namespace {
 Isa detect() {
 #ifdef VLK_X86_LEVELS
     __builtin_cpu_init();
-    // The rest of x86-64-v3 (F16C, LZCNT, MOVBE) comes with these on every CPU made, and older compilers cannot ask for it.
-    // The built-in also asks the operating system whether it saves the wide registers.
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
+    // The rest of x86-64-v3 (F16C, LZCNT, MOVBE) comes with these on every CPU made, and older compilers
+    // cannot ask for it. The built-in also asks the operating system whether it saves the wide registers.
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
@@ -36,7 +36,9 @@ Isa best_cpu_isa() {
 
 Isa cpu_isa() { return current().load(std::memory_order_relaxed); }
 
-void limit_cpu_isa(Isa highest) { current().store(std::min(highest, best_cpu_isa()), std::memory_order_relaxed); }
+void limit_cpu_isa(Isa highest) {
+    current().store(std::min(highest, best_cpu_isa()), std::memory_order_relaxed);
+}
 
 const char* isa_name(Isa isa) {
     static constexpr const char* names[] = {"baseline", "avx2", "avx512"};

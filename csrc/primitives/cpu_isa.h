@@ -1,8 +1,9 @@
-// One source, several instruction sets. CMake compiles every csrc/<op>/<op>_cpu.cpp once per level, with VLK_ISA naming the
-// namespace of that copy; VLK_CPU(kernel) takes, at run time, the copy for the best level of this machine.
+// One source, several instruction sets. CMake compiles every csrc/<op>/<op>_cpu.cpp once per level, with
+// VLK_ISA naming the namespace of that copy; VLK_CPU(kernel) takes the best copy for the machine it runs on.
 //
-// Everything a *_cpu.cpp defines or instantiates must live in `namespace vlk::VLK_ISA`, inline helpers and templates included: the
-// linker keeps one copy of an inline function, and if it kept the AVX-512 one under a shared name, an older machine would fault.
+// Everything a *_cpu.cpp defines or instantiates must live in `namespace vlk::VLK_ISA`, inline helpers and
+// templates included: the linker keeps one copy of an inline function, and if it kept the AVX-512 one under a
+// shared name, an older machine would fault.
 #pragma once
 
 namespace vlk {
@@ -21,7 +22,8 @@ const char* isa_name(Isa isa);
     namespace vlk::baseline { __VA_ARGS__ }      \
     namespace vlk::avx2 { __VA_ARGS__ }          \
     namespace vlk::avx512 { __VA_ARGS__ }
-#define VLK_CPU(kernel) ::vlk::pick_isa(&::vlk::baseline::kernel, &::vlk::avx2::kernel, &::vlk::avx512::kernel)
+#define VLK_CPU(kernel) \
+    ::vlk::pick_isa(&::vlk::baseline::kernel, &::vlk::avx2::kernel, &::vlk::avx512::kernel)
 #else
 #define VLK_DECLARE_CPU(...) namespace vlk::baseline { __VA_ARGS__ }
 #define VLK_CPU(kernel) (&::vlk::baseline::kernel)

@@ -1,5 +1,5 @@
-// Half-precision elements for the CPU kernels: float in registers, 16 bits in memory. Shifts and selects only, so that loops over
-// them vectorise on every level and every compiler. Include from *_cpu.cpp files only (see cpu_isa.h).
+// Half-precision elements for the CPU kernels: float in registers, 16 bits in memory. Shifts and selects,
+// so that loops over them vectorise on every level and every compiler. For *_cpu.cpp files (see cpu_isa.h).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -61,7 +61,8 @@ inline float16 from_float<float16>(float value) {
     return {static_cast<uint16_t>((bits >> 16 & 0x8000) | (magnitude >= 0x477ff000 ? overflow : finite))};
 }
 
-// work(element) with `element` a value of the type that `dtype` names: visit(dtype, [&](auto element) { using T = decltype(element); ... })
+// Calls work with a value of the type that `dtype` names:
+// visit(dtype, [&](auto element) { using T = decltype(element); ... })
 template <typename Work>
 void visit(Dtype dtype, const Work& work) {
     switch (dtype) {

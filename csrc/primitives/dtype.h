@@ -1,4 +1,4 @@
-// The element types of the kernels, as plain values: launchers and CPU kernels switch on them, the binding maps tensors to them.
+// The element types of the kernels, as plain values: the binding maps tensors to them, kernels switch.
 #pragma once
 #include <cstdint>
 
