@@ -1,0 +1,110 @@
+#include "layer_norm/layer_norm_cpu.h"
+
+#include "primitives/cpu_norm.h"
+
+namespace vlk::VLK_ISA {
+namespace {
+
+// Writes the row of z, rounded as it is stored, and returns the sum of what was written: y is the LayerNorm of exactly that z.
+template <typename T>
+float write_sum_row(const LayerNormForward& op, const float* linear_bias, const DropoutRow& dropped, int64_t row, T* z) {
+    const T* x = static_cast<const T*>(op.x) + row * op.width;
+    const T* residual = op.residual ? static_cast<const T*>(op.residual) + row * op.width : nullptr;
+    const float scale = keep_scale(op.dropout) * (op.row_scale ? op.row_scale[row] : 1.0f);
+    RowSum sum;
+    for_chunks(op.width, [&](int64_t column, auto chunk, int k) {
+        Floats value = load(x + column, chunk);
+        if (linear_bias) value += load(linear_bias + column, chunk);
+        if (op.dropout.threshold) value = dropped.apply(value, column);
+        value *= scale;
+        if (residual) value += load(residual + column, chunk);
+        store(z + column, value, chunk);
+        sum.partial[k] += load(z + column, chunk);
+    });
+    return sum.total();
+}
+
+template <typename T>
+void forward_rows(const LayerNormForward& op, int64_t first_row, int64_t last_row) {
+    const FloatParameter weight(op.weight, op.width), bias(op.bias, op.width), linear_bias(op.linear_bias, op.width);
+    DropoutRow dropped(op.dropout, op.width);
+    const bool fused = is_fused(op);
+    Scratch<T> unkept(fused && !op.z ? op.width : 0);
+    for (int64_t row = first_row; row < last_row; ++row) {
+        const T* z = static_cast<const T*>(op.x) + row * op.width;
+        float sum;
+        if (fused) {
+            if (op.dropout.threshold) dropped.draw(row);
+            T* written = op.z ? static_cast<T*>(op.z) + row * op.width : unkept.get();
+            sum = write_sum_row(op, linear_bias.get(), dropped, row, written);
+            z = written;
+        } else {
+            sum = row_sum(z, op.width);
+        }
+        const Moments m = moments(z, sum, op.width, op.eps);
+        op.mean[row] = m.mean;
+        op.rstd[row] = m.rstd;
+        T* y = static_cast<T*>(op.y) + row * op.width;
+        for_chunks(op.width, [&](int64_t column, auto chunk, int) {
+            store(y + column, normalised(load(z + column, chunk), m, weight.get(), bias.get(), column, chunk), chunk);
+        });
+    }
+}
+
+// Writes the rows of dz and dx; adds dx to the partial row of dlinear_bias.
+template <typename T>
+void write_gradient_row(const LayerNormBackward& op, const float* weight, const DropoutRow& dropped, int64_t row, Projection p,
+                        float* dlinear_bias) {
+    const int64_t start = row * op.width;
+    const T* dy = static_cast<const T*>(op.dy) + start;
+    const T* z = static_cast<const T*>(op.z) + start;
+    const T* dsum = op.dsum ? static_cast<const T*>(op.dsum) + start : nullptr;
+    T* dz = static_cast<T*>(op.dz) + start;
+    T* dx = op.dx ? static_cast<T*>(op.dx) + start : nullptr;
+    const Moments m{op.mean[row], op.rstd[row]};
+    const float scale = keep_scale(op.dropout) * (op.row_scale ? op.row_scale[row] : 1.0f);
+    for_chunks(op.width, [&](int64_t column, auto chunk, int) {
+        Floats gradient = norm_gradient(load(dy + column, chunk), load(z + column, chunk), m, p, weight, column, chunk);
+        if (dsum) gradient += load(dsum + column, chunk);
+        store(dz + column, gradient, chunk);
+        if (dx) {
+            if (op.dropout.threshold) gradient = dropped.apply(gradient, column);
+            gradient *= scale;
+            store(dx + column, gradient, chunk);
+        }
+        if (op.sum_dx) store(dlinear_bias + column, load(dlinear_bias + column, chunk) + gradient, chunk);
+    });
+}
+
+template <typename T>
+void backward_chunks(const LayerNormBackward& op, int64_t first_chunk, int64_t last_chunk) {
+    const FloatParameter weight(op.weight, op.width);
+    DropoutRow dropped(op.dropout, op.width);
+    for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+        float* dweight = op.partials + chunk * 3 * op.width;
+        float* dbias = dweight + op.width;
+        float* dlinear_bias = dbias + op.width;
+        std::memset(dweight, 0, 3 * op.width * sizeof(float));
+        const int64_t last_row = chunk_start(chunk + 1, op.num_chunks, op.rows);
+        for (int64_t row = chunk_start(chunk, op.num_chunks, op.rows); row < last_row; ++row) {
+            const Moments m{op.mean[row], op.rstd[row]};
+            const T* dy = static_cast<const T*>(op.dy) + row * op.width;
+            const T* z = static_cast<const T*>(op.z) + row * op.width;
+            const Projection p = project(dy, z, m, weight.get(), dweight, dbias, op.width);
+            if (op.dropout.threshold) dropped.draw(row);
+            write_gradient_row<T>(op, weight.get(), dropped, row, p, dlinear_bias);
+        }
+    }
+}
+
+}  // namespace
+
+void layer_norm_forward(const LayerNormForward& op, int64_t first_row, int64_t last_row) {
+    visit(op.dtype, [&](auto element) { forward_rows<decltype(element)>(op, first_row, last_row); });
+}
+
+void layer_norm_backward(const LayerNormBackward& op, int64_t first_chunk, int64_t last_chunk) {
+    visit(op.dtype, [&](auto element) { backward_chunks<decltype(element)>(op, first_chunk, last_chunk); });
+}
+
+}  // namespace vlk::VLK_ISA
