@@ -66,6 +66,12 @@ def build_library() -> Path:
     find_tool(*compilers, why=f"no C++ compiler (looked for {', '.join(compilers)})")
     cmake = find_tool("cmake", why="no cmake (pip install cmake)")
     torch_folder, environment = find_torch()
+    with one_build_at_a_time():
+        compile_library(cmake, torch_folder, environment)
+    return BUILD / "_C.so"
+
+
+def compile_library(cmake: str, torch_folder: str, environment: dict[str, str]) -> None:
     configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), f"-DVLK_TORCH_DIR={torch_folder}"]
     cache = BUILD / "CMakeCache.txt"
     if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
@@ -77,7 +83,6 @@ def build_library() -> Path:
         if line.startswith("-- vlkernels: "):
             print(line.removeprefix("-- "))
     run([cmake, "--build", str(BUILD), "--parallel", str(len(os.sched_getaffinity(0)))], environment)
-    return BUILD / "_C.so"
 
 
 @contextlib.contextmanager
@@ -120,8 +125,7 @@ class BuildNative(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         library, missing = package / "_C.so", package / "_C.missing"
         try:
-            with one_build_at_a_time():
-                built = build_library()
+            built = build_library()
         except NotBuilt as reason:
             if os.environ.get("VLKERNELS_REQUIRE_BUILD") == "1":
                 message = f"vlkernels: the compiled kernels were required and not built: {reason}"
