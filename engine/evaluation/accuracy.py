@@ -1,0 +1,50 @@
+"""Does the fusion encoder use the picture? Masked words beside the right and a wrong one, and matching of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import vlkernels as vk
+from torch import Tensor
+
+from engine.data import Batch
+from engine.evaluation.gallery import Gallery, matching_logits
+from engine.models import VisionLanguageModel
+from engine.models.transformer import Source
+
+
+def masked_language_accuracy(model: VisionLanguageModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """Share of masked words found beside the caption's own image and beside another one of its batch."""
+    right, right_shuffled, total = 0, 0, 0
+    for batch in batches:
+        pairs = len(batch.labels)
+        if pairs < 2:
+            continue
+        image = model.encode_image(batch)
+        shuffled = torch.arange(pairs, dtype=torch.int32, device=batch.labels.device).roll(pairs // 2)
+        right += _words_found(model, batch, model.source_of(image))
+        right_shuffled += _words_found(model, batch, model.source_of(image, shuffled))
+        total += len(batch.mlm_targets)
+    return {
+        "accuracy": float(right) / max(total, 1),
+        "accuracy_shuffled_image": float(right_shuffled) / max(total, 1),
+        "chance": 1 / len(model.text_embedder.words),
+    }
+
+
+def _words_found(model: VisionLanguageModel, batch: Batch, source: Source) -> Tensor:
+    fused = model.fuse(model.encode_text(batch, masked=True), source)
+    selected = vk.take_rows(fused.hidden, batch.mlm_rows, impl=model.impl)
+    logits = model.masked_language_head.logits(selected, model.text_embedder.words)
+    return (logits.argmax(1) == batch.mlm_targets).sum()
+
+
+def matching_accuracy(model: VisionLanguageModel, gallery: Gallery) -> dict[str, float]:
+    """Accuracy on as many wrong pairs as right ones: text `i` with image `i`, and with one that is not its own."""
+    own = torch.arange(len(gallery), device=gallery.labels.device)
+    other = own.roll(max(len(gallery) // 2, 1))
+    wrong = gallery.labels[own] != gallery.labels[other]
+    accepted = matching_logits(model, gallery, own, own).argmax(1) == 1
+    rejected = matching_logits(model, gallery, other[wrong], own[wrong]).argmax(1) == 0
+    return {"accuracy": (accepted.float().mean().item() + rejected.float().mean().item()) / 2, "chance": 0.5}

@@ -1,0 +1,77 @@
+"""Held-out pairs, encoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import vlkernels as vk
+from torch import Tensor
+
+from engine.data import Batch
+from engine.models import VisionLanguageModel
+from engine.models.transformer import Tokens
+
+PAIRS_PER_PASS = 1024
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pairs that are ranked against each other: image `i` and text `i` belong together, and so do equal labels."""
+
+    images: Tokens
+    texts: Tokens
+    image_features: Tensor
+    text_features: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def related(self) -> Tensor:
+        """bool `[N, N]`: text `j` is a right answer for image `i`."""
+        return self.labels[:, None] == self.labels[None, :]
+
+    @property
+    def similarity(self) -> Tensor:
+        """`[N, N]` cosine of image `i` and text `j`."""
+        return self.image_features.float() @ self.text_features.float().T
+
+
+def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gallery:
+    """Both towers over all batches."""
+    images, texts, image_features, text_features, labels = [], [], [], [], []
+    for batch in batches:
+        with model.passes_shared():
+            images.append(model.encode_image(batch))
+            texts.append(model.encode_text(batch))
+            image_features.append(model.image_features(batch))
+            text_features.append(model.text_features(batch))
+        labels.append(batch.labels)
+    return Gallery(
+        images=concatenate(images),
+        texts=concatenate(texts),
+        image_features=torch.cat(image_features),
+        text_features=torch.cat(text_features),
+        labels=torch.cat(labels),
+    )
+
+
+def concatenate(streams: Sequence[Tokens]) -> Tokens:
+    """Streams one behind the other."""
+    hidden = torch.cat([tokens.hidden for tokens in streams])
+    lengths = torch.cat([tokens.layout.lengths for tokens in streams]).cpu()
+    return Tokens(hidden, vk.SegmentLayout(lengths).to(hidden.device))
+
+
+def matching_logits(model: VisionLanguageModel, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:
+    """`[P, 2]` for pairs (`images[p]`, `texts[p]`); pairs sorted by image cost one projection per image."""
+    logits = []
+    for some_images, some_texts in zip(images.split(PAIRS_PER_PASS), texts.split(PAIRS_PER_PASS), strict=True):
+        needed, index = some_images.unique(return_inverse=True)
+        source = model.source_of(gallery.images.take(needed, model.impl), index.to(torch.int32))
+        fused = model.fuse(gallery.texts.take(some_texts, model.impl), source)
+        logits.append(model.matching_logits(fused))
+    return torch.cat(logits).float()

@@ -1,0 +1,62 @@
+"""Zero-shot classification: which class name does a picture agree with most?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import vlkernels as vk
+from PIL import Image
+from torch import Tensor
+
+from engine.config import Config
+from engine.data import Tokenizer, image_transform
+from engine.models import VisionLanguageModel
+from engine.models.transformer import Tokens
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+def zero_shot(model: VisionLanguageModel, folder: str | Path, tokenizer: Tokenizer, config: Config) -> dict[str, float]:
+    """Accuracy on `folder/CLASS/*.png`, where the name of each sub-folder is the caption of its class."""
+    classes = sorted(path for path in Path(folder).iterdir() if path.is_dir())
+    files = [(path, label) for label, c in enumerate(classes) for path in sorted(c.iterdir()) if path.suffix in SUFFIXES]
+    if len(classes) < 2 or not files:
+        raise ValueError(
+            f"evaluation.zero_shot must be a folder with at least two sub-folders of images, "
+            f"got {folder} with {len(classes)} sub-folders and {len(files)} images"
+        )
+    texts = caption_features(model, [c.name.replace("_", " ") for c in classes], tokenizer, config)
+    right = 0
+    for some in _chunks(files, config.evaluation.batch):
+        features = picture_features(model, [path for path, _ in some], config)
+        labels = torch.tensor([label for _, label in some], device=features.device)
+        right += int(((features @ texts.T).argmax(1) == labels).sum())
+    return {"accuracy": right / len(files), "chance": 1 / len(classes), "images": len(files)}
+
+
+def caption_features(
+    model: VisionLanguageModel, captions: Sequence[str], tokenizer: Tokenizer, config: Config
+) -> Tensor:
+    """`[N, E]` of captions."""
+    rows = [tokenizer.encode(caption, config.data.max_caption_tokens)[0] for caption in captions]
+    layout = vk.SegmentLayout([[len(row)] for row in rows]).to(model.logit_scale.device)
+    ids = torch.from_numpy(np.concatenate(rows)).to(layout.device)
+    hidden = model.text_embedder(ids, layout, model.rng)
+    return model.features_of_text(model.text_tower(Tokens(hidden, layout)))
+
+
+def picture_features(model: VisionLanguageModel, paths: Sequence[Path], config: Config) -> Tensor:
+    """`[N, E]` of image files."""
+    transform = image_transform(config)
+    pictures = [transform(Image.open(path).convert("RGB")) for path in paths]
+    layout = vk.SegmentLayout([[len(patches)] for patches, _ in pictures]).to(model.logit_scale.device)
+    patches, positions = (torch.from_numpy(np.concatenate(part)).to(layout.device) for part in zip(*pictures))
+    hidden = model.image_embedder(patches, positions, layout, model.rng)
+    return model.features_of_image(model.image_tower(Tokens(hidden, layout)))
+
+
+def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
+    return (items[first : first + size] for first in range(0, len(items), size))

@@ -1,0 +1,69 @@
+"""A trained model as plain files, and back: safetensors, json, and the tokenizer's own json. No pickle, no DeepSpeed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors.torch import load_model, save_model
+
+from engine.config import Config
+from engine.data import ImageTransform, Tokenizer, image_transform, load_tokenizer
+from engine.models import VisionLanguageModel, build_model
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+
+Section = TypeVar("Section")
+
+
+class Loaded(NamedTuple):
+    """`model, tokenizer, transform = engine.load("runs/NAME")`"""
+
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
+    transform: ImageTransform
+
+
+def export(folder: str | Path, model: VisionLanguageModel, config: Config, tokenizer: Tokenizer) -> None:
+    """Write what `load` reads; each file is replaced in one step, and weights that share storage are written once."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drafts = {name: folder / f"{name}.draft" for name in (WEIGHTS, CONFIG, TOKENIZER)}
+    save_model(model, str(drafts[WEIGHTS]))
+    drafts[CONFIG].write_text(json.dumps(config.as_dict(), indent=1) + "\n")
+    tokenizer.save(drafts[TOKENIZER])
+    for name, draft in drafts.items():
+        os.replace(draft, folder / name)
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
+    """The model of a run folder, in evaluation mode, with its tokenizer and the image transform without random choices."""
+    folder = Path(folder)
+    missing = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is not the folder of a finished run: it has no {', '.join(missing)}")
+    config = rebuild(Config, json.loads((folder / CONFIG).read_text()))
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    model = build_model(config, tokenizer.vocab_size)
+    load_model(model, str(folder / WEIGHTS))
+    return Loaded(model.to(device).eval(), tokenizer, image_transform(config))
+
+
+def rebuild(section: type[Section], values: dict[str, Any]) -> Section:
+    """A section of the configuration from plain values."""
+    hints = typing.get_type_hints(section)
+    return section(**{name: _rebuild_value(hints[name], value) for name, value in values.items()})
+
+
+def _rebuild_value(hint: Any, value: Any) -> Any:
+    for kind in (hint, *typing.get_args(hint)):
+        if isinstance(value, dict) and dataclasses.is_dataclass(kind):
+            return rebuild(kind, value)
+        if isinstance(value, list) and typing.get_origin(kind) is tuple:
+            return tuple(value)
+    return value

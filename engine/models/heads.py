@@ -1,0 +1,61 @@
+"""Heads: what turns hidden states into features, scores and losses."""
+
+from __future__ import annotations
+
+import torch
+import vlkernels as vk
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.models.transformer import ACTIVATIONS
+
+
+class FeatureHead(nn.Module):
+    """Mean of a segment's tokens, a linear map without bias, unit length: the features the contrastive score compares."""
+
+    def __init__(self, width: int, features: int, impl: str):
+        super().__init__()
+        self.projection = nn.Linear(width, features, bias=False)
+        self.impl = impl
+
+    def forward(self, hidden: Tensor, layout: vk.SegmentLayout, segment: int = 0) -> Tensor:
+        pooled = vk.segment_mean(hidden, layout, segment, impl=self.impl)
+        return F.normalize(self.projection(pooled), dim=-1)
+
+
+class MatchingHead(nn.Module):
+    """Two logits from a sample's first token: the pair does not belong together, it does."""
+
+    def __init__(self, width: int, impl: str):
+        super().__init__()
+        self.classifier = nn.Linear(width, 2)
+        self.impl = impl
+
+    def forward(self, hidden: Tensor, layout: vk.SegmentLayout) -> Tensor:
+        first = vk.take_rows(hidden, layout.starts[:, 0], impl=self.impl)
+        return self.classifier(first)
+
+
+class MaskedLanguageHead(nn.Module):
+    """BERT's: linear map, activation, LayerNorm, then the word table as decoder with a bias per word."""
+
+    def __init__(self, width: int, table_width: int, vocab_size: int, activation: str, eps: float, impl: str):
+        super().__init__()
+        self.transform = nn.Linear(width, table_width)
+        self.activation = ACTIVATIONS[activation]
+        self.norm = vk.FusedLayerNorm(table_width, eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.impl = impl
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What the decoder multiplies with the word table."""
+        return self.norm(self.activation(self.transform(hidden)), impl=self.impl)
+
+    def loss(self, hidden: Tensor, targets: Tensor, table: Tensor) -> Tensor:
+        """Sum of the cross-entropies, in nats; the logits `[M, V]` are never stored."""
+        return vk.linear_cross_entropy(
+            self(hidden), table, targets, bias=self.bias, reduction="sum", impl=self.impl
+        )
+
+    def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
+        return F.linear(self(hidden), table, self.bias)

@@ -1,0 +1,163 @@
+"""Align and fuse: an image tower, a text tower, and a fusion encoder whose text attends to the image."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import vlkernels as vk
+from torch import Tensor, nn
+
+from engine.data import Batch
+from engine.models.embedders import PatchEmbedder, TextEmbedder
+from engine.models.heads import FeatureHead, MaskedLanguageHead, MatchingHead
+from engine.models.initialization import initialize
+from engine.models.transformer import PackedTransformer, Source, Tokens
+from engine.sections import Model
+
+CHANNELS = 3
+
+T = TypeVar("T")
+
+
+class Variant(enum.IntEnum):
+    """Passes that run the same layers on the same pair, yet must draw different dropout."""
+
+    PLAIN = 0
+    NEGATIVE_TEXT = 1
+    NEGATIVE_IMAGE = 2
+    MASKED = 3
+
+    def identities(self, sample_ids: Tensor) -> Tensor:
+        """Sample ids for `vk.Rng` that no other pass of the step has."""
+        return sample_ids * len(Variant) + self
+
+
+class VisionLanguageModel(nn.Module):
+    """Two towers aligned by features of unit length, and a fusion encoder for matching and masked language.
+
+    `rng` is the state all dropout reads; whoever trains advances it once per optimizer step.
+    """
+
+    def __init__(self, config: Model, vocab_size: int, impl: str = "auto"):
+        super().__init__()
+        image, text, fusion = config.image, config.text, config.fusion
+        if fusion.width != text.width:
+            raise ValueError(
+                f"model.fusion.width must be model.text.width = {text.width}, whose stream it goes on with, "
+                f"got {fusion.width}"
+            )
+        streams = itertools.count()
+        patch_values = CHANNELS * image.patch_size**2
+        self.image_embedder = PatchEmbedder(image, patch_values, tuple(image.max_grid), streams, impl)
+        self.image_tower = PackedTransformer(image, streams, impl=impl)
+        self.image_head = FeatureHead(image.width, config.projection_dim, impl)
+        self.text_embedder = TextEmbedder(text, vocab_size, text.max_positions, streams, impl)
+        self.text_tower = PackedTransformer(text, streams, impl=impl)
+        self.text_head = FeatureHead(text.width, config.projection_dim, impl)
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(config.logit_scale_init)]))
+        self.fusion = PackedTransformer(
+            fusion, streams, source_width=image.width, cross_every=fusion.cross_every, impl=impl
+        )
+        self.matching_head = MatchingHead(fusion.width, impl)
+        self.masked_language_head = MaskedLanguageHead(
+            fusion.width, text.width, vocab_size, fusion.activation, fusion.eps, impl
+        )
+        self.negatives_stream = next(streams)
+        self.max_log_scale = math.log(config.logit_scale_max)
+        self.impl = impl
+        self.rng = vk.Rng(0)
+        self._passes: dict[tuple[int, str], Any] | None = None
+        initialize(self, config.initializer_range)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionLanguageModel:
+        super()._apply(fn, recurse)
+        self.rng.state = fn(self.rng.state)
+        return self
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Recompute every block in the backward instead of keeping its activations."""
+        for stack in (self.image_tower, self.text_tower, self.fusion):
+            stack.activation_checkpointing = enabled
+
+    @contextlib.contextmanager
+    def passes_shared(self) -> Iterator[None]:
+        """Inside, each pass over a batch runs once, whichever objectives ask for it."""
+        self._passes = {}
+        try:
+            yield
+        finally:
+            self._passes = None
+
+    def _once(self, batch: Batch, name: str, compute: Callable[[], T]) -> T:
+        if self._passes is None:
+            return compute()
+        key = (id(batch), name)
+        if key not in self._passes:
+            self._passes[key] = compute()
+        return self._passes[key]
+
+    # ---- passes over a batch
+
+    def encode_image(self, batch: Batch) -> Tokens:
+        """The image tower's states."""
+        return self._once(batch, "image", lambda: self._encode_image(batch))
+
+    def encode_text(self, batch: Batch, masked: bool = False) -> Tokens:
+        """The text tower's states of the captions, or of the captions after corruption."""
+        variant = Variant.MASKED if masked else Variant.PLAIN
+        return self._once(batch, f"text {variant.name}", lambda: self._encode_text(batch, variant))
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """`[B, E]`, unit length."""
+        return self._once(batch, "image features", lambda: self.features_of_image(self.encode_image(batch)))
+
+    def text_features(self, batch: Batch) -> Tensor:
+        """`[B, E]`, unit length."""
+        return self._once(batch, "text features", lambda: self.features_of_text(self.encode_text(batch)))
+
+    def image_source(self, batch: Batch) -> Source:
+        """The batch's images as the fusion encoder reads them."""
+        return self._once(batch, "image source", lambda: self.source_of(self.encode_image(batch)))
+
+    # ---- the same on states that are there already
+
+    def features_of_image(self, image: Tokens) -> Tensor:
+        return self.image_head(image.hidden, image.layout)
+
+    def features_of_text(self, text: Tokens) -> Tensor:
+        return self.text_head(text.hidden, text.layout)
+
+    def source_of(self, image: Tokens, index: Tensor | None = None) -> Source:
+        """Keys and values of image states, projected once; `index[b]` is the image that text `b` reads."""
+        return Source(self.fusion.project_source(image.hidden), image.layout, index)
+
+    def fuse(self, text: Tokens, image: Source) -> Tokens:
+        """Text states that have read their images."""
+        return self.fusion(text, rng=self.rng, source=image)
+
+    def matching_logits(self, fused: Tokens) -> Tensor:
+        """`[B, 2]`: does not belong together, does."""
+        return self.matching_head(fused.hidden, fused.layout)
+
+    def scale(self) -> Tensor:
+        """What multiplies cosine similarities: exp of the parameter, at most `logit_scale_max`."""
+        return self.logit_scale.clamp(max=self.max_log_scale).exp()
+
+    def _encode_image(self, batch: Batch) -> Tokens:
+        layout = batch.image_layout
+        patches = vk.pack((batch.patches,), layout, impl=self.impl)
+        positions = vk.pack((batch.patch_positions,), layout, impl=self.impl)
+        hidden = self.image_embedder(patches, positions, layout, self.rng)
+        return self.image_tower(Tokens(hidden, layout), rng=self.rng)
+
+    def _encode_text(self, batch: Batch, variant: Variant) -> Tokens:
+        layout = batch.text_layout.with_sample_ids(variant.identities(batch.text_layout.sample_ids))
+        padded = batch.masked_ids if variant == Variant.MASKED else batch.text_ids
+        hidden = self.text_embedder(vk.pack((padded,), layout, impl=self.impl), layout, self.rng)
+        return self.text_tower(Tokens(hidden, layout), rng=self.rng)

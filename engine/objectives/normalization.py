@@ -1,0 +1,20 @@
+"""Factors on local sums, and the ranks that share negatives."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.data import Batch
+
+
+def normalizer(batch: Batch, count: str) -> Tensor | float:
+    """What a local sum over `count` is multiplied by: the trainer's factor, or this batch's own mean."""
+    return batch.normalizers.get(count, 1 / max(batch.counts[count], 1))
+
+
+def negatives_group(negatives: str) -> dist.ProcessGroup | None:
+    """All ranks for `global` negatives, none for `local` ones or where there is but one process."""
+    if negatives == "global" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist.group.WORLD
+    return None
