@@ -61,28 +61,39 @@ def find_tool(*names: str, why: str) -> str:
     raise NotBuilt(why)
 
 
-def build_library() -> Path:
-    compilers = (os.environ["CXX"],) if os.environ.get("CXX") else ("c++", "g++", "clang++")
+def build_library(destination: Path) -> None:
+    compilers = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
     find_tool(*compilers, why=f"no C++ compiler (looked for {', '.join(compilers)})")
     cmake = find_tool("cmake", why="no cmake (pip install cmake)")
     torch_folder, environment = find_torch()
     with one_build_at_a_time():
-        compile_library(cmake, torch_folder, environment)
-    return BUILD / "_C.so"
+        for line in configure(cmake, torch_folder, environment).splitlines():
+            if line.startswith("-- vlkernels: "):
+                print(line.removeprefix("-- "))
+        jobs = str(os.cpu_count() or 1)
+        run([cmake, "--build", str(BUILD), "--parallel", jobs], environment)
+        install(BUILD / "_C.so", destination)
 
 
-def compile_library(cmake: str, torch_folder: str, environment: dict[str, str]) -> None:
-    configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), f"-DVLK_TORCH_DIR={torch_folder}"]
-    cache = BUILD / "CMakeCache.txt"
-    if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
-        shutil.rmtree(BUILD)  # the tree was moved or copied; CMake would refuse
-    if not cache.exists():
-        with contextlib.suppress(NotBuilt):  # CMake's default, make, does as well
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', why='no ninja')}"]
-    for line in run(configure, environment).splitlines():
-        if line.startswith("-- vlkernels: "):
-            print(line.removeprefix("-- "))
-    run([cmake, "--build", str(BUILD), "--parallel", str(len(os.sched_getaffinity(0)))], environment)
+def configure(cmake: str, torch_folder: str, environment: dict[str, str]) -> str:
+    command = [cmake, "-S", str(ROOT), "-B", str(BUILD), f"-DVLK_TORCH_DIR={torch_folder}"]
+    if (BUILD / "CMakeCache.txt").exists():
+        try:
+            return run(command, environment)
+        except NotBuilt:
+            shutil.rmtree(BUILD)  # the tree has moved, or a compiler is gone: begin again
+    with contextlib.suppress(NotBuilt):  # CMake's default, make, does as well
+        command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja', why='no ninja')}"]
+    return run(command, environment)
+
+
+def install(built: Path, destination: Path) -> None:
+    if destination.exists() and destination.read_bytes() == built.read_bytes():
+        return
+    # Replaced, never rewritten: a running process has the old file mapped.
+    fresh = destination.with_suffix(f".{os.getpid()}.tmp")
+    shutil.copy2(built, fresh)
+    fresh.replace(destination)
 
 
 @contextlib.contextmanager
@@ -125,7 +136,7 @@ class BuildNative(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         library, missing = package / "_C.so", package / "_C.missing"
         try:
-            built = build_library()
+            build_library(library)
         except NotBuilt as reason:
             if os.environ.get("VLKERNELS_REQUIRE_BUILD") == "1":
                 message = f"vlkernels: the compiled kernels were required and not built: {reason}"
@@ -135,11 +146,6 @@ class BuildNative(build_ext):
             announce(str(reason))
             return
         missing.unlink(missing_ok=True)
-        if not library.exists() or library.read_bytes() != built.read_bytes():
-            # Replaced, never rewritten: a running process has the old file mapped.
-            fresh = library.with_suffix(f".{os.getpid()}.tmp")
-            shutil.copy2(built, fresh)
-            fresh.replace(library)
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in self.package_folder().glob("_C.*")]
