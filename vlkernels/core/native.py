@@ -34,9 +34,14 @@ def load() -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a graph takes the answer: it cannot trace a look at the disk
 def missing(op: str, dispatch_key: str = "CPU") -> str | None:
     """Why ``vlkernels::op`` has no compiled kernel for ``CPU`` or ``CUDA`` here; ``None`` when it has one."""
+    return _missing(op, dispatch_key)
+
+
+@functools.cache
+def _missing(op: str, dispatch_key: str) -> str | None:
     reason = load()
     if reason is not None:
         return reason
