@@ -5,10 +5,21 @@ from __future__ import annotations
 import importlib
 
 from vlkernels.core.spec import OpSpec
+from vlkernels.ops.layer_norm import FusedLayerNorm, layer_norm
+from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
 
-FOLDERS: tuple[str, ...] = ()
+FOLDERS: tuple[str, ...] = ("layer_norm", "packing",)
 
-__all__: list[str] = []
+__all__: list[str] = [
+    "FusedLayerNorm",
+    "layer_norm",
+    "pack",
+    "put_segments",
+    "segment_mean",
+    "take_rows",
+    "take_segments",
+    "unpack",
+]
 
 
 def specs() -> tuple[OpSpec, ...]:
