@@ -12,6 +12,7 @@ _LIBRARY = torch.library.Library("vlkernels", "FRAGMENT")
 
 Kernels = Mapping[str, Callable[..., Any]]
 Op = torch._ops.OpOverload
+Spans = tuple[int | None, ...]  # per argument the length of a list of tensors, None for anything else; no spans: no lists
 
 
 def define(schema: str, *, fake: Callable[..., Any], kernels: Kernels | None = None) -> Op:
@@ -76,7 +77,9 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*arguments)
-        spans = tuple(len(a) if _is_tensor_list(a) else None for a in arguments)
+        spans = tuple([len(a) if _is_tensor_list(a) else None for a in arguments])
+        if not any(spans):
+            return Eager.apply(None, *arguments)
         return Eager.apply(spans, *_flatten(arguments, spans))
 
     return call
@@ -103,7 +106,9 @@ def _is_tensor_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], torch.Tensor)
 
 
-def _flatten(values: Sequence[Any], spans: Sequence[int | None]) -> list[Any]:
+def _flatten(values: Sequence[Any], spans: Spans | None) -> Sequence[Any]:
+    if spans is None:
+        return values
     flat: list[Any] = []
     for value, span in zip(values, spans, strict=True):
         if span is None:
@@ -113,7 +118,9 @@ def _flatten(values: Sequence[Any], spans: Sequence[int | None]) -> list[Any]:
     return flat
 
 
-def _nest(flat: Sequence[Any], spans: Sequence[int | None]) -> tuple[Any, ...]:
+def _nest(flat: tuple[Any, ...], spans: Spans | None) -> tuple[Any, ...]:
+    if spans is None:
+        return flat
     nested: list[Any] = []
     position = 0
     for span in spans:
