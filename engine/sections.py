@@ -263,12 +263,17 @@ class Objectives:
     """Masked-language modelling of the caption beside its image (MLM)."""
 
     def __post_init__(self) -> None:
-        require(any(vars(self).values()), "objectives: at least one must be given")
+        require(bool(self.active), "objectives: at least one must be given")
+
+    @property
+    def active(self) -> list[str]:
+        """Names of the objectives the run has."""
+        return [name for name, options in vars(self).items() if options is not None]
 
     @property
     def batch_coupled(self) -> list[str]:
         """Names of the active objectives whose value depends on which pairs share a batch."""
-        return [name for name in ("contrastive", "matching") if getattr(self, name) is not None]
+        return [name for name in self.active if name in ("contrastive", "matching")]
 
 
 @dataclass

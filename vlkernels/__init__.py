@@ -2,6 +2,7 @@
 
 from vlkernels import ops
 from vlkernels.core import native
+from vlkernels.core.dispatch import recorded
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import SegmentMask
 from vlkernels.core.random import Rng
@@ -9,4 +10,4 @@ from vlkernels.ops import *  # noqa: F403
 
 native.load()
 
-__all__ = ["Rng", "SegmentLayout", "SegmentMask", *ops.__all__]
+__all__ = ["Rng", "SegmentLayout", "SegmentMask", "recorded", *ops.__all__]

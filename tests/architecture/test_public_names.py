@@ -9,14 +9,14 @@ import torch
 import vlkernels as vk
 
 PUBLIC = {
-    "Rng", "SegmentLayout", "SegmentMask",
+    "Rng", "SegmentLayout", "SegmentMask", "recorded",
     "pack", "unpack", "take_rows", "take_segments", "put_segments", "segment_mean",
     "layer_norm", "FusedLayerNorm", "embed_layer_norm",
     "attention", "attention_qkvpacked",
     "contrastive_loss", "hard_negatives", "linear_cross_entropy",
 }  # fmt: skip
 
-FUNCTIONS = sorted(name for name in vk.__all__ if inspect.isfunction(getattr(vk, name)))
+FUNCTIONS = sorted(name for name in vk.ops.__all__ if inspect.isfunction(getattr(vk, name)))
 SECTIONS = ("Example", "Args", "Returns", "Gradients", "Numerics", "Memory", "Errors", "Source")
 
 

@@ -1,0 +1,128 @@
+"""Pretrain a model: the table of contents of a run.
+
+    deepspeed engine/pretrain.py --config engine/recipes/quickstart.yaml [--section.key value ...]
+    python engine/pretrain.py --config engine/recipes/quickstart.yaml        (one process, no launcher)
+
+Exit codes: 0 done, or stopped by Ctrl-C and saved; 143 stopped by SIGTERM and saved; 2 a mistake in the
+configuration or the data, told in one line; 1 the run could not go on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import Config
+from engine.data import (
+    Source,
+    Tokenizer,
+    held_out_batches,
+    load_source,
+    load_tokenizer,
+    make_tokenizer,
+    training_stream,
+)
+from engine.evaluation import describe, evaluate
+from engine.models import build_model
+from engine.objectives import PretrainingModule, build_objectives
+from engine.training import zero
+from engine.training.checkpoint import Checkpoints, Progress
+from engine.training.command_line import one_line_errors, parse
+from engine.training.loop import Trainer, TrainingStopped
+from engine.training.optimizer import LearningRate, make_optimizer
+from engine.training.run_folder import CHECKPOINTS, has_checkpoint, open_run
+from engine.training.telemetry import Telemetry
+
+
+def main(argv: list[str] | None = None) -> int:
+    """One run, from its command line to its exit code."""
+    config = parse(argv)
+    with one_line_errors():
+        ranks = zero.join(config)
+        start = open_run(config, ranks)
+        source, held_out, tokenizer = open_data(config, ranks, start)
+        engine, learning_rate = build_engine(config, ranks, tokenizer.vocab_size)
+        rng = engine.module.model.rng
+        checkpoints = Checkpoints(config, ranks, Path(config.folder) / CHECKPOINTS)
+        progress = checkpoints.load(engine, rng, start / CHECKPOINTS) or Progress()
+
+    telemetry = Telemetry(config, ranks, progress.step)
+    telemetry.say(opening_line(config, ranks, engine, len(source), progress))
+    evaluation = held_out_evaluation(config, ranks, engine, held_out, tokenizer)
+    trainer = Trainer(config, ranks, engine, rng, learning_rate, checkpoints, telemetry, progress, evaluation)
+    stream = training_stream(config, source, tokenizer, ranks.rank, ranks.world, progress.samples_seen)
+    try:
+        interruption = trainer.train(stream)
+        if progress.step == config.train.total_steps:
+            results = evaluation(sheet=Path(config.folder) / "retrievals.png")
+            telemetry.finished(progress, results, describe(results))
+        else:
+            telemetry.say(f"stopped and saved at step {progress.step}; the same command goes on from there")
+        return interruption.exit_code
+    except TrainingStopped as stopped:
+        if ranks.is_main:
+            print(f"pretrain: stopped at step {progress.step}: {stopped}", file=sys.stderr)
+        return 1
+    finally:
+        telemetry.close()
+
+
+def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[Source, Source, Tokenizer]:
+    """Training and held-out records, and the tokenizer: trained on the former, or the one the run began with."""
+
+    def open_once() -> tuple[Source, Source, Tokenizer]:
+        source = load_source(config.data, "train", config.seed)
+        held_out = load_source(config.data, "held_out")
+        known = start / "tokenizer.json"
+        own = Path(config.folder) / "tokenizer.json"
+        if ranks.is_main:
+            begun = known.exists() and has_checkpoint(start)
+            (load_tokenizer(known) if begun else make_tokenizer(config, source)).save(own)
+        return source, held_out, load_tokenizer(own)
+
+    return ranks.main_first(open_once)
+
+
+def build_engine(config: Config, ranks: zero.Ranks, vocab_size: int) -> tuple[zero.Engine, LearningRate]:
+    """Model, objectives and optimizer under ZeRO; weights depend on the seed alone, other draws on the rank too."""
+    torch.manual_seed(config.seed)
+    model = build_model(config, vocab_size)
+    model.rng.state[0] = config.seed
+    optimizer = make_optimizer(config.optimizer, model.named_parameters(), ranks.device)
+    learning_rate = LearningRate(config, optimizer)
+    engine = zero.Engine(config, PretrainingModule(model, build_objectives(config.objectives)), optimizer, ranks)
+    torch.manual_seed(config.seed + 1 + ranks.rank)
+    return engine, learning_rate
+
+
+def held_out_evaluation(
+    config: Config, ranks: zero.Ranks, engine: zero.Engine, held_out: Source, tokenizer: Tokenizer
+) -> Callable[[], dict[str, Any]]:
+    """An evaluation to call on every rank: rank 0 computes, the others wait. Training goes on as if without it."""
+
+    def evaluation(sheet: Path | None = None) -> dict[str, Any]:
+        results: dict[str, Any] = {}
+        with torch.random.fork_rng(), engine.whole_module() as module:
+            if ranks.is_main:
+                batches = held_out_batches(config, held_out, tokenizer, config.evaluation.batch)
+                results = evaluate(module.model, batches, config, tokenizer=tokenizer, sheet=sheet)
+        ranks.barrier()
+        return results
+
+    return evaluation
+
+
+def opening_line(config: Config, ranks: zero.Ranks, engine: zero.Engine, records: int, progress: Progress) -> str:
+    """The run in one line."""
+    size = f"{engine.num_parameters / 1e6:.2f} M parameters"
+    steps = f"steps {progress.step}-{config.train.total_steps} of {config.train.global_batch} pairs"
+    machine = f"{config.precision}, ZeRO {config.zero.stage}, {ranks.world} x {ranks.device.type}"
+    return f"{config.folder}: {steps} from {records} records, {size}, {machine}"
+
+
+if __name__ == "__main__":
+    zero.leave(main)

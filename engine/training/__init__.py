@@ -1,0 +1,1 @@
+"""The ZeRO step, schedules, checkpoints and telemetry of a run."""

@@ -1,0 +1,162 @@
+"""Checkpoints that are either whole or ignored.
+
+A checkpoint is a folder `step_00000100`: DeepSpeed's shards, one file of random states per rank, and last a
+manifest with the size and digest of every file. `latest` is replaced in one step after that. A process killed at
+any moment leaves a folder without a manifest, or with one that does not verify, and the one before it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import Config
+from engine.training.zero import Engine, Ranks
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `samples_seen` is the position in the stream of records."""
+
+    step: int = 0
+    samples_seen: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    faults: int = 0
+    seconds: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; `save` and `load` are called on every rank."""
+
+    def __init__(self, config: Config, ranks: Ranks, folder: Path):
+        self.ranks, self.folder, self.keep = ranks, folder, config.train.keep_checkpoints
+        self.identity = identity(config, ranks.world)
+
+    def save(self, engine: Engine, rng: Any, progress: Progress) -> None:
+        """Write a checkpoint, make it the latest, drop the oldest."""
+        tag = f"step_{progress.step:08d}"
+        target = self.folder / tag
+        if self.ranks.is_main:
+            shutil.rmtree(target, ignore_errors=True)  # what a killed process left
+            target.mkdir(parents=True)
+        self.ranks.barrier()
+        engine.save(str(self.folder), tag)
+        torch.save(random_state(self.ranks, rng), target / f"rank_{self.ranks.rank}.pt")
+        self.ranks.barrier()
+        files = self._describe(target)
+        if self.ranks.is_main:
+            manifest = {"progress": asdict(progress), "identity": self.identity, "files": files}
+            write_whole(target / MANIFEST, json.dumps(manifest, indent=1))
+            write_whole(self.folder / "latest", tag)
+            for old in [path for path in self._folders() if path.name <= tag][self.keep :]:
+                shutil.rmtree(old)
+        self.ranks.barrier()
+
+    def load(self, engine: Engine, rng: Any, folder: Path | None = None) -> Progress | None:
+        """Restore the newest checkpoint that verifies, of this run or another's folder; None without any."""
+        found = self.newest(folder or self.folder)
+        if found is None:
+            return None
+        path, manifest = found
+        refuse_differences(path, manifest["identity"], self.identity)
+        engine.load(str(path.parent), path.name)
+        state = torch.load(path / f"rank_{self.ranks.rank}.pt", weights_only=True)
+        restore_random_state(state, self.ranks, rng)
+        return Progress(**manifest["progress"])
+
+    def newest(self, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint whose files are all as its manifest says."""
+        for path in self._folders(folder):
+            manifest = read_manifest(path)
+            if manifest is not None and self._describe(path) == manifest["files"]:
+                return path, manifest
+        return None
+
+    def _folders(self, folder: Path | None = None) -> list[Path]:
+        """Newest first."""
+        return sorted((folder or self.folder).glob("step_????????"), reverse=True)
+
+    def _describe(self, path: Path) -> dict[str, dict[str, Any]]:
+        """Size and digest of every file, read by the ranks together; each is on disk when this returns."""
+        files = [p for p in path.rglob("*") if p.is_file() and p.name != MANIFEST]
+        names = sorted(str(p.relative_to(path)) for p in files)
+        mine = {name: describe_file(path / name) for name in names[self.ranks.rank :: self.ranks.world]}
+        described = {name: entry for part in self.ranks.gather(mine) for name, entry in part.items()}
+        return dict(sorted(described.items()))
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, flushed to the disk first."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step: a reader, or a crash, sees the old text or the new."""
+    draft = path.with_name(path.name + ".draft")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def identity(config: Config, world: int) -> dict[str, Any]:
+    """What a checkpoint and the run that loads it must share."""
+    towers = {f"model.{name}": tower for name, tower in config.as_dict()["model"].items() if isinstance(tower, dict)}
+    shared = {
+        **{f"{path}.{name}": value for path, tower in towers.items() for name, value in tower.items()},
+        "model.projection_dim": config.model.projection_dim,
+        "objectives": config.objectives.active,
+        "optimizer.kind": config.optimizer.kind,
+        "precision": config.precision,
+        "zero.stage": config.zero.stage,
+        "the number of processes": world,
+    }
+    return json.loads(json.dumps(shared))  # tuples become lists, as in the manifest
+
+
+def refuse_differences(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """DeepSpeed loads shards only under the model, stage and world size that wrote them; say so in one line."""
+    changed = [name for name, value in current.items() if saved.get(name) != value]
+    if changed:
+        differences = "; ".join(f"{name} was {saved.get(name)} and is {current[name]}" for name in changed)
+        raise ValueError(f"cannot resume from {path}: {differences}")
+
+
+def random_state(ranks: Ranks, rng: Any) -> dict[str, Any]:
+    state = {"torch": torch.get_rng_state(), "model": rng.state_dict()}
+    if ranks.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return state
+
+
+def restore_random_state(state: dict[str, Any], ranks: Ranks, rng: Any) -> None:
+    torch.set_rng_state(state["torch"])
+    rng.load_state_dict(state["model"])
+    if ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], ranks.device)

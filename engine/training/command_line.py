@@ -1,0 +1,126 @@
+"""The command line: a recipe, dotted overrides, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+import docstring_parser
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from engine.config import Config
+from engine.sections import Contrastive, MaskedLanguage, Matching
+
+PROGRAM = "pretrain"
+OPTIONAL_SECTIONS = {
+    "objectives.contrastive": Contrastive,
+    "objectives.matching": Matching,
+    "objectives.masked_language": MaskedLanguage,
+}
+
+UNKNOWN_OPTION = (
+    r"unrecognized arguments: --([\w.-]+)",
+    r"Parser key \"([\w.]+)\".*unknown option ([\w.]+)",  # from the parser of an inner section
+    r"Option '([\w.]+)' is not accepted",
+    r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+)
+"""How jsonargparse says that it does not know an option."""
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The configuration of a run. --help, --print_config and mistakes end the process."""
+    with one_line_errors():
+        arguments = drop_launcher_arguments(sys.argv[1:] if argv is None else argv)
+        parser = make_parser()
+        values = parser.parse_args(arguments)
+        printed = values.pop("print_config")
+        values.pop("config")
+        config = Config(**vars(parser.instantiate(values)))
+    if printed:
+        if is_main():
+            print(config.to_yaml(), end="")
+        sys.exit(0)
+    return config
+
+
+def is_main() -> bool:
+    """Every rank parses; one of them speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A mistake of the user ends the process with one line on stderr and code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if is_main():
+            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def drop_launcher_arguments(argv: list[str]) -> list[str]:
+    """Leave out what DeepSpeed's launcher adds; refuse a second source of the DeepSpeed configuration."""
+    kept, rest = [], iter(argv)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name in ("--deepspeed_config", "--deepspeed-config"):
+            raise ValueError(f"{name} is not taken: the recipe alone configures DeepSpeed")
+        if name in ("--local_rank", "--local-rank"):
+            if not value:
+                next(rest, None)
+        elif name != "--deepspeed":
+            kept.append(argument)
+    return kept
+
+
+class Parser(ArgumentParser):
+    """Errors are ValueErrors of one line, with the option that was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        options = [option.lstrip("-") for option in self._option_string_actions]
+        options += [f"{path}.{name}" for path, section in OPTIONAL_SECTIONS.items() for name in vars(section())]
+        raise ValueError(explain(message, options))
+
+
+def make_parser() -> Parser:
+    """Every option from the dataclasses and their docstrings."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(
+        prog=f"deepspeed engine/{PROGRAM}.py",
+        description="Pretrain a vision-language model as a recipe describes it.",
+        epilog=describe_optional_sections(),
+        default_meta=False,
+        print_config=None,
+    )
+    parser.add_argument("--config", action="config", help="Recipe (yaml); options after it override it.")
+    parser.add_argument("--print_config", action="store_true", help="Print the resolved run as a recipe and exit.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def describe_optional_sections() -> str:
+    """jsonargparse lists no options of a section that may be null; this does."""
+    lines = []
+    for path, section in OPTIONAL_SECTIONS.items():
+        for option in docstring_parser.parse_from_object(section).params:
+            default = getattr(section(), option.arg_name)
+            lines.append(f"--{path}.{option.arg_name}: {' '.join(option.description.split())} (default: {default})")
+    return "Options inside the objectives: " + "; ".join(lines)
+
+
+def explain(message: str, options: list[str]) -> str:
+    """One line out of jsonargparse's message."""
+    text = " ".join(message.split())
+    unknown = next(filter(None, (re.search(pattern, text) for pattern in UNKNOWN_OPTION)), None)
+    if unknown:
+        name = ".".join(part for part in unknown.groups() if part)
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+        return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
+    text = re.sub(r"a <class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
+    return re.sub(r"^Parser key \"([\w.]+)\": Expected", r"\1: expected", text)

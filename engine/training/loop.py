@@ -1,0 +1,143 @@
+"""The training loop: one window of micro-batches after another, with logs, checkpoints and evaluations between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+import vlkernels as vk
+
+from engine.config import Config
+from engine.data import Batch, DataError
+from engine.training.checkpoint import Checkpoints, Progress
+from engine.training.interruption import Interruption
+from engine.training.optimizer import LearningRate
+from engine.training.step import Agreement, Meter, agree, run_window
+from engine.training.telemetry import Telemetry
+from engine.training.zero import Engine, Ranks
+
+MAX_SKIPPED_IN_A_ROW = 20  # fp16 begins with a scale that is too large and halves it at every skipped step
+
+
+class TrainingStopped(RuntimeError):
+    """One clear line why a run cannot go on."""
+
+
+def next_window(stream: Iterator[list[Batch]]) -> tuple[list[Batch], str | None]:
+    """The next window, or none and the reason."""
+    try:
+        return next(stream), None
+    except DataError as error:
+        return [], str(error)
+
+
+class Trainer:
+    """Takes a run from `progress` to its last step."""
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        engine: Engine,
+        rng: vk.Rng,
+        learning_rate: LearningRate,
+        checkpoints: Checkpoints,
+        telemetry: Telemetry,
+        progress: Progress,
+        evaluate: Callable[[], dict[str, Any]],
+    ):
+        self.config, self.ranks, self.engine, self.rng = config, ranks, engine, rng
+        self.learning_rate, self.checkpoints, self.telemetry = learning_rate, checkpoints, telemetry
+        self.progress, self.evaluate = progress, evaluate
+        self.total_steps = config.train.total_steps
+        self.meter = Meter()
+
+    def train(self, stream: Iterator[list[Batch]]) -> Interruption:
+        """Run until the last step or a signal; either way the last state is saved."""
+        self.saved_step = first_step = self.progress.step
+        with Interruption() as interruption:
+            while self.progress.step < self.total_steps:
+                started = time.perf_counter()
+                window, failure = next_window(stream)
+                agreement = agree(window, self.ranks, interruption.requested)
+                if agreement.failed:
+                    self.stop_for_data(failure)
+                if agreement.stop:
+                    break
+                with vk.recorded() if self.progress.step == first_step else nullcontext() as served:
+                    self.take_step(window, agreement, started)
+                if served:
+                    self.telemetry.started(self.progress.step, self.ranks.world, served)
+                self.look_after_step(window, agreement)
+            self.save()
+        return interruption
+
+    def take_step(self, window: list[Batch], agreement: Agreement, started: float) -> None:
+        """One optimizer step."""
+        progress, pairs = self.progress, self.config.train.global_batch
+        self.lr = self.learning_rate.set(progress.step)
+        result = run_window(self.engine, window, agreement.counts, self.ranks, self.rng)
+        seconds = time.perf_counter() - started
+        self.meter.add(result, pairs, seconds)
+        progress.step += 1
+        progress.samples_seen += pairs
+        progress.seconds += seconds
+        progress.skipped += not result.applied
+        progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+
+    def look_after_step(self, window: list[Batch], agreement: Agreement) -> None:
+        """Report what went wrong; log, save and evaluate when it is time."""
+        progress, train = self.progress, self.config.train
+        if agreement.num_faults:
+            self.report_faults(window)
+        if progress.skipped_in_a_row:
+            self.report_skip()
+        if progress.step % train.log_every == 0 or progress.step == self.total_steps:
+            self.log()
+        if train.save_every and progress.step % train.save_every == 0:
+            self.save()
+        if train.evaluate_every and progress.step % train.evaluate_every == 0 and progress.step < self.total_steps:
+            self.telemetry.evaluated(progress.step, self.evaluate())
+
+    def stop_for_data(self, failure: str | None) -> NoReturn:
+        """Save, and end the run on every rank with the line of the rank whose data failed."""
+        self.save()
+        raise TrainingStopped(next(line for line in self.ranks.gather(failure) if line is not None))
+
+    def report_faults(self, window: list[Batch]) -> None:
+        """Name the broken records of every rank that met some."""
+        faults = [fault for part in self.ranks.gather([f for b in window for f in b.faults]) for fault in part]
+        self.progress.faults += len(faults)
+        self.telemetry.warn(self.progress.step, "broken record", faults)
+
+    def report_skip(self) -> None:
+        """Count a step whose gradient was not finite; too many in a row mean that the run has diverged."""
+        in_a_row = self.progress.skipped_in_a_row
+        self.telemetry.warn(
+            self.progress.step, "skipped step", [f"the gradient is not finite ({in_a_row} in a row): weights kept"]
+        )
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingStopped(
+                f"the gradient was not finite in {in_a_row} steps in a row, up to step {self.progress.step}: "
+                f"lower optimizer.lr = {self.config.optimizer.lr} or look at the data"
+            )
+
+    def log(self) -> None:
+        row = {
+            "samples_seen": self.progress.samples_seen,
+            **self.meter.means(self.ranks),
+            "lr": self.lr,
+            "grad_norm": self.engine.gradient_norm,
+            **self.meter.speeds(self.ranks),
+            "skipped": self.progress.skipped,
+        }
+        self.telemetry.log(self.progress.step, row)
+        self.meter = Meter()
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one."""
+        if self.saved_step < self.progress.step:
+            self.checkpoints.save(self.engine, self.rng, self.progress)
+            self.saved_step = self.progress.step

@@ -1,0 +1,105 @@
+"""One optimizer step: a window of micro-batches, normalised over all ranks before its first backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.training.zero import Engine, Ranks
+
+
+MAX_COUNTS = 8
+
+
+@dataclass
+class Agreement:
+    """What all ranks know about a window before it runs."""
+
+    stop: bool
+    failed: bool
+    num_faults: int
+    counts: dict[str, int]
+
+
+def agree(window: list[Any], ranks: Ranks, stop: bool) -> Agreement:
+    """Sum over the ranks in one exchange of host integers. A rank whose data failed brings an empty window."""
+    names = sorted(window[0].counts) if window else []
+    assert len(names) <= MAX_COUNTS, f"at most {MAX_COUNTS} counts per batch, got {names}"
+    counts = [sum(batch.counts[name] for batch in window) for name in names]
+    faults = sum(len(batch.faults) for batch in window)
+    padding = [0] * (MAX_COUNTS - len(names))
+    stops, failures, num_faults, *totals = ranks.sum_integers([stop, not window, faults, *counts, *padding])
+    return Agreement(stops > 0, failures > 0, num_faults, dict(zip(names, totals)))
+
+
+def normalizers(counts: dict[str, int], parts: int, device: torch.device) -> dict[str, Tensor]:
+    """Factors that make the mean of `parts` local sums (ranks x micro-steps) the mean over all counted."""
+    return {
+        name: torch.full((), parts / count if count else 0.0, dtype=torch.float32, device=device)
+        for name, count in counts.items()
+    }
+
+
+@dataclass
+class StepResult:
+    """Device tensors, so that a step waits for nothing but the update itself."""
+
+    applied: bool
+    values: dict[str, Tensor]
+    tokens: int
+
+
+def run_window(engine: Engine, window: list[Any], counts: dict[str, int], ranks: Ranks, rng: Any) -> StepResult:
+    """Forward and backward of every micro-batch, then the update.
+
+    `rng` advances once: sample ids count through the whole window, so draws do not depend on how it is cut.
+    """
+    factors = normalizers(counts, ranks.world * len(window), ranks.device)
+    values: dict[str, Tensor] = {}
+    applied = True
+    for batch in window:
+        batch = batch.to(ranks.device, non_blocking=True)
+        batch.normalizers = factors
+        loss, losses, report = engine(batch)
+        engine.backward(loss)
+        applied = engine.step()
+        for name, value in {"loss": loss, **losses, **report}.items():
+            values[name] = values.get(name, 0) + value.detach().float() / len(window)
+    rng.advance()
+    tokens = sum(batch.image_layout.num_tokens + batch.text_layout.num_tokens for batch in window)
+    return StepResult(applied, values, tokens)
+
+
+@dataclass
+class Meter:
+    """Means since the last line of the log; steps that were skipped do not count."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    applied: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, result: StepResult, pairs: int, seconds: float) -> None:
+        self.pairs += pairs
+        self.tokens += result.tokens
+        self.seconds += seconds
+        if result.applied:
+            self.applied += 1
+            for name, value in result.values.items():
+                self.sums[name] = self.sums.get(name, 0) + value
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Means over the steps and the ranks; on every rank."""
+        if not self.sums:
+            return {}
+        stacked = torch.stack([value / self.applied for value in self.sums.values()])
+        return dict(zip(self.sums, ranks.mean(stacked).tolist(), strict=True))
+
+    def speeds(self, ranks: Ranks) -> dict[str, float]:
+        """`pairs` are those of all ranks, tokens are counted here and taken as equal on the others."""
+        seconds = max(self.seconds, 1e-9)
+        return {"samples_per_s": self.pairs / seconds, "tokens_per_s": self.tokens * ranks.world / seconds}
