@@ -57,7 +57,7 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, spans: tuple[int | None, ...], *flat: Any) -> Any:
+        def forward(ctx: Any, spans: Spans | None, *flat: Any) -> Any:
             arguments = _nest(flat, spans)
             with torch._C._AutoDispatchBelowAutograd():
                 output = op(*arguments)
@@ -69,7 +69,8 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            nested = backward(_NestedContext(ctx), *((list(grads),) if ctx.returns_list else grads))
+            with torch._C._AutoDispatchBelowAutograd():
+                nested = backward(_NestedContext(ctx), *((list(grads),) if ctx.returns_list else grads))
             return (None, *_flatten(nested if isinstance(nested, tuple) else (nested,), ctx.spans))
 
     Eager.__name__ = f"{op.name().partition('::')[2].partition('.')[0]}_eager"
