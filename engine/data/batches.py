@@ -142,7 +142,9 @@ class MicroBatches(Dataset):
             if record is not None:
                 return self.maker(record, epoch, index)
             epoch, index = self.plan.replacement(position, attempt)
-        raise DataError(f"{_MAX_REPLACEMENTS} records drawn for stream position {position} are all broken; the last: {faults[-1]}")
+        raise DataError(
+            f"{_MAX_REPLACEMENTS} records drawn for stream position {position} are all broken; the last is {faults[-1]}"
+        )
 
 
 def _read(source: Source, index: int, faults: list[str]) -> Record | None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -71,8 +72,7 @@ class ImageTransform:
         std = np.asarray(self.std, dtype=np.float32)
         scaled = pixels * (1 / (255 * std)) - np.asarray(self.mean, dtype=np.float32) / std
         grid = scaled.reshape(rows, self.patch, columns, self.patch, 3).transpose(0, 2, 4, 1, 3)
-        positions = np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T
-        return grid.reshape(rows * columns, -1), positions
+        return grid.reshape(rows * columns, -1), _grid_positions(rows, columns)
 
 
 def _resample(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
@@ -84,6 +84,12 @@ def _resample(image: Image.Image, size: tuple[int, int], box: tuple[float, float
 def _translate(pixels: np.ndarray, reach: int, random: np.random.Generator) -> np.ndarray:
     shifts = random.integers(-reach, reach + 1, size=2)
     rows, columns = (
-        np.clip(np.arange(side) + shift, 0, side - 1) for side, shift in zip(pixels.shape[:2], shifts, strict=True)
+        np.minimum(np.maximum(np.arange(shift, shift + side), 0), side - 1)
+        for side, shift in zip(pixels.shape[:2], shifts, strict=True)
     )
-    return pixels[rows[:, None], columns]
+    return pixels.take(rows, axis=0).take(columns, axis=1)
+
+
+@lru_cache
+def _grid_positions(rows: int, columns: int) -> np.ndarray:
+    return np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T

@@ -100,6 +100,8 @@ def decode_image(key: str, data: bytes, max_pixels: int) -> Image.Image:
         return _over_white(image)
     except RecordFault:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, also checked in the header
+        raise RecordFault(key, f"{error} (the limit is {max_pixels})") from None
     except Exception as error:  # Pillow's decoders raise many types on broken files
         raise RecordFault(key, f"image cannot be decoded ({type(error).__name__}: {error})") from None
 
@@ -135,9 +137,7 @@ def clean_captions(key: str, value: Any) -> tuple[list[str], tuple[str, ...]]:
     if not all(isinstance(text, str) for text in texts):
         raise RecordFault(key, "caption must be a string or a list of strings")
     notes = tuple(
-        f"caption of {len(text)} characters cut to {MAX_CAPTION_CHARACTERS}"
-        for text in texts
-        if len(text) > MAX_CAPTION_CHARACTERS
+        f"caption cut to its first {MAX_CAPTION_CHARACTERS} characters" for text in texts if len(text) > MAX_CAPTION_CHARACTERS
     )
     captions = [" ".join(text[:MAX_CAPTION_CHARACTERS].split()) for text in texts]
     captions = [caption for caption in captions if caption]

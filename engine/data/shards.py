@@ -48,6 +48,8 @@ def expand_pattern(pattern: str) -> list[Path]:
     paths: list[Path] = []
     for name in names:
         paths += [Path(found) for found in sorted(glob.glob(name))] if glob.has_magic(name) else [Path(name)]
+    if not paths:
+        raise DataError(f"{pattern} names no shard")
     return paths
 
 

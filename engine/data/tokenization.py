@@ -52,7 +52,12 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     if not Path(path).is_file():
         raise ValueError(f"tokenizer file {path} does not exist")
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    try:
+        return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises plain exceptions
+        raise ValueError(f"tokenizer file {path} cannot be read ({error})") from None
 
 
 def train_tokenizer(captions: Iterable[str], kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:

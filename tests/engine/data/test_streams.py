@@ -1,0 +1,154 @@
+"""Streams of batches: the same pairs with the same choices whatever workers, ranks, accumulation and restarts."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from engine.data import held_out_batches, load_source, make_tokenizer, training_stream
+from engine.data.batches import collate
+from engine.data.samples import Sample
+
+
+@pytest.fixture
+def run(workshop):
+    """run(steps, position, world, accumulation, workers) -> the pairs of each step, in the global order."""
+    pattern = workshop.good_shards(records=50)
+
+    def pairs(steps, position=0, world=1, accumulation=1, workers=0):
+        config = workshop.config(
+            pattern, batch=24, accumulation=accumulation, workers=workers, random_crop="translate", flip=True
+        )
+        source = load_source(config.data, "train")
+        tokenizer = make_tokenizer(config, source)
+        streams = [training_stream(config, source, tokenizer, rank, world, position) for rank in range(world)]
+        found = []
+        for windows in islice(zip(*streams, strict=True), steps):
+            assert all(len(window) == accumulation for window in windows)
+            batches = [window[micro_step] for micro_step in range(accumulation) for window in windows]
+            found.append([pair for batch in batches for pair in pairs_of(batch)])
+        return found
+
+    return pairs
+
+
+def pairs_of(batch):
+    """Everything about each pair of a batch, without its padding."""
+    selected = set(batch.mlm_rows.tolist())
+    for row in range(len(batch.labels)):
+        tokens, patches = int(batch.text_layout.lengths[row, 0]), int(batch.image_layout.lengths[row, 0])
+        start = int(batch.text_layout.starts[row, 0])
+        assert not batch.text_ids[row, tokens:].any() and not batch.patches[row, patches:].any()
+        yield (
+            int(batch.sample_ids[row]),
+            int(batch.labels[row]),
+            batch.patches[row, :patches].numpy().tobytes(),
+            tuple(batch.text_ids[row, :tokens].tolist()),
+            tuple(batch.masked_ids[row, :tokens].tolist()),
+            tuple(place for place in range(tokens) if start + place in selected),
+        )
+
+
+@pytest.mark.parametrize("world, accumulation, workers", [(1, 1, 2), (2, 1, 0), (3, 2, 0), (1, 4, 0), (2, 3, 1)])
+def test_workers_ranks_and_accumulation_do_not_change_the_pairs(run, world, accumulation, workers):
+    plain = run(5)
+    assert run(5, world=world, accumulation=accumulation, workers=workers) == plain
+    assert [pair[0] for pair in plain[0]] == list(range(24))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_resuming_anywhere_continues_the_same_stream(run, step):
+    """Steps of 24 over 50 records: epochs end inside of steps."""
+    assert run(4, position=24 * step, world=2) == run(step + 4)[step:]
+
+
+def test_choices_change_from_epoch_to_epoch(run):
+    found = [pair for step in run(25) for pair in step]
+    first = {pair[1]: pair for pair in found[:50]}
+    later = {pair[1]: pair for pair in found[550:600]}
+    assert first.keys() == later.keys() and len(first) == 50
+    assert sum(first[label][2] != later[label][2] for label in first) > 40
+    assert sum(first[label][5] != later[label][5] for label in first) > 25
+
+
+def test_starting_workers_draws_nothing_from_the_global_generator(run):
+    before = torch.get_rng_state()
+    run(1, workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_masked_rows_point_into_the_packed_stream(workshop):
+    config = workshop.config(workshop.good_shards())
+    source = load_source(config.data, "train")
+    (batch,) = next(training_stream(config, source, make_tokenizer(config, source), 0, 1, 0))
+    lengths = batch.text_layout.lengths[:, 0].tolist()
+    packed = torch.cat([ids[:length] for ids, length in zip(batch.text_ids, lengths, strict=True)])
+    corrupted = torch.cat([ids[:length] for ids, length in zip(batch.masked_ids, lengths, strict=True)])
+    assert torch.equal(packed[batch.mlm_rows], batch.mlm_targets)
+    untouched = torch.ones(len(packed), dtype=torch.bool)
+    untouched[batch.mlm_rows] = False
+    assert torch.equal(packed[untouched], corrupted[untouched])
+    assert batch.counts == {"pairs": 8, "mlm_tokens": len(batch.mlm_rows)} and len(batch.mlm_rows) >= 8
+    assert batch.text_layout.num_tokens == len(packed)
+
+
+def test_pictures_of_different_sizes_share_a_batch():
+    def sample(patches):
+        ids = np.arange(3)
+        positions = np.indices((1, patches), dtype=np.int32).reshape(2, -1).T
+        return Sample(np.ones((patches, 192), np.float32), positions, ids, ids, ids[:0], identity=1)
+
+    batch = collate([sample(4), sample(8)], [5, 9])
+    assert batch.patches.shape == (2, 8, 192) and batch.patches[0, 4:].abs().sum() == 0
+    assert batch.image_layout.lengths.tolist() == [[4], [8]]
+    assert batch.image_layout.sample_ids.tolist() == batch.text_layout.sample_ids.tolist() == [5, 9]
+    assert batch.patch_positions[1, -1].tolist() == [0, 7]
+    assert batch.counts == {"pairs": 2, "mlm_tokens": 0}
+    moved = batch.to("meta")
+    assert moved.patches.device.type == moved.text_layout.starts.device.type == "meta" and moved.counts == batch.counts
+
+
+def test_several_captions_take_turns_in_training_and_the_first_is_evaluated(workshop):
+    content = b'{"captions": ["one", "two", "three"]}'
+    members = [(f"{number}.{part}", data) for number in range(4) for part, data in (("png", workshop.image(number)), ("json", content))]
+    config = workshop.config(str(workshop.shard("s.tar", members)))
+    source = load_source(config.data, "train")
+    tokenizer = make_tokenizer(config, source)
+    stream = training_stream(config, source, tokenizer, 0, 1, 0)
+    counts = np.bincount([ids[1] for _ in range(75) for ids in next(stream)[0].text_ids.tolist()])
+    assert sorted(counts[counts > 0]) == pytest.approx([200, 200, 200], abs=60)
+    evaluated = [ids for batch in held_out_batches(config, source, tokenizer, 3) for ids in batch.text_ids.tolist()]
+    assert [tokenizer.decode(ids[1:2]) for ids in evaluated] == ["one"] * 4
+
+
+def test_held_out_batches_repeat_in_order_whatever_the_seed_and_batch(workshop):
+    config = workshop.config(workshop.good_shards(), random_crop="translate", flip=True)
+    source = load_source(config.data, "held_out")
+    tokenizer = make_tokenizer(config, source)
+
+    def evaluated(batch):
+        return [pair[1:] for item in held_out_batches(config, source, tokenizer, batch) for pair in pairs_of(item)]
+
+    whole = evaluated(50)
+    config.seed = 5
+    assert evaluated(7) == whole and [pair[0] for pair in whole] == [source[index].identity for index in range(50)]
+
+
+def test_without_masked_language_nothing_is_masked(workshop):
+    config = workshop.config(workshop.good_shards())
+    config.objectives.masked_language = None
+    source = load_source(config.data, "train")
+    (batch,) = next(training_stream(config, source, make_tokenizer(config, source), 0, 1, 0))
+    assert torch.equal(batch.masked_ids, batch.text_ids) and batch.counts["mlm_tokens"] == len(batch.mlm_rows) == 0
+
+
+def test_permuted_captions_are_a_permutation_that_leaves_the_images(workshop):
+    data = workshop.config(workshop.good_shards()).data
+    plain = load_source(data, "train")
+    data.permute_captions = True
+    permuted, held_out = load_source(data, "train"), load_source(data, "held_out")
+    own, other = ([source[index].captions[0] for index in range(50)] for source in (plain, permuted))
+    assert sorted(own) == sorted(other) and sum(a == b for a, b in zip(own, other, strict=True)) < 6
+    assert [plain[i].identity for i in range(50)] == [permuted[i].identity for i in range(50)]
+    assert [held_out.captions(i)[0] for i in range(50)] == own
+    assert [load_source(data, "train", seed=1).captions(i)[0] for i in range(50)] != other

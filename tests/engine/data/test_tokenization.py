@@ -1,0 +1,89 @@
+"""Tokenizers: three kinds, the same for the same captions, saved and loaded, special tokens in their places."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from engine.data import load_tokenizer, train_tokenizer
+from engine.data.glyphs import caption_of
+from engine.data.tokenization import SPECIAL_TOKENS
+
+KINDS = ("wordpiece", "bpe", "unigram")
+CAPTIONS = [caption_of(code_point) for code_point in range(0x20, 0x600) if caption_of(code_point)]
+SENTENCE = "latin small letter u with double acute"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_come_first_and_frame_every_caption(kind):
+    tokenizer = train_tokenizer(CAPTIONS, kind, 400, lowercase=True)
+    assert [tokenizer.model.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert 300 < tokenizer.vocab_size <= 400
+    assert tokenizer.ordinary_ids.tolist() == list(range(5, tokenizer.vocab_size))
+    ids, words = tokenizer.encode(SENTENCE.title(), 64)
+    assert (ids[0], ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id) and (words[0], words[-1]) == (-1, -1)
+    assert tokenizer.decode(ids).strip() == SENTENCE
+    assert sorted(set(words[1:-1])) == list(range(7)) and (np.diff(words[1:-1]) >= 0).all()
+
+
+def test_training_is_repeatable_in_any_order_and_any_process():
+    shuffled = random.Random(0).sample(CAPTIONS, len(CAPTIONS))
+
+    def models(captions):
+        return [train_tokenizer(captions, kind, 400, True).model.to_str() for kind in KINDS]
+
+    script = (
+        "import sys, json; from engine.data import train_tokenizer; captions = json.load(sys.stdin)\n"
+        f"print(json.dumps([train_tokenizer(captions, kind, 400, True).model.to_str() for kind in {KINDS!r}]))"
+    )
+    other = subprocess.run([sys.executable, "-c", script], input=json.dumps(shuffled), capture_output=True, text=True)
+    assert models(CAPTIONS) == models(shuffled) == json.loads(other.stdout), other.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_tokenizer_loads_the_same(kind, tmp_path):
+    tokenizer = train_tokenizer(CAPTIONS, kind, 400, True)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    for caption in CAPTIONS[::20]:
+        assert all(np.array_equal(a, b) for a, b in zip(tokenizer.encode(caption, 64), loaded.encode(caption, 64), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captions_are_cut_and_unknown_characters_survive(kind):
+    tokenizer = train_tokenizer(CAPTIONS, kind, 400, True)
+    ids, words = tokenizer.encode(" ".join([SENTENCE] * 50), 16)
+    assert len(ids) == len(words) == 16 and ids[-1] == tokenizer.sep_id
+    ids, _ = tokenizer.encode("\U0001f600 \u4e00", 16)
+    assert len(ids) > 2 and (ids >= 0).all()
+    assert len(tokenizer.encode("x" * 8192, 16)[0]) <= 16
+
+
+def test_case_is_kept_on_request():
+    tokenizer = train_tokenizer(["Alpha beta", "alpha Beta"], "wordpiece", 100, lowercase=False)
+    assert not np.array_equal(tokenizer.encode("Alpha", 9)[0], tokenizer.encode("alpha", 9)[0])
+
+
+def test_a_large_alphabet_leaves_room_for_pieces():
+    captions = [chr(0x4E00 + number) for number in range(500)] + ["word another longest"] * 1000
+    tokenizer = train_tokenizer(captions, "wordpiece", 100, True)
+    assert tokenizer.vocab_size <= 100
+    assert len(tokenizer.encode("word another", 9)[0]) == 4
+
+
+def test_mistakes_are_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer kind must be wordpiece, bpe, unigram, got 'words'"):
+        train_tokenizer(CAPTIONS, "words", 400, True)
+    with pytest.raises(ValueError, match="tokenizer file .*none.json does not exist"):
+        load_tokenizer(tmp_path / "none.json")
+    content = json.loads(train_tokenizer(CAPTIONS, "bpe", 400, True).model.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[MASK]"]
+    del content["model"]["vocab"]["[MASK]"]
+    (tmp_path / "lacking.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"it lacks \[MASK\]"):
+        load_tokenizer(tmp_path / "lacking.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="broken.json cannot be read"):
+        load_tokenizer(tmp_path / "broken.json")
