@@ -7,10 +7,10 @@ from itertools import count, islice
 
 import numpy as np
 import torch
-import vlkernels as vk
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import vlkernels as vk
 from engine.config import Config
 from engine.data.plan import BatchPlan
 from engine.data.records import DataError, Record, RecordFault, Source
@@ -25,7 +25,7 @@ _PREFETCHED = 4  # micro-batches that every worker prepares ahead
 class Batch:
     """B image-text pairs of one micro-step of one rank.
 
-    Patches are flattened in (channel, row, column) order, so a Conv2d weight [D, 3, p, p] is a linear map of them.
+    Patches are flattened in (channel, row, column) order, as the weight [D, 3, p, p] of a Conv2d is.
     Layouts carry `sample_ids`, so what `vk.Rng` draws for a pair does not depend on ranks and accumulation.
     """
 
@@ -64,7 +64,11 @@ class Batch:
 
     def _moved(self, move) -> "Batch":
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        moved = {name: move(value) for name, value in values.items() if isinstance(value, (Tensor, vk.SegmentLayout))}
+        moved = {
+            name: move(value)
+            for name, value in values.items()
+            if isinstance(value, (Tensor, vk.SegmentLayout))
+        }
         return dataclasses.replace(self, **moved)
 
 
@@ -143,7 +147,8 @@ class MicroBatches(Dataset):
                 return self.maker(record, epoch, index)
             epoch, index = self.plan.replacement(position, attempt)
         raise DataError(
-            f"{_MAX_REPLACEMENTS} records drawn for stream position {position} are all broken; the last is {faults[-1]}"
+            f"{_MAX_REPLACEMENTS} records drawn for stream position {position} are all broken; "
+            f"the last is {faults[-1]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The built-in sets as tar shards in the layout of img2dataset, written once into the cache, always the same bytes."""
+"""The built-in sets as img2dataset tar shards, written once into the cache, always the same bytes."""
 
 import hashlib
 import io
@@ -77,7 +77,7 @@ def _alone(glyph: Glyph) -> Item:
 
 
 def _write_set(folder: Path, items: Iterator[Item]) -> None:
-    """All shards into a new folder that then takes its name; of several processes the first to finish wins."""
+    """Writes a folder that takes its name when complete; of several processes the first to finish wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-unfinished-"))
     try:

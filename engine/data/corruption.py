@@ -1,4 +1,4 @@
-"""Masked-language corruption: 15 % of the tokens; of these 80 % become [MASK], 10 % another token, 10 % stay."""
+"""Masked-language corruption: of the selected tokens 80 % become [MASK], 10 % another token, 10 % stay."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def corrupt(
     whole_word: bool,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(corrupted ids, selected positions). Words < 0 mark special tokens; at least one other token is selected."""
+    """(corrupted ids, selected positions). Words below 0 are special tokens; one other is always selected."""
     candidates = np.flatnonzero(words >= 0)
     if candidates.size == 0:
         return ids.copy(), candidates
@@ -30,7 +30,7 @@ def corrupt(
 
 
 def _select(units: np.ndarray, probability: float, random: np.random.Generator) -> np.ndarray:
-    """Which candidates are taken, drawn once per distinct unit (a token, or a word); one unit is taken if none was."""
+    """Which candidates are taken, drawn per distinct unit (a token, or a word); one unit if none was."""
     distinct, unit_of = np.unique(units, return_inverse=True)
     taken = random.random(distinct.size) < probability
     if not taken.any():

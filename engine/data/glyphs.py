@@ -1,4 +1,4 @@
-"""Pictures with names that every machine has: the glyphs of matplotlib's DejaVu Sans and their Unicode names."""
+"""Pictures with names: the glyphs of matplotlib's DejaVu Sans and their Unicode names."""
 
 import os
 import re
@@ -74,7 +74,9 @@ def glyphs() -> tuple[Glyph, ...]:
 
 def _render(character: str) -> Image.Image:
     picture = Image.new("L", (CELL, CELL), 255)
-    ImageDraw.Draw(picture).text((CELL / 2, CELL / 2), character, font=_fitting_font(character), fill=0, anchor="mm")
+    ImageDraw.Draw(picture).text(
+        (CELL / 2, CELL / 2), character, font=_fitting_font(character), fill=0, anchor="mm"
+    )
     return picture
 
 
@@ -97,11 +99,14 @@ def emoji_font() -> Path:
     for folder in _EMOJI_FOLDERS:
         for path in sorted(Path(os.path.expanduser(folder)).rglob(_EMOJI_FONT)):
             return path
-    raise DataError(f'data source "builtin-emoji" needs the font {_EMOJI_FONT}; none lies under {", ".join(_EMOJI_FOLDERS)}')
+    raise DataError(
+        f'data source "builtin-emoji" needs the font {_EMOJI_FONT}; '
+        f"none lies under {', '.join(_EMOJI_FOLDERS)}"
+    )
 
 
 def emoji() -> Iterator[Glyph]:
-    """The single-character emoji of the Noto colour font, names as for glyphs, equal pictures merged by the first."""
+    """The single-character emoji of the Noto colour font; of equal pictures the first."""
     path = emoji_font()
     font = ImageFont.truetype(str(path), _EMOJI_SIZE, layout_engine=ImageFont.Layout.BASIC)
     seen: set[bytes] = set()

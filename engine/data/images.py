@@ -12,12 +12,13 @@ _ASPECT_RANGE = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """PIL image -> (patches [P, 3 * patch * patch] float32 in (channel, row, column) order, grid positions [P, 2] int32).
+    """PIL image -> (patches [P, 3 * patch * patch] float32, their rows and columns in the grid [P, 2] int32).
 
-    resize: "squash" (both sides `size`), "shorter" (the shorter side, then a centre square), "fit" (the shorter side;
-    the aspect ratio is kept, sides rounded to whole patches, at most `max_grid` of them).
-    random_crop: "none", "resized" (a random area, resized to a square), "translate" (moved by up to size // 16 pixels,
-    edges repeated). Random choices are made only when a generator is given.
+    A patch is flattened in (channel, row, column) order.
+    resize: "squash" (both sides `size`), "shorter" (the shorter side, then a centre square), "fit" (the
+    shorter side; the aspect ratio is kept, sides rounded to whole patches, at most `max_grid` of them).
+    random_crop: "none", "resized" (a random area, resized to a square), "translate" (moved by up to
+    size // 16 pixels, edges repeated). Random choices are made only when a generator is given.
     """
 
     size: int
@@ -30,7 +31,9 @@ class ImageTransform:
     random_crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = False
 
-    def __call__(self, image: Image.Image, random: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, image: Image.Image, random: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         if random is not None and self.random_crop == "resized":
             pixels = np.asarray(self._crop_resized(image, random))
         else:
@@ -75,7 +78,9 @@ class ImageTransform:
         return grid.reshape(rows * columns, -1), _grid_positions(rows, columns)
 
 
-def _resample(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+def _resample(
+    image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> Image.Image:
     if size == image.size and box == (0, 0, *image.size):
         return image
     return image.resize(size, Image.Resampling.BICUBIC, box=box)

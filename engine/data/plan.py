@@ -1,4 +1,7 @@
-"""The order of a run and its random choices: pure functions of (seed, epoch, record), so the data position is one integer."""
+"""The order of a run and its random choices: pure functions of (seed, epoch, record).
+
+So the data position of a run is one integer.
+"""
 
 from enum import IntEnum
 
@@ -9,7 +12,7 @@ _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  #
 
 
 class Purpose(IntEnum):
-    """What a random choice is for; each has a stream of its own. The numbers are part of every run's result."""
+    """What a random choice is for; each has its own stream. The numbers are part of every run's result."""
 
     ORDER = 0
     CAPTION = 1
@@ -21,12 +24,12 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, epoch: int, record: int, purpose: Purpose) -> np.random.Generator:
-    """The Philox generator of one choice. Draws advance the counter's low word, so no two of them ever overlap."""
+    """The Philox generator of one choice. Draws advance the counter's low word, so no two overlap."""
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, record]))
 
 
 class Permutation:
-    """A bijection of 0 .. size-1 that is evaluated where it is asked for: a Feistel network with cycle walking."""
+    """A bijection of 0 .. size-1, evaluated where it is asked for: a Feistel network with cycle walking."""
 
     def __init__(self, size: int, seed: int, epoch: int, purpose: Purpose) -> None:
         self.size = size
@@ -36,7 +39,7 @@ class Permutation:
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         values = self._network(np.asarray(indices, dtype=np.uint64))
-        # the network permutes a power of four; following a cycle from inside 0 .. size-1 must come back inside
+        # the network permutes a power of four; a cycle that starts inside 0 .. size-1 comes back inside
         while (outside := values >= self.size).any():
             values[outside] = self._network(values[outside])
         return values.astype(np.int64)

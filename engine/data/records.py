@@ -1,4 +1,4 @@
-"""Records, and what becomes of broken ones: every fault is named and counted, nothing in a record is executed."""
+"""Records, and what becomes of broken ones: every fault is named and counted, nothing is executed."""
 
 import codecs
 import hashlib
@@ -23,7 +23,9 @@ class RecordFault(Exception):
     """A record that cannot be used: its name and the reason."""
 
     def __init__(self, key: str, reason: str) -> None:
-        super().__init__(key, reason)  # both as arguments, so that the exception survives pickling between processes
+        super().__init__(
+            key, reason
+        )  # both as arguments, so that the exception survives pickling between processes
         self.key = key
         self.reason = reason
 
@@ -33,7 +35,7 @@ class RecordFault(Exception):
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a picture: its box (left, top, right, bottom) in pixels, right and bottom exclusive, and its caption."""
+    """A captioned box (left, top, right, bottom) of a picture in pixels, right and bottom exclusive."""
 
     box: tuple[int, int, int, int]
     caption: str
@@ -41,7 +43,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Record:
-    """An image with its captions; `identity` is equal for equal image files, `notes` names what was amiss but usable."""
+    """An image with its captions; `identity` is equal for equal image files, `notes` names mended faults."""
 
     key: str
     image: Image.Image
@@ -65,7 +67,8 @@ class FaultLedger:
         self.faults.append(str(fault))
         if len(self.faults) > self.limit:
             raise DataError(
-                f"{len(self.faults)} broken records, more than data.fault_limit = {self.limit}; the last is {fault}"
+                f"{len(self.faults)} broken records, more than data.fault_limit = {self.limit}; "
+                f"the last is {fault}"
             )
 
     def summary(self) -> str:
@@ -132,12 +135,14 @@ def decode_json(key: str, data: bytes) -> dict[str, Any]:
 
 
 def clean_captions(key: str, value: Any) -> tuple[list[str], tuple[str, ...]]:
-    """(captions, notes) of a string or a list of strings: white space folded, overlong ones cut, empty ones dropped."""
+    """(captions, notes) of a string or a list: white space folded, overlong ones cut, empty ones dropped."""
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise RecordFault(key, "caption must be a string or a list of strings")
     notes = tuple(
-        f"caption cut to its first {MAX_CAPTION_CHARACTERS} characters" for text in texts if len(text) > MAX_CAPTION_CHARACTERS
+        f"caption cut to its first {MAX_CAPTION_CHARACTERS} characters"
+        for text in texts
+        if len(text) > MAX_CAPTION_CHARACTERS
     )
     captions = [" ".join(text[:MAX_CAPTION_CHARACTERS].split()) for text in texts]
     captions = [caption for caption in captions if caption]

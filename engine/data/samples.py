@@ -1,4 +1,4 @@
-"""One record becomes one sample: a caption is chosen, the image cut into patches, the caption tokenized and masked."""
+"""From a record to a sample: one caption, tokenized and masked, and the image cut into patches."""
 
 from dataclasses import dataclass
 
@@ -61,7 +61,9 @@ class SampleMaker:
         masked_ids, masked_positions = self._mask(ids, words, epoch, index)
         return Sample(patches, positions, ids, masked_ids, masked_positions, record.identity)
 
-    def _mask(self, ids: np.ndarray, words: np.ndarray, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def _mask(
+        self, ids: np.ndarray, words: np.ndarray, epoch: int, index: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         if self.masking is None:
             return ids, np.zeros(0, dtype=np.int64)
         random = generator(self.seed, epoch, index, Purpose.MASK)

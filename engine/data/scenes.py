@@ -1,4 +1,4 @@
-"""Scenes: two or three glyphs in a row or a column, with a caption that says how they lie and the exact box of each."""
+"""Scenes: two or three glyphs in a row or a column, a caption that says so, and the exact box of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

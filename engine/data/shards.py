@@ -1,4 +1,4 @@
-"""Tar shards in the layout of img2dataset and webdataset, read map-style: any record at any time, by os.pread."""
+"""Tar shards in the layout of img2dataset and webdataset, read map-style: any record at any time."""
 
 import glob
 import os
@@ -72,7 +72,9 @@ class ShardSource:
         self._descriptors: dict[int, int] = {}
         missing = [shard for shard in self.shards if not shard.is_file()]
         if missing:
-            raise DataError(f"{len(missing)} of {len(self.shards)} shards do not exist, the first is {missing[0]}")
+            raise DataError(
+                f"{len(missing)} of {len(self.shards)} shards do not exist, the first is {missing[0]}"
+            )
         self._tables: list[np.ndarray] = []
         for shard in self.shards:
             index = load_index(shard, cache)
@@ -82,7 +84,9 @@ class ShardSource:
         self._starts = np.cumsum([0, *map(len, self._tables)])
         self._length = min(int(self._starts[-1]), max_records or int(self._starts[-1]))
         if not len(self):
-            raise DataError(f"no usable record in {len(self.shards)} shards ({', '.join(map(str, self.shards[:3]))})")
+            raise DataError(
+                f"no usable record in {len(self.shards)} shards ({', '.join(map(str, self.shards[:3]))})"
+            )
 
     def __len__(self) -> int:
         return self._length
@@ -111,12 +115,16 @@ class ShardSource:
     def _name(self, shard: int, row: np.void) -> str:
         return f"{self.shards[shard]}/{row['key'].decode('utf-8', 'replace')}"
 
-    def _captions(self, shard: int, row: np.void, key: str, content: dict[str, Any]) -> tuple[list[str], tuple[str, ...]]:
-        """Of the first of `caption_keys` that the record has; "txt" is the .txt member, the others are keys of the json."""
+    def _captions(
+        self, shard: int, row: np.void, key: str, content: dict[str, Any]
+    ) -> tuple[list[str], tuple[str, ...]]:
+        """Of the first of `caption_keys` that there is: "txt" is the .txt member, others are json keys."""
         for name in self.caption_keys:
             if name == "txt" and row["text"][0]:
                 size = int(row["text"][1])
-                text = decode_text(key, self._read(shard, row, "text", _MAX_TEXT_BYTES), complete=size <= _MAX_TEXT_BYTES)
+                text = decode_text(
+                    key, self._read(shard, row, "text", _MAX_TEXT_BYTES), complete=size <= _MAX_TEXT_BYTES
+                )
                 return clean_captions(key, text)
             if content.get(name) is not None:
                 return clean_captions(key, content[name])
@@ -135,7 +143,9 @@ class ShardSource:
         size = size if limit is None else min(size, limit)
         data = os.pread(self._descriptor(shard), size, offset)
         if len(data) != size:
-            raise RecordFault(self._name(shard, row), f"{len(data)} of {size} bytes of its {role} could be read")
+            raise RecordFault(
+                self._name(shard, row), f"{len(data)} of {size} bytes of its {role} could be read"
+            )
         return data
 
     def _descriptor(self, shard: int) -> int:

@@ -1,4 +1,4 @@
-"""From the data section of a run to a source of records: named built-in sets, shard patterns, permuted captions."""
+"""From the data section of a run to a source of records: built-in sets, shards, permuted captions."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ Split = Literal["train", "held_out"]
 
 
 class PermutedCaptions:
-    """A control experiment: the same images and the same captions, but each caption given to another image."""
+    """A control experiment: the same images and captions, but the captions given to other images."""
 
     def __init__(self, source: Source, seed: int) -> None:
         self.source = source
@@ -40,12 +40,14 @@ class PermutedCaptions:
 
 
 def load_source(data: Data, split: Split, seed: int = 0) -> Source:
-    """The records of data.source ("train") or data.held_out ("held_out"); several patterns are put one after another."""
+    """The records of data.source ("train") or data.held_out ("held_out"), one pattern after another."""
     patterns = data.source if split == "train" else data.held_out
     cache = Path(data.cache)
     shards: list[Path] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        shards += builtin.shards(pattern, split, cache) if pattern in builtin.NAMES else expand_pattern(pattern)
+        shards += (
+            builtin.shards(pattern, split, cache) if pattern in builtin.NAMES else expand_pattern(pattern)
+        )
     source = ShardSource(
         shards, data.caption_keys, data.max_image_pixels, cache, data.fault_limit, data.max_records
     )
@@ -53,7 +55,7 @@ def load_source(data: Data, split: Split, seed: int = 0) -> Source:
 
 
 def make_tokenizer(config: Config, source: Source) -> Tokenizer:
-    """tokenizer.path loaded, or a tokenizer trained on the captions of `source`, which must be the training source."""
+    """tokenizer.path loaded, or a tokenizer trained on the captions of `source`, the training source."""
     options = config.tokenizer
     if options.path is not None:
         return load_tokenizer(options.path)

@@ -41,15 +41,22 @@ def ink(glyph: Glyph) -> np.ndarray:
 
 
 def choose_held_out(candidates: tuple[Glyph, ...]) -> list[int]:
-    """Code points of glyphs with one name, drawn in hash order as long as every word stays often enough in training."""
-    counts = Counter(word for glyph in candidates for caption in glyph.captions for word in set(words(caption)))
+    """Glyphs with one name, in hash order, as long as every word stays often enough in training."""
+    counts = Counter(
+        word for glyph in candidates for caption in glyph.captions for word in set(words(caption))
+    )
     pictures = np.stack([ink(glyph) for glyph in candidates])
     distinct = (ink_differences(pictures, pictures) < NEAR_IDENTICAL).sum(1) == 1
     chosen: list[int] = []
     for number in sorted(range(len(candidates)), key=lambda number: _draw(candidates[number])):
         glyph = candidates[number]
         named = words(glyph.captions[0])
-        if len(chosen) == GALLERY or len(glyph.captions) > 1 or len(set(named)) < MIN_WORDS or not distinct[number]:
+        if (
+            len(chosen) == GALLERY
+            or len(glyph.captions) > 1
+            or len(set(named)) < MIN_WORDS
+            or not distinct[number]
+        ):
             continue
         if all(counts[word] > MIN_TRAINING_CAPTIONS for word in named):
             chosen.append(glyph.code_points[0])

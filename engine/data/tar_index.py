@@ -1,7 +1,7 @@
 """Where the records of a tar shard lie: an own walk over the headers, kept in a small index file.
 
-Only headers are read, nothing is extracted, member names are never used as paths. A damaged tar gives the records of
-its readable prefix; everything else is named. The index is one line of JSON followed by an .npy table.
+Only headers are read, nothing is extracted, member names are never used as paths. A damaged tar gives the
+records of its readable prefix; everything else is named. The index is a line of JSON and an .npy table.
 """
 
 import hashlib
@@ -16,12 +16,20 @@ from typing import NamedTuple
 import numpy as np
 
 ROLES = ("image", "text", "json")
-_ROLE_OF_EXTENSION = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
+_ROLE_OF_EXTENSION = {
+    "jpg": "image",
+    "jpeg": "image",
+    "png": "image",
+    "webp": "image",
+    "txt": "text",
+    "json": "json",
+}
 _PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib"})
 _BLOCK = 512
 _MAX_EXTENDED_HEADER = 1 << 20
 _MAX_KEY_BYTES = 200
 _FORMAT = "vlkernels tar index 1"
+
 
 class TarDamaged(Exception):
     """The tar cannot be read past some byte."""
@@ -42,7 +50,7 @@ class ShardIndex:
 
 
 def tar_members(descriptor: int) -> Iterator[Member]:
-    """The regular files of a tar in order (ustar, GNU and pax names and sizes); raises TarDamaged where it breaks."""
+    """The regular files of a tar (ustar, GNU, pax) in order; raises TarDamaged where it breaks."""
     end = os.fstat(descriptor).st_size
     offset = 0
     override: dict[str, str] = {}
@@ -56,7 +64,9 @@ def tar_members(descriptor: int) -> Iterator[Member]:
         data, size = offset + _BLOCK, int(override.get("size", size))
         name = override.get("path") or _header_name(header)
         if size < 0 or data + size > end:
-            raise TarDamaged(f"truncated inside {name[:_MAX_KEY_BYTES]!r}: it ends at byte {data + size}, the file at {end}")
+            raise TarDamaged(
+                f"truncated inside {name[:_MAX_KEY_BYTES]!r}: it ends at {data + size}, the file at {end}"
+            )
         if kind in (b"x", b"L"):
             override |= _extended_header(kind, _read_extended(descriptor, data, size))
         elif kind != b"K":  # a long link name describes the same following member as what was read before it
@@ -87,13 +97,17 @@ def _number(field: bytes) -> int:
 
 
 def _header_name(header: bytes) -> str:
-    name, prefix = (part.split(b"\0", 1)[0].decode("utf-8", "replace") for part in (header[:100], header[345:500]))
+    name, prefix = (
+        part.split(b"\0", 1)[0].decode("utf-8", "replace") for part in (header[:100], header[345:500])
+    )
     return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
 
 
 def _read_extended(descriptor: int, offset: int, size: int) -> bytes:
     if size > _MAX_EXTENDED_HEADER:
-        raise TarDamaged(f"extended header of {size} bytes at byte {offset}, the limit is {_MAX_EXTENDED_HEADER}")
+        raise TarDamaged(
+            f"extended header of {size} bytes at byte {offset}, the limit is {_MAX_EXTENDED_HEADER}"
+        )
     return os.pread(descriptor, size, offset)
 
 
@@ -167,7 +181,7 @@ def _as_table(records: dict[str, dict[str, tuple[int, int]]]) -> np.ndarray:
 
 
 def load_index(shard: Path, cache: Path) -> ShardIndex:
-    """The stored index of a shard if it still describes the file, else a new one, stored atomically under `cache`."""
+    """The stored index of a shard if it still describes the file, else a new one, stored atomically."""
     state = os.stat(shard)
     header = {"format": _FORMAT, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
     digest = hashlib.blake2b(os.fsencode(shard.resolve()), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""Word-piece, byte-pair and unigram tokenizers, trained on the training captions only or loaded from a tokenizer.json."""
+"""Word-piece, byte-pair and unigram tokenizers, trained on captions or loaded from a tokenizer.json."""
 
 import json
 import os
@@ -21,7 +21,10 @@ class Tokenizer:
     def __init__(self, model: tokenizers.Tokenizer) -> None:
         missing = [token for token in SPECIAL_TOKENS if model.token_to_id(token) is None]
         if missing:
-            raise ValueError(f"the tokenizer must have the tokens {', '.join(SPECIAL_TOKENS)}; it lacks {', '.join(missing)}")
+            raise ValueError(
+                f"the tokenizer must have the tokens {', '.join(SPECIAL_TOKENS)}; "
+                f"it lacks {', '.join(missing)}"
+            )
         if model.token_to_id(PAD) != 0:
             raise ValueError(f"{PAD} must have id 0, got {model.token_to_id(PAD)}")
         model.no_padding()
@@ -36,7 +39,7 @@ class Tokenizer:
         return self.model.get_vocab_size()
 
     def encode(self, caption: str, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, words): at most `max_tokens` ids with [CLS] and [SEP]; words counts from 0, special tokens have -1."""
+        """(ids, words): at most `max_tokens` ids with [CLS] and [SEP], and the word of each, specials -1."""
         encoding = self.model.encode(caption, add_special_tokens=False)
         ids = np.asarray([self.cls_id, *encoding.ids[: max_tokens - 2], self.sep_id], dtype=np.int64)
         words = np.asarray([-1, *encoding.word_ids[: max_tokens - 2], -1], dtype=np.int64)
@@ -61,9 +64,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(captions: Iterable[str], kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` ids (special tokens included): the same for the same captions in any order.
+    """A tokenizer of at most `vocab_size` ids: the same for the same captions in any order.
 
-    The library's trainers walk hash maps with random seeds; each kind below is brought into an order of its own.
+    The library's trainers walk hash maps with random seeds; each kind below restores a fixed order.
     """
     if kind not in _TRAIN:
         raise ValueError(f"tokenizer kind must be {', '.join(_TRAIN)}, got {kind!r}")
@@ -74,10 +77,12 @@ def train_tokenizer(captions: Iterable[str], kind: str, vocab_size: int, lowerca
     return Tokenizer(model)
 
 
-def _train_wordpiece(captions: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> tokenizers.Tokenizer:
+def _train_wordpiece(
+    captions: list[str], vocab_size: int, normalizer: normalizers.Normalizer
+) -> tokenizers.Tokenizer:
     alphabet = _alphabet(captions, normalizer, vocab_size)
     model = _wordpiece(models.WordPiece(unk_token=UNK), normalizer)
-    # "##x" pieces get ids in hash order unless they are there before; ties between merges are broken by these ids
+    # the trainer gives "##x" pieces ids in hash order unless they are there before, and ids break ties
     pieces = [_CONTINUATION + character for character in alphabet]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -92,9 +97,11 @@ def _train_wordpiece(captions: list[str], vocab_size: int, normalizer: normalize
 
 
 def _alphabet(captions: list[str], normalizer: normalizers.Normalizer, vocab_size: int) -> list[str]:
-    """The most frequent characters: each takes up to two ids, and half of the vocabulary is left to longer pieces."""
+    """The most frequent characters: each takes up to two ids, half of the ids are left to longer pieces."""
     counts = Counter(character for caption in captions for character in normalizer.normalize_str(caption))
-    visible = sorted((character for character in counts if not character.isspace()), key=lambda c: (-counts[c], c))
+    visible = sorted(
+        (character for character in counts if not character.isspace()), key=lambda c: (-counts[c], c)
+    )
     return sorted(visible[: max(1, (vocab_size - len(SPECIAL_TOKENS)) // 4)])
 
 
@@ -106,7 +113,9 @@ def _wordpiece(model: models.WordPiece, normalizer: normalizers.Normalizer) -> t
     return tokenizer
 
 
-def _train_bpe(captions: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> tokenizers.Tokenizer:
+def _train_bpe(
+    captions: list[str], vocab_size: int, normalizer: normalizers.Normalizer
+) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -121,7 +130,9 @@ def _train_bpe(captions: list[str], vocab_size: int, normalizer: normalizers.Nor
     return tokenizer
 
 
-def _train_unigram(captions: list[str], vocab_size: int, normalizer: normalizers.Normalizer) -> tokenizers.Tokenizer:
+def _train_unigram(
+    captions: list[str], vocab_size: int, normalizer: normalizers.Normalizer
+) -> tokenizers.Tokenizer:
     def build(model: models.Unigram) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.normalizer = normalizer
@@ -136,7 +147,9 @@ def _train_unigram(captions: list[str], vocab_size: int, normalizer: normalizers
     trained.train_from_iterator(captions, trainer)
     scored = json.loads(trained.to_str())["model"]["vocab"][len(SPECIAL_TOKENS) :]
     # sums in hash order differ in their last digits
-    pieces = sorted(((piece, round(score, 6)) for piece, score in scored), key=lambda item: (-item[1], item[0]))
+    pieces = sorted(
+        ((piece, round(score, 6)) for piece, score in scored), key=lambda item: (-item[1], item[0])
+    )
     vocabulary = [(token, 0.0) for token in SPECIAL_TOKENS] + pieces
     return build(models.Unigram(vocabulary, unk_id=SPECIAL_TOKENS.index(UNK)))
 

@@ -6,9 +6,10 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from engine import sections
 from engine.config import Config
-from PIL import Image
 
 
 class Workshop:
@@ -46,7 +47,10 @@ class Workshop:
     def good_shards(self, records=50, per_shard=20):
         for first in range(0, records, per_shard):
             numbers = range(first, min(first + per_shard, records))
-            self.shard(f"{first // per_shard:05d}.tar", [member for number in numbers for member in self.pair(number)])
+            self.shard(
+                f"{first // per_shard:05d}.tar",
+                [member for number in numbers for member in self.pair(number)],
+            )
         return str(self.folder / f"{{00000..{(records - 1) // per_shard:05d}}}.tar")
 
     def config(self, source, batch=8, accumulation=1, **data):

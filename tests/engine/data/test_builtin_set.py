@@ -4,12 +4,22 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from engine.data import DataError, builtin, glyphs, held_out_batches, load_source, make_tokenizer, split, train_tokenizer
+from PIL import Image
+
+from engine.data import (
+    DataError,
+    builtin,
+    glyphs,
+    held_out_batches,
+    load_source,
+    make_tokenizer,
+    split,
+    train_tokenizer,
+)
 from engine.data.builtin import NAMES, NUM_SCENES, shards, split_glyphs
 from engine.data.held_out import HELD_OUT_CODE_POINTS
 from engine.data.sources import usable_captions
 from engine.sections import Data
-from PIL import Image
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +49,9 @@ def test_the_gallery_is_large_and_apart(training, held_out):
 def test_every_word_of_a_held_out_caption_is_in_three_training_captions(training, held_out):
     counts = Counter(word for caption in usable_captions(training) for word in set(split.words(caption)))
     for caption in usable_captions(held_out):
-        assert len(set(split.words(caption))) >= 3 and all(counts[word] >= 3 for word in split.words(caption)), caption
+        assert len(set(split.words(caption))) >= 3 and all(
+            counts[word] >= 3 for word in split.words(caption)
+        ), caption
 
 
 def test_no_held_out_picture_is_nearly_one_of_training_or_of_the_gallery():
@@ -57,7 +69,9 @@ def test_near_identical_pictures_are_told_apart_from_different_ones():
     longer = picture.copy()
     longer[0, 24:28, 10:14] = 1
     shifted = np.roll(picture, (1, -1), axis=(1, 2))
-    assert split.ink_differences(picture, np.concatenate([picture, shifted, longer]))[0].tolist() == pytest.approx([0, 0, 0.2])
+    assert split.ink_differences(picture, np.concatenate([picture, shifted, longer]))[
+        0
+    ].tolist() == pytest.approx([0, 0, 0.2])
 
 
 def test_equal_pictures_are_one_record_with_every_name(training):
@@ -122,7 +136,9 @@ def test_held_out_scenes_are_new_combinations_of_training_glyphs(cache):
     assert seen.isdisjoint(unseen) and len(unseen) == NUM_SCENES["held_out"]
     for part in ("train", "held_out"):
         source = load_source(data, part)
-        assert {region.caption for index in range(0, len(source), 7) for region in source[index].regions} <= known
+        assert {
+            region.caption for index in range(0, len(source), 7) for region in source[index].regions
+        } <= known
 
 
 @pytest.mark.parametrize("name", ["builtin", "builtin-scenes"])

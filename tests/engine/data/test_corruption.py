@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+
 from engine.data import train_tokenizer
 from engine.data.corruption import corrupt
 from engine.data.plan import Purpose, generator
 
-TOKENIZER = train_tokenizer(["a quick brown fox jumps over the lazy dog again and again"] * 3, "wordpiece", 80, True)
+TOKENIZER = train_tokenizer(
+    ["a quick brown fox jumps over the lazy dog again and again"] * 3, "wordpiece", 80, True
+)
 
 
 def sentence(tokens, pieces_per_word=1):
@@ -25,7 +28,11 @@ def test_shares_of_the_selection_and_of_its_fates():
     masked = after == TOKENIZER.mask_id
     changed = ~masked & (after != before)
     kept_by_chance = 0.1 / TOKENIZER.ordinary_ids.size
-    for found, share in ((masked, 0.8), (changed, 0.1 - kept_by_chance), (after == before, 0.1 + kept_by_chance)):
+    for found, share in (
+        (masked, 0.8),
+        (changed, 0.1 - kept_by_chance),
+        (after == before, 0.1 + kept_by_chance),
+    ):
         assert abs(found.mean() - share) < 4 * np.sqrt(share * (1 - share) / len(selected))
     assert set(after[changed]) == set(TOKENIZER.ordinary_ids)
     untouched = np.setdiff1d(np.arange(len(ids)), selected)
@@ -37,7 +44,9 @@ def test_something_is_always_selected_and_never_a_special_token(whole_word):
     chosen = []
     for record in range(300):
         ids, words = sentence(3)
-        corrupted, selected = corrupt(ids, words, TOKENIZER, 0.15, whole_word, generator(0, 0, record, Purpose.MASK))
+        corrupted, selected = corrupt(
+            ids, words, TOKENIZER, 0.15, whole_word, generator(0, 0, record, Purpose.MASK)
+        )
         assert len(selected) >= 1 and {0, 4}.isdisjoint(selected)
         assert (corrupted[0], corrupted[4]) == (1, 2)
         chosen += selected.tolist()

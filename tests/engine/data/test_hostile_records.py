@@ -8,6 +8,7 @@ import time
 import zlib
 
 import pytest
+
 from engine.data import DataError, RecordFault, held_out_batches, load_source, make_tokenizer, training_stream
 from engine.data.records import MAX_CAPTION_CHARACTERS
 from engine.data.tar_index import build_index
@@ -27,16 +28,29 @@ def png_of_size(width, height):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
 
 
 def broken_members(workshop):
     """(name of the broken record, a word of the reason, its members)."""
     image, jpeg = workshop.image(), workshop.image(kind="JPEG")
     return [
-        ("half-jpeg", "cannot be decoded", [("half-jpeg.jpg", jpeg[: len(jpeg) // 2]), ("half-jpeg.txt", b"half")]),
+        (
+            "half-jpeg",
+            "cannot be decoded",
+            [("half-jpeg.jpg", jpeg[: len(jpeg) // 2]), ("half-jpeg.txt", b"half")],
+        ),
         ("not-jpeg", "cannot be decoded", [("not-jpeg.jpg", b"GIF89a" * 50), ("not-jpeg.txt", b"none")]),
-        ("script", "cannot be decoded", [("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n"), ("script.txt", b"postscript")]),
+        (
+            "script",
+            "cannot be decoded",
+            [("script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n"), ("script.txt", b"postscript")],
+        ),
         ("bomb", "the limit is", [("bomb.png", png_of_size(60_000, 60_000)), ("bomb.txt", b"bomb")]),
         ("large", "the limit is", [("large.png", png_of_size(9_000, 9_000)), ("large.txt", b"large")]),
         ("no-pixels", "cannot be decoded", [("no-pixels.png", b""), ("no-pixels.txt", b"empty")]),
@@ -46,7 +60,11 @@ def broken_members(workshop):
         ("list", "must be an object", [("list.png", image), ("list.json", b"[]")]),
         ("number", "must be a string", [("number.png", image), ("number.json", b'{"caption": 7}')]),
         ("latin", "not UTF-8", [("latin.png", image), ("latin.txt", b"caf\xe9")]),
-        ("boxes", "regions must be", [("boxes.png", image), ("boxes.json", b'{"caption": "x", "regions": [[1]]}')]),
+        (
+            "boxes",
+            "regions must be",
+            [("boxes.png", image), ("boxes.json", b'{"caption": "x", "regions": [[1]]}')],
+        ),
     ]
 
 
@@ -65,7 +83,15 @@ def names_of(faults):
     return {fault.split(": ")[0].rsplit("hostile.tar/")[-1] for fault in faults}
 
 
-EXPECTED_AT_INDEXING = {"blind", "mute", "evil.pkl", "evil.pickle", "deep/evil.pyd", "evil.pth", "mute.feature.pkl"}
+EXPECTED_AT_INDEXING = {
+    "blind",
+    "mute",
+    "evil.pkl",
+    "evil.pickle",
+    "deep/evil.pyd",
+    "evil.pth",
+    "mute.feature.pkl",
+}
 
 
 def test_every_broken_record_is_refused_by_name_and_reason(workshop):
@@ -93,7 +119,9 @@ def test_a_caption_of_a_hundred_thousand_words_is_cut_before_it_is_tokenized_and
     assert len(record.captions[0]) <= MAX_CAPTION_CHARACTERS
     assert record.notes == (f"caption cut to its first {MAX_CAPTION_CHARACTERS} characters",)
     content = {"caption": "word " * 100_000}
-    shard = workshop.shard("json.tar", [("a.png", workshop.image()), ("a.json", json.dumps(content).encode())])
+    shard = workshop.shard(
+        "json.tar", [("a.png", workshop.image()), ("a.json", json.dumps(content).encode())]
+    )
     record = load_source(workshop.config(str(shard)).data, "train")[0]
     assert len(record.captions[0]) <= MAX_CAPTION_CHARACTERS
     assert record.notes == (f"caption cut to its first {MAX_CAPTION_CHARACTERS} characters",)
@@ -127,7 +155,9 @@ def test_past_the_limit_the_run_stops_with_one_line(workshop, workers):
     config = workshop.config(str(hostile_shard(workshop)), workers=workers, fault_limit=12)
     source = load_source(config.data, "train")
     stream = training_stream(config, source, make_tokenizer_of_good(config, source), 0, 1, 0)
-    with pytest.raises(DataError, match=r"^13 broken records, more than data.fault_limit = 12; the last is .*hostile.tar/.*$"):
+    with pytest.raises(
+        DataError, match=r"^13 broken records, more than data.fault_limit = 12; the last is .*hostile.tar/.*$"
+    ):
         for _ in range(20):
             next(stream)
 
@@ -142,10 +172,14 @@ def make_tokenizer_of_good(config, source):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_source_of_broken_records_alone_ends(workshop, workers):
     good = workshop.shard("good.tar", workshop.pair(0))
-    shard = workshop.shard("bad.tar", [member for i in range(9) for member in ((f"{i}.png", b""), (f"{i}.txt", b"x"))])
+    shard = workshop.shard(
+        "bad.tar", [member for i in range(9) for member in ((f"{i}.png", b""), (f"{i}.txt", b"x"))]
+    )
     config = workshop.config(str(shard), workers=workers)
     tokenizer = make_tokenizer(config, load_source(workshop.config(str(good)).data, "train"))
-    with pytest.raises(DataError, match=r"^32 records drawn for stream position 0 are all broken; the last is .*$"):
+    with pytest.raises(
+        DataError, match=r"^32 records drawn for stream position 0 are all broken; the last is .*$"
+    ):
         next(training_stream(config, load_source(config.data, "train"), tokenizer, 0, 1, 0))
 
 
@@ -176,7 +210,13 @@ def test_rubbish_and_looping_tars_end(workshop):
     path.write_bytes(os.urandom(5000))
     assert "no valid tar header at byte 0" in build_index(path).faults[0]
     good = workshop.shard("good.tar", workshop.pair(1)).read_bytes()
-    for size in (b"-0000000001\0", b"\xff" + b"\xff" * 11, b"\x80" + b"\xff" * 11, b"7" * 11 + b"\0", b"1_0\0" + b" " * 8):
+    for size in (
+        b"-0000000001\0",
+        b"\xff" + b"\xff" * 11,
+        b"\x80" + b"\xff" * 11,
+        b"7" * 11 + b"\0",
+        b"1_0\0" + b" " * 8,
+    ):
         header = bytearray(good[:512])
         header[124:136] = size
         header[148:156] = b" " * 8
@@ -187,7 +227,9 @@ def test_rubbish_and_looping_tars_end(workshop):
 
 
 def test_a_mutated_tar_never_raises(workshop):
-    good = workshop.shard("good.tar", [member for number in range(3) for member in workshop.pair(number)]).read_bytes()
+    good = workshop.shard(
+        "good.tar", [member for number in range(3) for member in workshop.pair(number)]
+    ).read_bytes()
     path = workshop.folder / "mutated.tar"
     import numpy as np
 

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from engine.data import ImageTransform
 from PIL import Image
+
+from engine.data import ImageTransform
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
 
 
 def transform(**changes):
-    return ImageTransform(**{"size": 32, "patch": 8, "max_grid": (12, 12), "mean": MEAN, "std": STD, **changes})
+    return ImageTransform(
+        **{"size": 32, "patch": 8, "max_grid": (12, 12), "mean": MEAN, "std": STD, **changes}
+    )
 
 
 def noise(width, height):
@@ -33,9 +36,13 @@ def test_patches_hold_the_normalised_pixels_in_the_order_of_a_convolution():
     assert patches.dtype == np.float32 and positions.dtype == np.int32 and positions.shape == (16, 2)
     assert np.array_equal(rebuilt(patches, positions), np.asarray(image))
     weight = torch.randn(5, 3, 8, 8)
-    pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    pixels = (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor(MEAN)[:, None, None]
+    ) / torch.tensor(STD)[:, None, None]
     convolved = torch.nn.functional.conv2d(pixels[None], weight, stride=8)[0].flatten(1).T
-    torch.testing.assert_close(torch.from_numpy(patches) @ weight.reshape(5, -1).T, convolved, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.from_numpy(patches) @ weight.reshape(5, -1).T, convolved, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,10 @@ def test_translations_reach_two_pixels_each_way_and_repeat_the_edge():
     padded = np.pad(pixels, ((2, 2), (2, 2), (0, 0)), mode="edge")
     views = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(5) for x in range(5)}
     move = transform(random_crop="translate")
-    found = {views[rebuilt(*move(image, np.random.default_rng(seed))).astype(np.uint8).tobytes()] for seed in range(300)}
+    found = {
+        views[rebuilt(*move(image, np.random.default_rng(seed))).astype(np.uint8).tobytes()]
+        for seed in range(300)
+    }
     assert found == set(views.values())
 
 
@@ -84,7 +94,10 @@ def test_resized_crops_differ_and_stay_inside():
         assert len(patches) == 16 and (rebuilt(patches, positions) == (10, 200, 30)).all()
     image = noise(100, 40)
     assert len({crop(image, np.random.default_rng(seed))[0].tobytes() for seed in range(20)}) == 20
-    assert transform(random_crop="resized")(Image.new("RGB", (1, 1)), np.random.default_rng(0))[0].shape == (16, 192)
+    assert transform(random_crop="resized")(Image.new("RGB", (1, 1)), np.random.default_rng(0))[0].shape == (
+        16,
+        192,
+    )
 
 
 def test_flips_happen_half_of_the_time_and_only_on_request():

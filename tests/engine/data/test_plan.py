@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from engine.data.plan import BatchPlan, Permutation, Purpose, generator
 
 
@@ -38,9 +39,11 @@ def test_a_permutation_of_many_records_is_evaluated_where_it_is_asked():
 
 
 def test_every_record_is_equally_likely_at_every_place():
-    """Chi-square over 3,000 epochs of 12 records, and over neighbouring pairs, within 5 standard deviations."""
+    """Chi-square over 3,000 epochs of 12 records and over neighbouring pairs, within 5 deviations."""
     epochs, size = 3_000, 12
-    orders = np.stack([Permutation(size, 0, epoch, Purpose.ORDER)(np.arange(size)) for epoch in range(epochs)])
+    orders = np.stack(
+        [Permutation(size, 0, epoch, Purpose.ORDER)(np.arange(size)) for epoch in range(epochs)]
+    )
     places = np.stack([np.bincount(orders[:, place], minlength=size) for place in range(size)])
     _assert_uniform(places, epochs / size, (size - 1) ** 2)
     pairs = np.zeros((size, size))
@@ -60,7 +63,13 @@ def test_replacements_are_drawn_from_all_records():
 
 
 def test_generators_of_different_choices_differ_and_repeat():
-    keys = [(seed, epoch, record, purpose) for seed in (0, 1) for epoch in (0, 1) for record in (0, 1) for purpose in (1, 2)]
+    keys = [
+        (seed, epoch, record, purpose)
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for record in (0, 1)
+        for purpose in (1, 2)
+    ]
     draws = [generator(*key).random(4).tolist() for key in keys]
     assert len({tuple(draw) for draw in draws}) == len(keys)
     assert draws == [generator(*key).random(4).tolist() for key in keys]

@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+
 from engine.data.records import DataError, Region
 from engine.data.shards import ShardSource, expand_pattern
 from engine.data.sources import load_source
@@ -17,7 +18,11 @@ from engine.data.tar_index import build_index, load_index
 def test_brace_ranges_wildcards_and_their_product(tmp_path):
     for name in ("a-07.tar", "a-08.tar", "b-07.tar"):
         (tmp_path / name).touch()
-    assert [path.name for path in expand_pattern(f"{tmp_path}/[ab]-{{07..08}}.tar")] == ["a-07.tar", "b-07.tar", "a-08.tar"]
+    assert [path.name for path in expand_pattern(f"{tmp_path}/[ab]-{{07..08}}.tar")] == [
+        "a-07.tar",
+        "b-07.tar",
+        "a-08.tar",
+    ]
     assert [str(path) for path in expand_pattern("x/{1..2}-{08..10}.tar")] == [
         f"x/{first}-{second}.tar" for first in (1, 2) for second in ("08", "09", "10")
     ]
@@ -47,7 +52,11 @@ def test_several_sources_and_a_limit(workshop):
 
 
 def test_the_first_caption_key_that_a_record_has_is_used(workshop):
-    content = {"captions": ["one", " two\n words "], "caption": "three", "regions": [{"box": [1, 2, 3, 4], "caption": "dot"}]}
+    content = {
+        "captions": ["one", " two\n words "],
+        "caption": "three",
+        "regions": [{"box": [1, 2, 3, 4], "caption": "dot"}],
+    }
     members = [("k.PNG", workshop.image()), ("k.json", json.dumps(content).encode()), ("k.txt", b"four")]
     data = workshop.config(str(workshop.shard("s.tar", members))).data
     record = load_source(data, "train")[0]
@@ -78,12 +87,19 @@ def test_every_tar_format_gives_the_offsets_of_tarfile(tmp_path, form, folder):
     path = tmp_path / "s.tar"
     with tarfile.open(path, "w", format=form) as tar:
         tar.addfile(tarfile.TarInfo("directory/"))
-        for name, data in ((f"{folder}a.b.c.png", b"ignored"), (f"{folder}a.png", b"pixels"), (f"{folder}a.txt", b"text")):
+        for name, data in (
+            (f"{folder}a.b.c.png", b"ignored"),
+            (f"{folder}a.png", b"pixels"),
+            (f"{folder}a.txt", b"text"),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
         link = tarfile.TarInfo(f"{folder}l.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/" + "passwd" * 30 if form != tarfile.USTAR_FORMAT else "/etc/passwd"
+        link.type, link.linkname = (
+            tarfile.SYMTYPE,
+            "/etc/" + "passwd" * 30 if form != tarfile.USTAR_FORMAT else "/etc/passwd",
+        )
         tar.addfile(link)
     index = build_index(path)
     assert index.faults == [] and index.table["key"].tolist() == [f"{folder}a".encode()]
@@ -95,7 +111,9 @@ def test_every_tar_format_gives_the_offsets_of_tarfile(tmp_path, form, folder):
 def test_the_index_is_stored_and_follows_the_shard(workshop, monkeypatch):
     shard, cache = workshop.shard("s.tar", workshop.pair(1)), workshop.folder / "cache"
     assert len(load_index(shard, cache).table) == 1
-    monkeypatch.setattr("engine.data.tar_index.build_index", lambda shard: pytest.fail("the stored index is good"))
+    monkeypatch.setattr(
+        "engine.data.tar_index.build_index", lambda shard: pytest.fail("the stored index is good")
+    )
     assert len(load_index(shard, cache).table) == 1
     monkeypatch.undo()
     workshop.shard("s.tar", workshop.pair(1) + workshop.pair(2))
@@ -105,7 +123,9 @@ def test_the_index_is_stored_and_follows_the_shard(workshop, monkeypatch):
     assert load_index(shard, cache).table["key"].tolist() == [b"000000001", b"000000003"]
 
 
-@pytest.mark.parametrize("damage", [b"", b"\n", b"[]\n", b'{"faults": 3}\n', b"\x80\x04pickle", b"{" * 100_000])
+@pytest.mark.parametrize(
+    "damage", [b"", b"\n", b"[]\n", b'{"faults": 3}\n', b"\x80\x04pickle", b"{" * 100_000]
+)
 def test_a_damaged_index_is_made_again(workshop, damage):
     shard, cache = workshop.shard("s.tar", workshop.pair(1)), workshop.folder / "cache"
     load_index(shard, cache)

@@ -1,10 +1,11 @@
-"""Streams of batches: the same pairs with the same choices whatever workers, ranks, accumulation and restarts."""
+"""Streams of batches: the same pairs and choices whatever workers, ranks, accumulation and restarts."""
 
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+
 from engine.data import held_out_batches, load_source, make_tokenizer, training_stream
 from engine.data.batches import collate
 from engine.data.samples import Sample
@@ -49,7 +50,9 @@ def pairs_of(batch):
         )
 
 
-@pytest.mark.parametrize("world, accumulation, workers", [(1, 1, 2), (2, 1, 0), (3, 2, 0), (1, 4, 0), (2, 3, 1)])
+@pytest.mark.parametrize(
+    "world, accumulation, workers", [(1, 1, 2), (2, 1, 0), (3, 2, 0), (1, 4, 0), (2, 3, 1)]
+)
 def test_workers_ranks_and_accumulation_do_not_change_the_pairs(run, world, accumulation, workers):
     plain = run(5)
     assert run(5, world=world, accumulation=accumulation, workers=workers) == plain
@@ -105,19 +108,28 @@ def test_pictures_of_different_sizes_share_a_batch():
     assert batch.patch_positions[1, -1].tolist() == [0, 7]
     assert batch.counts == {"pairs": 2, "mlm_tokens": 0}
     moved = batch.to("meta")
-    assert moved.patches.device.type == moved.text_layout.starts.device.type == "meta" and moved.counts == batch.counts
+    assert (
+        moved.patches.device.type == moved.text_layout.starts.device.type == "meta"
+        and moved.counts == batch.counts
+    )
 
 
 def test_several_captions_take_turns_in_training_and_the_first_is_evaluated(workshop):
     content = b'{"captions": ["one", "two", "three"]}'
-    members = [(f"{number}.{part}", data) for number in range(4) for part, data in (("png", workshop.image(number)), ("json", content))]
+    members = [
+        (f"{number}.{part}", data)
+        for number in range(4)
+        for part, data in (("png", workshop.image(number)), ("json", content))
+    ]
     config = workshop.config(str(workshop.shard("s.tar", members)))
     source = load_source(config.data, "train")
     tokenizer = make_tokenizer(config, source)
     stream = training_stream(config, source, tokenizer, 0, 1, 0)
     counts = np.bincount([ids[1] for _ in range(75) for ids in next(stream)[0].text_ids.tolist()])
     assert sorted(counts[counts > 0]) == pytest.approx([200, 200, 200], abs=60)
-    evaluated = [ids for batch in held_out_batches(config, source, tokenizer, 3) for ids in batch.text_ids.tolist()]
+    evaluated = [
+        ids for batch in held_out_batches(config, source, tokenizer, 3) for ids in batch.text_ids.tolist()
+    ]
     assert [tokenizer.decode(ids[1:2]) for ids in evaluated] == ["one"] * 4
 
 
@@ -127,11 +139,15 @@ def test_held_out_batches_repeat_in_order_whatever_the_seed_and_batch(workshop):
     tokenizer = make_tokenizer(config, source)
 
     def evaluated(batch):
-        return [pair[1:] for item in held_out_batches(config, source, tokenizer, batch) for pair in pairs_of(item)]
+        return [
+            pair[1:] for item in held_out_batches(config, source, tokenizer, batch) for pair in pairs_of(item)
+        ]
 
     whole = evaluated(50)
     config.seed = 5
-    assert evaluated(7) == whole and [pair[0] for pair in whole] == [source[index].identity for index in range(50)]
+    assert evaluated(7) == whole and [pair[0] for pair in whole] == [
+        source[index].identity for index in range(50)
+    ]
 
 
 def test_without_masked_language_nothing_is_masked(workshop):
@@ -139,7 +155,10 @@ def test_without_masked_language_nothing_is_masked(workshop):
     config.objectives.masked_language = None
     source = load_source(config.data, "train")
     (batch,) = next(training_stream(config, source, make_tokenizer(config, source), 0, 1, 0))
-    assert torch.equal(batch.masked_ids, batch.text_ids) and batch.counts["mlm_tokens"] == len(batch.mlm_rows) == 0
+    assert (
+        torch.equal(batch.masked_ids, batch.text_ids)
+        and batch.counts["mlm_tokens"] == len(batch.mlm_rows) == 0
+    )
 
 
 def test_permuted_captions_are_a_permutation_that_leaves_the_images(workshop):

@@ -1,4 +1,4 @@
-"""Tokenizers: three kinds, the same for the same captions, saved and loaded, special tokens in their places."""
+"""Tokenizers: three kinds, repeatable, saved and loaded, special tokens in their places."""
 
 import json
 import random
@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from engine.data import load_tokenizer, train_tokenizer
 from engine.data.glyphs import caption_of
 from engine.data.tokenization import SPECIAL_TOKENS
@@ -36,9 +37,12 @@ def test_training_is_repeatable_in_any_order_and_any_process():
 
     script = (
         "import sys, json; from engine.data import train_tokenizer; captions = json.load(sys.stdin)\n"
-        f"print(json.dumps([train_tokenizer(captions, kind, 400, True).model.to_str() for kind in {KINDS!r}]))"
+        "train = lambda kind: train_tokenizer(captions, kind, 400, True).model.to_str()\n"
+        f"print(json.dumps([train(kind) for kind in {KINDS!r}]))"
     )
-    other = subprocess.run([sys.executable, "-c", script], input=json.dumps(shuffled), capture_output=True, text=True)
+    other = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(shuffled), capture_output=True, text=True
+    )
     assert models(CAPTIONS) == models(shuffled) == json.loads(other.stdout), other.stderr
 
 
@@ -48,7 +52,10 @@ def test_a_saved_tokenizer_loads_the_same(kind, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     for caption in CAPTIONS[::20]:
-        assert all(np.array_equal(a, b) for a, b in zip(tokenizer.encode(caption, 64), loaded.encode(caption, 64), strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(tokenizer.encode(caption, 64), loaded.encode(caption, 64), strict=True)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
