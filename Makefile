@@ -25,7 +25,7 @@ setup: .venv/.installed
 	@:
 endif
 
-PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
+PIP := .venv/bin/python -m pip -qq --disable-pip-version-check --no-input
 NATIVE := setup.py CMakeLists.txt $(shell find csrc -type f -not -name '*.md' -not -path 'csrc/emulator/*')
 ANOTHER := or choose another with make PYTHON=...
 
@@ -44,7 +44,7 @@ ANOTHER := or choose another with make PYTHON=...
 
 .venv/.installed: .venv/.locked pyproject.toml $(NATIVE)
 	@echo "Compiling the kernels and installing vlkernels"
-	@PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --no-deps -e .
+	@$(PIP) install --no-build-isolation --no-deps -e .
 	@[ ! -f vlkernels/_C.missing ] || { echo "*** The compiled kernels were NOT built; all runs on the" \
 		"reference, more slowly. make build tries again. The reason:"; cat vlkernels/_C.missing; }
 	@touch $@

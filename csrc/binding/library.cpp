@@ -1,9 +1,9 @@
 // What the compiled library says about itself. Ops bind in a file each; every schema is defined in Python.
 #include "binding/binding.h"
 
+#include <build_info.h>  // written by CMake
 #include <string>
 
-#include "build_info.h"  // written by CMake
 #include "primitives/cpu_isa.h"
 
 namespace vlk {
