@@ -37,7 +37,7 @@ def parse(argv: list[str] | None = None) -> Config:
     with one_line_errors():
         arguments = drop_launcher_arguments(sys.argv[1:] if argv is None else argv)
         parser = make_parser()
-        values = parser.parse_args(arguments)
+        values = parser.parse_args(arguments).clone(with_meta=False)
         printed = values.pop("print_config")
         values.pop("config")
         config = Config(**vars(parser.instantiate(values)))
@@ -95,7 +95,6 @@ def make_parser() -> Parser:
         prog=f"deepspeed engine/{PROGRAM}.py",
         description="Pretrain a vision-language model as a recipe describes it.",
         epilog=describe_optional_sections(),
-        default_meta=False,
         print_config=None,
     )
     parser.add_argument("--config", action="config", help="Recipe (yaml); options after it override it.")
@@ -123,4 +122,4 @@ def explain(message: str, options: list[str]) -> str:
         near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
         return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
     text = re.sub(r"a <class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
-    return re.sub(r"^Parser key \"([\w.]+)\": Expected", r"\1: expected", text)
+    return re.sub(r"^Parser key \"([\w.]+)\":", r"\1:", text).replace(": Expected", ": expected")

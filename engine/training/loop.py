@@ -68,7 +68,7 @@ class Trainer:
                     break
                 with vk.recorded() if self.progress.step == first_step else nullcontext() as served:
                     self.take_step(window, agreement, started)
-                if served:
+                if served is not None:
                     self.telemetry.started(self.progress.step, self.ranks.world, served)
                 self.look_after_step(window, agreement)
             self.save()
@@ -132,6 +132,7 @@ class Trainer:
             "grad_norm": self.engine.gradient_norm,
             **self.meter.speeds(self.ranks),
             "skipped": self.progress.skipped,
+            "faults": self.progress.faults,
         }
         self.telemetry.log(self.progress.step, row)
         self.meter = Meter()

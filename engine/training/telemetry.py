@@ -6,6 +6,7 @@ Everything is written by rank 0; on the other ranks every method does nothing.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import sys
@@ -119,7 +120,7 @@ class Telemetry:
             self.events.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.metrics.write(json.dumps(row) + "\n")
+        self.metrics.write(json.dumps({name: finite(value) for name, value in row.items()}) + "\n")
 
     def _events(self, group: str, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -144,6 +145,11 @@ def environment(world: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: package_version(name) for name in PACKAGES},
     }
+
+
+def finite(value: Any) -> Any:
+    """None for a number that JSON cannot write."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def package_version(name: str) -> str | None:

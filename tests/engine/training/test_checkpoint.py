@@ -1,0 +1,199 @@
+"""Resume is exact; a damaged or unfinished checkpoint costs only itself."""
+
+import json
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launch import finish, run, start
+from trainer_worker import run as train
+
+from engine.training.checkpoint import write_whole
+from engine.training.telemetry import read_metrics
+
+WORKER = Path(__file__).with_name("trainer_worker.py")
+
+
+def losses(output: Path, name: str = "run") -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(output / name / "metrics.jsonl") if "event" not in row}
+
+
+def folders(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "run" / "checkpoints").glob("step_*"))
+
+
+def keep_first_half(output: Path) -> None:
+    """As if the run had ended at its first checkpoint."""
+    shutil.rmtree(output / "run" / "checkpoints" / "step_00000006")
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
+)
+def test_resume_is_exact_bit_for_bit(tmp_path, stage, precision):
+    options = {"stage": stage, "precision": precision, "output": str(tmp_path), "max_steps": 6, "save_every": 3}
+    code, straight = train(**options)
+    curve = losses(tmp_path)
+    assert code == 0 and sorted(curve) == [1, 2, 3, 4, 5, 6]
+    assert folders(tmp_path) == ["step_00000003", "step_00000006"]
+
+    keep_first_half(tmp_path)
+    torch.manual_seed(99)
+    code, resumed = train(**options)
+    assert code == 0 and resumed == straight
+    assert losses(tmp_path) == curve
+
+
+def test_random_states_are_restored(tmp_path):
+    train(output=str(tmp_path), max_steps=2)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(output=str(tmp_path), max_steps=2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("damage", ["truncated shard", "flipped bit", "missing shard", "no manifest", "cut manifest"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    options = {"output": str(tmp_path), "max_steps": 4, "save_every": 2}
+    _, straight = train(**options)
+    newest = tmp_path / "run" / "checkpoints" / "step_00000004"
+    shard = next(newest.glob("*optim_states.pt"))
+    manifest = newest / "manifest.json"
+    if damage == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif damage == "flipped bit":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif damage == "missing shard":
+        shard.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        write_whole(manifest, manifest.read_text()[:50])
+    code, resumed = train(**options)
+    assert code == 0 and resumed == straight
+    starts = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "start"]
+    assert starts == [1, 3]
+
+
+def test_the_newest_are_kept_and_named(tmp_path):
+    train(output=str(tmp_path), max_steps=7, save_every=2, keep_checkpoints=3)
+    assert folders(tmp_path) == ["step_00000004", "step_00000006", "step_00000007"]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000007"
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step_00000007" / "manifest.json").read_text())
+    assert manifest["progress"]["step"] == 7 and manifest["progress"]["samples_seen"] == 56
+
+
+def test_a_finished_run_is_not_taken_again(tmp_path):
+    _, first = train(output=str(tmp_path), max_steps=2)
+    _, second = train(output=str(tmp_path), max_steps=2)
+    assert first == second and sorted(losses(tmp_path)) == [1, 2]
+
+
+def test_resume_never_starts_again_and_loses_nothing(tmp_path):
+    _, first = train(output=str(tmp_path), max_steps=2)
+    _, second = train(output=str(tmp_path), max_steps=2, resume="never")
+    assert first == second
+    assert losses(tmp_path, "run.1") == losses(tmp_path)
+
+
+def test_resume_from_another_run(tmp_path):
+    train(output=str(tmp_path), name="first", max_steps=2)
+    _, resumed = train(output=str(tmp_path), name="second", max_steps=4, resume=str(tmp_path / "first"))
+    _, straight = train(output=str(tmp_path), name="third", max_steps=4, save_every=2)
+    assert resumed == straight and sorted(losses(tmp_path, "second")) == [3, 4]
+    with pytest.raises(ValueError, match="nowhere holds no checkpoint"):
+        train(output=str(tmp_path), name="fourth", resume=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [({"stage": 2}, "zero.stage was 1 and is 2"), ({"precision": "bf16"}, "precision was fp32 and is bf16")],
+)
+def test_a_checkpoint_of_another_kind_is_one_clear_line(tmp_path, change, line):
+    train(output=str(tmp_path), max_steps=1)
+    with pytest.raises(ValueError, match=f"cannot resume from .*step_00000001: {line}"):
+        train(output=str(tmp_path), max_steps=2, **change)
+
+
+def test_a_kill_at_any_moment_loses_nothing_saved(tmp_path, monkeypatch):
+    """Die after every single file operation of a save; the checkpoint before it always loads."""
+    options = {"output": str(tmp_path), "max_steps": 4, "save_every": 2}
+    _, straight = train(**options)
+    complete = tmp_path / "complete"
+    shutil.copytree(tmp_path / "run", complete)
+
+    class Killed(BaseException):
+        pass
+
+    for moment in ("rmtree", "shards", "random states", "manifest", "latest"):
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(complete, tmp_path / "run")
+        keep = tmp_path / "run" / "checkpoints"
+        shutil.rmtree(keep / "step_00000004")
+        with monkeypatch.context() as patch:
+            die_at(patch, moment, Killed)
+            with pytest.raises(Killed):
+                train(**options)
+        _, resumed = train(**options)
+        assert resumed == straight, moment
+
+
+def die_at(patch, moment: str, death: type[BaseException]) -> None:
+    """Let the process end right after one stage of a save."""
+    from engine.training import checkpoint
+    from engine.training.zero import Engine
+
+    def then_die(function, when=lambda *arguments: True):
+        def dying(*arguments, **options):
+            function(*arguments, **options)
+            if when(*arguments):
+                raise death
+
+        return dying
+
+    if moment == "rmtree":
+        patch.setattr(checkpoint.shutil, "rmtree", then_die(shutil.rmtree))
+    elif moment == "shards":
+        patch.setattr(Engine, "save", then_die(Engine.save))
+    elif moment == "random states":
+        patch.setattr(checkpoint.torch, "save", then_die(torch.save, lambda state, path: "rank_" in str(path)))
+    else:
+        name = {"manifest": "manifest.json", "latest": "latest"}[moment]
+        patch.setattr(checkpoint, "write_whole", then_die(write_whole, lambda path, text: path.name == name))
+
+
+def test_two_ranks_resume_exactly_after_kill_9(tmp_path):
+    """Stage 2, two processes, one of them killed: what the survivors saved is taken up where it was."""
+    options = {"stage": 2, "output": str(tmp_path), "max_steps": 5, "save_every": 2}
+    straight = [r.result() for r in run([WORKER, json.dumps({**options, "name": "straight"})], 2)]
+    killed = run([WORKER, json.dumps({**options, "kill_at": 3})], 2)
+    assert [finished.code for finished in killed] == [-signal.SIGKILL] * 2
+    resumed = [r.result() for r in run([WORKER, json.dumps(options)], 2)]
+    assert resumed == straight
+    assert losses(tmp_path) == losses(tmp_path, "straight")
+    with pytest.raises(ValueError, match="the number of processes was 2 and is 1"):
+        train(**options)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 0)])
+def test_a_signal_saves_and_leaves(tmp_path, sent, code):
+    options = {"output": str(tmp_path), "max_steps": 40, "pause": 0.05}
+    (process,) = processes = start([WORKER, json.dumps(options)])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.02)
+    process.send_signal(sent)
+    (finished,) = finish(processes, timeout=30)
+    assert finished.code == code, finished.err
+    step = json.loads(finished.out.splitlines()[-1])["step"]
+    assert 2 < step < 40
+    assert folders(tmp_path) == [f"step_{step:08d}"]
+
+

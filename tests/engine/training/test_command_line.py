@@ -1,0 +1,134 @@
+"""The command line: recipes, overrides, and one clear line for every mistake."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import TINY, Config
+from engine.training.command_line import make_parser, parse
+
+RECIPES = sorted((Path(__file__).parents[3] / "engine" / "recipes").glob("*.yaml"))
+QUICKSTART = ["--config", str(RECIPES[0].with_name("quickstart.yaml"))]
+
+
+def leaves(section, path: str = "") -> list[str]:
+    """Dotted names of all options."""
+    names = []
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        name = f"{path}{item.name}"
+        names += leaves(value, f"{name}.") if dataclasses.is_dataclass(value) else [name]
+    return names
+
+
+def mistake(capsys, *argv: str) -> str:
+    """The one line that a wrong command line prints."""
+    with pytest.raises(SystemExit) as stopped:
+        parse([*QUICKSTART, *argv])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and err.count("\n") == 1, (stopped.value.code, out, err)
+    return err.removeprefix("pretrain: error: ").strip()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_shrinks(recipe):
+    config = parse(["--config", str(recipe)])
+    assert config.name == recipe.stem
+    tiny = parse(["--config", str(recipe), "--tiny", "true"])
+    for path, cap in TINY.items():
+        value = tiny
+        for name in path.split("."):
+            value = getattr(value, name)
+        assert value <= cap, path
+
+
+def test_what_is_printed_parses_back_to_the_same_run(capsys, tmp_path):
+    argv = [*QUICKSTART, "--optimizer.lr", "3e-4", "--objectives.matching", "null", "--data.source", "[a, b]"]
+    with pytest.raises(SystemExit) as stopped:
+        parse([*argv, "--print_config"])
+    printed = capsys.readouterr().out
+    assert stopped.value.code == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(printed)
+    config = parse(["--config", str(recipe)])
+    assert config == parse(argv)
+    assert config.optimizer.lr == 3e-4 and config.objectives.matching is None and config.data.source == ["a", "b"]
+    assert set(yaml.safe_load(printed)) == {item.name for item in dataclasses.fields(Config)}
+
+
+def test_help_lists_and_explains_every_option():
+    parser = make_parser()
+    text = parser.format_help()
+    for name in leaves(parse(QUICKSTART)):
+        assert re.search(rf"--{re.escape(name)}\b", text), name
+    explanations = {action.dest: action.help for action in parser._actions}
+    assert [name for name, text in explanations.items() if not text or text.startswith("(")] == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--optimizer.lrr", "3"], "unknown option optimizer.lrr; did you mean optimizer.lr?"),
+        (["--optim.lr=3"], "unknown option optim.lr; did you mean optimizer.lr?"),
+        (
+            ["--objectives.contrastive.weigt", "2"],
+            "unknown option objectives.contrastive.weigt; did you mean objectives.contrastive.weight?",
+        ),
+        (["--optimizer.lr", "fast"], "optimizer.lr: expected float. Got value: fast"),
+        (["--zero.stage", "4"], "zero.stage: expected one of [0, 1, 2, 3]. Got value: 4"),
+        (["--config", "nowhere.yaml"], "config: File does not exist: "),
+        (["--deepspeed_config", "ds.json"], "--deepspeed_config is not taken: the recipe alone configures DeepSpeed"),
+        (["--optimizer.kind", "lamb"], "optimizer.kind 'lamb' needs whole parameters but ZeRO gives it flat partitions"),
+        (["--optimizer.kind", "Adafactor"], "optimizer.kind 'Adafactor' needs whole parameters"),
+        (["--optimizer.kind", "adamx"], "optimizer.kind 'adamx' is not known: use adamw or sgd"),
+        (["--precision", "fp16", "--device", "cpu"], "precision fp16 needs a GPU: on a cpu use bf16 or fp32"),
+        (["--precision", "bf16", "--zero.stage", "0"], "zero.stage 0 with precision bf16 makes a wrong first update"),
+        (["--train.accumulation", "2"], "train.accumulation must be 1 with objectives.contrastive and objectives.matching"),
+        (["--train.max_pairs", "null"], "train.max_steps or train.max_pairs must say how long the run is"),
+        (["--train.global_batch", "1"], "train.global_batch must be at least 2"),
+        (["--model.image.heads", "3"], "model.image.heads must divide model.image.width = 128, got 3"),
+        (["--model.text.dropout", "1.0"], "model.text.dropout must be in [0, 1), got 1.0"),
+        (["--data.image_size", "30"], "data.image_size must be a multiple of model.image.patch_size = 8, got 30"),
+        (["--data.image_size", "64"], "model.image.max_grid must hold data.image_size / patch_size = 8 rows and columns"),
+        (["--data.max_caption_tokens", "65"], "data.max_caption_tokens must not exceed model.text.max_positions = 64"),
+        (["--name", "../else"], "name must be the name of a folder, got '../else'"),
+        (["--optimizer.lr", "-1"], "optimizer.lr must be positive, got -1.0"),
+        (["--train.keep_checkpoints", "1"], "train.keep_checkpoints must be at least 2, got 1"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_clear_line(capsys, argv, line):
+    assert mistake(capsys, *argv).startswith(line)
+
+
+def test_an_unknown_key_in_a_recipe_is_one_clear_line(capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("optimizer:\n  learning_rate: 3e-4\n")
+    assert mistake(capsys, "--config", str(recipe)).startswith("unknown option optimizer.learning_rate")
+
+
+def test_only_rank_0_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        parse([*QUICKSTART, "--zero.stage", "4"])
+    assert stopped.value.code == 2 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("extra", [["--local_rank=1"], ["--local-rank", "1"], ["--deepspeed"], ["--local_rank", "0"]])
+def test_arguments_of_the_launcher_are_left_out(extra):
+    assert parse([*extra, *QUICKSTART]) == parse(QUICKSTART)
+
+
+def test_the_micro_batch_must_divide():
+    config = parse([*QUICKSTART, "--train.global_batch", "128"])
+    assert config.micro_batch(4) == 32
+    with pytest.raises(ValueError, match=r"train.global_batch must be divisible by .* = 3 \* 1, got 128"):
+        config.micro_batch(3)
+
+
+def test_the_run_ends_at_the_smaller_limit():
+    train = parse([*QUICKSTART, "--train.global_batch=128", "--train.max_pairs=1000", "--train.max_steps=7"]).train
+    assert train.total_steps == 7
+    assert dataclasses.replace(train, max_steps=None).total_steps == 8
