@@ -18,8 +18,7 @@ float write_sum_row(const LayerNormForward& op, const float* linear_bias, const 
         if (op.dropout.threshold) value = dropped.apply(value, column);
         value *= scale;
         if (residual) value += load(residual + column, chunk);
-        store(z + column, value, chunk);
-        sum.partial[k] += load(z + column, chunk);
+        sum.partial[k] += store(z + column, value, chunk);
     });
     return sum.total();
 }

@@ -55,7 +55,7 @@ class DropoutRow {
     }
 
     Floats apply(Floats value, int64_t column) const {
-        const Ints drawn = __builtin_convertvector(load_as<Bytes>(bytes_.get() + column), Ints);
+        const Ints drawn = cast_bits<Ints>(widen(load_as<Bytes>(bytes_.get() + column)));
         return drawn >= dropout_.threshold ? value : Floats{};
     }
 

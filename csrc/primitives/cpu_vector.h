@@ -7,6 +7,10 @@
 
 #include "primitives/cpu_scalar.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace vlk::VLK_ISA {
 
 #if defined(__AVX512F__)
@@ -42,30 +46,66 @@ inline Vector load_as(const T* from) {
     return vector;
 }
 
-inline Floats load(const float* from, Whole) { return load_as<Floats>(from); }
-
-inline Floats load(const bfloat16* from, Whole) {
-    return cast_bits<Floats>(__builtin_convertvector(load_as<Shorts>(from), Words) << 16);
+// Compilers split these conversions into several shuffles, so x86 gets its instructions by name.
+#if defined(__AVX512F__)
+constexpr __mmask16 all_lanes = 0xffff;  // GCC 12 warns about the forms without a mask
+inline Words widen(Shorts from) { return cast_bits<Words>(_mm512_maskz_cvtepu16_epi32(all_lanes, cast_bits<__m256i>(from))); }
+inline Words widen(Bytes from) { return cast_bits<Words>(_mm512_maskz_cvtepu8_epi32(all_lanes, cast_bits<__m128i>(from))); }
+inline Shorts narrow(Words from) { return cast_bits<Shorts>(_mm512_maskz_cvtepi32_epi16(all_lanes, cast_bits<__m512i>(from))); }
+inline Floats float_of_half(Shorts from) { return cast_bits<Floats>(_mm512_maskz_cvtph_ps(all_lanes, cast_bits<__m256i>(from))); }
+inline Shorts half_of_float(Floats from) {
+    return cast_bits<Shorts>(_mm512_maskz_cvtps_ph(all_lanes, cast_bits<__m512>(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-
-inline Floats load(const float16* from, Whole) {
+#elif defined(__AVX2__)
+inline Words widen(Shorts from) { return cast_bits<Words>(_mm256_cvtepu16_epi32(cast_bits<__m128i>(from))); }
+inline Words widen(Bytes from) { return cast_bits<Words>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(cast_bits<int64_t>(from)))); }
+inline Shorts narrow(Words from) {  // every word fits 16 bits
+    const __m256i packed = _mm256_packus_epi32(cast_bits<__m256i>(from), _mm256_setzero_si256());
+    return cast_bits<Shorts>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+inline Floats float_of_half(Shorts from) { return cast_bits<Floats>(_mm256_cvtph_ps(cast_bits<__m128i>(from))); }
+inline Shorts half_of_float(Floats from) {
+    return cast_bits<Shorts>(_mm256_cvtps_ph(cast_bits<__m256>(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+inline Words widen(Shorts from) { return __builtin_convertvector(from, Words); }
+inline Words widen(Bytes from) { return __builtin_convertvector(from, Words); }
+inline Shorts narrow(Words from) { return __builtin_convertvector(from, Shorts); }
+inline Floats float_of_half(Shorts from) {
     Floats to;
-    for (int lane = 0; lane < lanes; ++lane) to[lane] = to_float(from[lane]);
+    for (int lane = 0; lane < lanes; ++lane) to[lane] = to_float(float16{from[lane]});
     return to;
 }
+inline Shorts half_of_float(Floats from) {
+    Shorts to;
+    for (int lane = 0; lane < lanes; ++lane) to[lane] = from_float<float16>(from[lane]).bits;
+    return to;
+}
+#endif
 
-inline void store(float* to, Floats value, Whole) { std::memcpy(to, &value, sizeof value); }
-
-inline void store(bfloat16* to, Floats value, Whole) {
+// A register of floats as T holds it in memory, and back. T is named by a value, as in visit().
+inline Floats pack_as(float, Floats value) { return value; }
+inline Shorts pack_as(float16, Floats value) { return half_of_float(value); }
+inline Shorts pack_as(bfloat16, Floats value) {
     const Words bits = cast_bits<Words>(value);
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Words stored = (bits & 0x7fffffff) > 0x7f800000 ? (Words{} + 0x7fc0) : rounded;
-    const Shorts halves = __builtin_convertvector(stored, Shorts);
-    std::memcpy(to, &halves, sizeof halves);
+    return narrow((bits & 0x7fffffff) > 0x7f800000 ? (Words{} + 0x7fc0) : rounded);
+}
+inline Floats unpack(float, Floats packed) { return packed; }
+inline Floats unpack(float16, Shorts packed) { return float_of_half(packed); }
+inline Floats unpack(bfloat16, Shorts packed) { return cast_bits<Floats>(widen(packed) << 16); }
+
+template <typename T>
+inline Floats load(const T* from, Whole) {
+    return unpack(T{}, load_as<decltype(pack_as(T{}, Floats{}))>(from));
 }
 
-inline void store(float16* to, Floats value, Whole) {
-    for (int lane = 0; lane < lanes; ++lane) to[lane] = from_float<float16>(value[lane]);
+// Returns what was stored: the value rounded to T.
+template <typename T>
+inline Floats store(T* to, Floats value, Whole) {
+    const auto packed = pack_as(T{}, value);
+    std::memcpy(to, &packed, sizeof packed);
+    return unpack(T{}, packed);
 }
 
 // Lanes past the end of the row read as zero and are not written.
@@ -76,18 +116,19 @@ inline Floats load(const T* from, Part part) {
     return load(padded, Whole{});
 }
 
-template <typename T>
-inline void store(T* to, Floats value, Part part) {
-    T padded[lanes];
-    store(padded, value, Whole{});
-    std::memcpy(to, padded, part.count * sizeof(T));
-}
-
 inline Floats zero_past_end(Floats value, Whole) { return value; }
 
 inline Floats zero_past_end(Floats value, Part part) {
     for (int lane = part.count; lane < lanes; ++lane) value[lane] = 0.0f;
     return value;
+}
+
+template <typename T>
+inline Floats store(T* to, Floats value, Part part) {
+    T padded[lanes];
+    const Floats stored = store(padded, value, Whole{});
+    std::memcpy(to, padded, part.count * sizeof(T));
+    return zero_past_end(stored, part);
 }
 
 // body(column, chunk, k) over a row; k = 0..3 is a constant in the unrolled loop, so that sums can run in four registers.
@@ -107,10 +148,12 @@ inline void for_chunks(int64_t width, const Body& body) {
 struct RowSum {
     Floats partial[4] = {};
     float total() const {
+        typedef float Four __attribute__((vector_size(16)));
         const Floats sum = (partial[0] + partial[1]) + (partial[2] + partial[3]);
-        float total = 0.0f;
-        for (int lane = 0; lane < lanes; ++lane) total += sum[lane];
-        return total;
+        Four parts[lanes / 4];
+        std::memcpy(parts, &sum, sizeof sum);
+        for (int part = 1; part < lanes / 4; ++part) parts[0] += parts[part];
+        return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
     }
 };
 

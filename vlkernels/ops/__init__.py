@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 
 from vlkernels.core.spec import OpSpec
+from vlkernels.ops.embed_layer_norm import embed_layer_norm
 from vlkernels.ops.layer_norm import FusedLayerNorm, layer_norm
 from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
 
-FOLDERS: tuple[str, ...] = ("layer_norm", "packing",)
+FOLDERS: tuple[str, ...] = ("embed_layer_norm", "layer_norm", "packing",)
 
 __all__: list[str] = [
     "FusedLayerNorm",
+    "embed_layer_norm",
     "layer_norm",
     "pack",
     "put_segments",

@@ -227,7 +227,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     z, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys = ctx.saved_tensors
     dy = torch.zeros_like(z) if dy is None else dy.contiguous()
-    dsum = None if dsum is None else dsum.contiguous()
+    dsum = dsum.contiguous() if dsum is not None and dsum.shape == z.shape else None  # without a sum: an empty tensor's
     dz, dx, dweight, dbias, dlinear_bias = _backward(
         dy, dsum, z, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys, ctx.stream, ctx.threshold
     )

@@ -1,0 +1,216 @@
+"""``vk.embed_layer_norm``: checks, the choice of implementation, the op and its backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlkernels.core import checks, dispatch, library, native
+from vlkernels.core.dispatch import Facts, Implementation
+from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
+from vlkernels.ops.embed_layer_norm import reference
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _kernel_supports(facts: Facts) -> str | None:
+    if facts["dtype"] not in KERNEL_DTYPES:
+        return f"it computes in float32, the data is {facts['dtype']}"
+    return None
+
+
+IMPLEMENTATIONS = (
+    Implementation(
+        "cpp",
+        devices=("cpu",),
+        available=functools.partial(native.missing, "embed_layer_norm_forward", "CPU"),
+        supports=_kernel_supports,
+    ),
+    Implementation("reference"),
+)
+
+
+def embed_layer_norm(
+    ids: Tensor | None,
+    tables: Sequence[Tensor],
+    weight: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    dense: Tensor | None = None,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    layout: SegmentLayout | None = None,
+    rng: Rng | None = None,
+    stream: int = 0,
+    impl: str = "auto",
+) -> Tensor:
+    """``y = dropout(LN(sum_c tables[c][ids[:, c]] + dense))``, rows in packed order, in one pass over memory.
+
+    Example::
+
+        >>> words, positions = torch.randn(50, 32), torch.randn(9, 32)
+        >>> ids = torch.tensor([[7, 0], [49, 1], [3, 2], [-1, 3]])
+        >>> weight, bias = torch.randn(32), torch.randn(32)
+        >>> y = vk.embed_layer_norm(ids, (words, positions), weight, bias=bias, eps=1e-5)
+        >>> z = torch.cat((words[[7, 49, 3]], torch.zeros(1, 32))) + positions[:4]
+        >>> torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (32,), weight, bias))
+
+    Args:
+        ids: ``[T, C]`` int32 or int64, a column per table; -1: that table adds nothing to the row. ``None`` without tables.
+        tables: C tensors ``[V_c, D]`` of one dtype: float32, bfloat16 or float16 (float64 on the reference). May be empty.
+        weight, bias: ``[D]`` in the dtype of the tables or float32, or ``None`` (one and zero).
+        dense: ``[T, D]`` in the dtype of the tables: projected patches or regions, rows of zeros elsewhere.
+        eps: added to the variance.
+        dropout_p: probability that an element is dropped after the norm, as in BERT; rounded to 1/256. No mask is stored.
+        layout: the rows are its tokens; dropout is keyed by sample id and position in the sample. Without it by sample 0 and
+            the index of the row.
+        rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the backward.
+        stream: constant of this call site: different streams drop different elements.
+        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+
+    Returns:
+        ``[T, D]`` in the dtype of the tables. The sum, the statistics (two-pass variance) and the norm are float32.
+
+    Gradients to the tables (dense), ``dense``, ``weight`` and ``bias``, the same bits in every run and for any number of
+    threads: every row of a table adds its tokens in packed order, in float32. The sum is not kept but built again, so the
+    backward stores mean and 1/sigma only; it has no derivative of its own except on the reference.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; on the CPU an id outside [-1, V_c).
+
+    Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018 (the embedding layer).
+    """
+    tables = list(tables)
+    _check(ids, tables, weight, bias, dense, dropout_p, layout)
+    like = tables[0] if tables else dense
+    if dispatch.resolve("embed_layer_norm", impl, IMPLEMENTATIONS, like.device, {"dtype": like.dtype}) == "reference":
+        return reference.embed_layer_norm(
+            ids, tables, weight, bias=bias, dense=dense, eps=eps, dropout_p=dropout_p, layout=layout, rng=rng, stream=stream
+        )
+    threshold = dropout_threshold(dropout_p)
+    return _differentiable(
+        ids.to(torch.int32).contiguous() if tables else None,
+        [table.contiguous() for table in tables],
+        None if dense is None else dense.contiguous(),
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        resolve_rng(rng, like.device) if threshold else None,
+        layout.token_keys() if threshold and layout is not None else None,
+        stream,
+        threshold,
+        eps,
+    )[0]
+
+
+def _check(
+    ids: Tensor | None,
+    tables: list[Tensor],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    dropout_p: float,
+    layout: SegmentLayout | None,
+) -> None:
+    if not tables and dense is None:
+        raise ValueError("there is nothing to embed: pass tables, dense, or both")
+    if tables and ids is None:
+        raise ValueError(f"{len(tables)} tables need ids [T, {len(tables)}], got None")
+    like = tables[0] if tables else dense
+    checks.check_floating("tables[0]" if tables else "dense", like)
+    width, rows = like.shape[-1], (ids if tables else dense).shape[0]
+    for c, table in enumerate(tables):
+        checks.check_shape(f"tables[{c}]", table, "[V, D]", (None, width))
+        checks.check_dtype(f"tables[{c}]", table, (like.dtype,))
+    if tables:
+        checks.check_integer("ids", ids)
+        checks.check_shape("ids", ids, "[T, C]", (rows, len(tables)))
+    if dense is not None:
+        checks.check_shape("dense", dense, "[T, D]", (rows, width))
+        checks.check_dtype("dense", dense, (like.dtype,))
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            checks.check_shape(name, parameter, "[D]", (width,))
+            checks.check_dtype(name, parameter, (like.dtype, torch.float32))
+    named = {f"tables[{c}]": table for c, table in enumerate(tables)}
+    checks.check_same_device(**named, ids=ids if tables else None, dense=dense, weight=weight, bias=bias)
+    for c, table in enumerate(tables):
+        checks.check_values_between(f"ids[:, {c}] (rows of tables[{c}], or -1)", ids[:, c], -1, table.shape[0])
+    checks.check_probability("dropout_p", dropout_p)
+    if layout is not None and rows != layout.num_tokens:
+        raise ValueError(f"ids and dense must have layout.num_tokens = {layout.num_tokens} rows, got {rows}")
+
+
+def _forward_fake(
+    ids: Tensor | None,
+    tables: list[Tensor],
+    dense: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rng_state: Tensor | None,
+    keys: Tensor | None,
+    stream: int,
+    threshold: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = tables[0] if dense is None else dense
+    rows = (ids if dense is None else dense).shape[0]
+    mean = like.new_empty((rows,), dtype=torch.float32)
+    return like.new_empty((rows, like.shape[1])), mean, torch.empty_like(mean)
+
+
+def _backward_fake(dy: Tensor, mean: Tensor, rstd: Tensor, ids: Tensor | None, tables: list[Tensor], dense: Tensor | None,
+                   weight: Tensor | None, bias: Tensor | None, *_: Any) -> tuple[Tensor, ...]:  # fmt: skip
+    sums = (mean.new_empty((0,)) if p is None else torch.empty_like(p) for p in (weight, bias))
+    return torch.empty_like(dy), *sums
+
+
+_forward = library.define(
+    "embed_layer_norm_forward(Tensor? ids, Tensor[] tables, Tensor? dense, Tensor? weight, Tensor? bias, Tensor? rng_state, "
+    "Tensor? keys, SymInt stream, int threshold, float eps) -> (Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+)
+_backward = library.define_backward(
+    "embed_layer_norm_backward(Tensor dy, Tensor mean, Tensor rstd, Tensor? ids, Tensor[] tables, Tensor? dense, Tensor? weight, "
+    "Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, int threshold) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+)
+_table_gradient = library.define_backward(
+    "embed_layer_norm_table_backward(Tensor gradient, Tensor ids, int column, SymInt table_rows) -> Tensor",
+    fake=lambda gradient, ids, column, table_rows: gradient.new_empty((table_rows, gradient.shape[1])),
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ids, tables, dense, weight, bias, rng_state, keys, stream, threshold, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(mean, rstd, ids, dense, weight, bias, rng_state, keys, *tables)
+    ctx.stream, ctx.threshold = stream, threshold
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+    mean, rstd, ids, dense, weight, bias, rng_state, keys, *tables = ctx.saved_tensors
+    dz, dweight, dbias = _backward(
+        dy.contiguous(), mean, rstd, ids, tables, dense, weight, bias, rng_state, keys, ctx.stream, ctx.threshold
+    )
+    _, wants_tables, wants_dense, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+    dtables = [
+        _table_gradient(dz, ids, c, table.shape[0]) if wanted else None
+        for c, (table, wanted) in enumerate(zip(tables, wants_tables if tables else ()))
+    ]
+    return (
+        None,
+        dtables or None,
+        dz if wants_dense else None,
+        dweight if wants_weight else None,
+        dbias if wants_bias else None,
+        *[None] * 5,
+    )
+
+
+_differentiable = library.differentiable(_forward, setup_context=_setup_context, backward=_differentiate)
