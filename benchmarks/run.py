@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.provenance import device_folder, provenance
 from benchmarks.timing import Timing, interleaved
-from engine.training.host_memory import keep_freed_memory
+from engine.training.host_memory import keep_large_blocks
 from vlkernels import ops
 from vlkernels.core.spec import InputMaker, OpSpec
 from vlkernels.testing import contract
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here")
-    keep_freed_memory()
+    keep_large_blocks()
     red = 0
     for spec in ops.specs():
         if spec.benchmarks and (not options.op or spec.name in options.op):

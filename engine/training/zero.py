@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import io
 import logging
 import math
@@ -24,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.config import Config
+from engine.training.host_memory import keep_large_blocks
 
-KEEP_BLOCKS_BELOW = 1 << 30  # bytes
 
 T = TypeVar("T")
 
@@ -86,19 +85,6 @@ class Ranks:
 
 
 # ---- before anything runs --------------------------------------------------------------------------------------
-
-
-def keep_large_blocks() -> None:
-    """Let glibc reuse large blocks instead of returning them to the kernel after every operator.
-
-    By default each activation above 32 MiB is mapped and page-faulted anew, which costs more than most kernels.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            trim_threshold, mmap_threshold = -1, -3
-            mallopt(mmap_threshold, KEEP_BLOCKS_BELOW)
-            mallopt(trim_threshold, KEEP_BLOCKS_BELOW)
 
 
 def share_cores() -> None:
