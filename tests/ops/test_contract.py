@@ -44,6 +44,15 @@ def test_contract_on_the_card(op, case_name, dtype, impl):
     verify_on("cuda", op, case_name, dtype, impl)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("op, case_name", CASES)
+def test_reference_on_the_card_is_the_reference(op, case_name):
+    spec, case = SPECS[op], case_of(op, case_name)
+    truth, eager = (contract.run(spec.reference, case, dtype) for dtype in (torch.float64, torch.float32))
+    actual = contract.run(spec.functional, case, torch.float32, "cuda", impl="reference")
+    contract.compare(f"{op}/{case_name}/reference on the card", actual, eager, truth)
+
+
 @pytest.mark.parametrize("op, case_name", CASES)
 def test_reference_passes_gradcheck(op, case_name):
     spec, case = SPECS[op], case_of(op, case_name)
