@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from PIL import Image
 
 MAX_CAPTION_CHARACTERS = 8_192  # a caption is cut here, before any tokenizer sees it
 MAX_JSON_BYTES = 1 << 24
+_SURROGATE = re.compile("[\ud800-\udfff]")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # naming them keeps Pillow's PostScript and other interpreters out
 
 
@@ -139,16 +141,19 @@ def clean_captions(key: str, value: Any) -> tuple[list[str], tuple[str, ...]]:
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise RecordFault(key, "caption must be a string or a list of strings")
-    notes = tuple(
+    notes = [
         f"caption cut to its first {MAX_CAPTION_CHARACTERS} characters"
         for text in texts
         if len(text) > MAX_CAPTION_CHARACTERS
-    )
+    ]
     captions = [" ".join(text[:MAX_CAPTION_CHARACTERS].split()) for text in texts]
-    captions = [caption for caption in captions if caption]
-    if not captions:
+    if not any(captions):
         raise RecordFault(key, "caption is empty")
-    return captions, notes
+    if not all(captions):
+        notes.append(f"{captions.count('')} of {len(captions)} captions are empty")
+    if any(map(_SURROGATE.search, captions)):  # json can spell them; no tokenizer takes them
+        raise RecordFault(key, "caption is not valid Unicode")
+    return [caption for caption in captions if caption], tuple(notes)
 
 
 def parse_regions(key: str, value: Any) -> list[Region]:

@@ -61,6 +61,11 @@ def broken_members(workshop):
         ("number", "must be a string", [("number.png", image), ("number.json", b'{"caption": 7}')]),
         ("latin", "not UTF-8", [("latin.png", image), ("latin.txt", b"caf\xe9")]),
         (
+            "surrogate",
+            "not valid Unicode",
+            [("surrogate.png", image), ("surrogate.json", b'{"caption": "\\ud800 x"}')],
+        ),
+        (
             "boxes",
             "regions must be",
             [("boxes.png", image), ("boxes.json", b'{"caption": "x", "regions": [[1]]}')],

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from engine.data.records import DataError, Region
+from engine.data.records import DataError, RecordFault, Region
 from engine.data.shards import ShardSource, expand_pattern
 from engine.data.sources import load_source
 from engine.data.tar_index import build_index, load_index
@@ -53,7 +53,7 @@ def test_several_sources_and_a_limit(workshop):
 
 def test_the_first_caption_key_that_a_record_has_is_used(workshop):
     content = {
-        "captions": ["one", " two\n words "],
+        "captions": ["one", " ", " two\n words "],
         "caption": "three",
         "regions": [{"box": [1, 2, 3, 4], "caption": "dot"}],
     }
@@ -62,16 +62,12 @@ def test_the_first_caption_key_that_a_record_has_is_used(workshop):
     record = load_source(data, "train")[0]
     assert record.captions == ["one", "two words"]
     assert record.regions == [Region((1, 2, 3, 4), "dot")]
+    assert record.notes == ("1 of 3 captions are empty",)
     data.caption_keys = ["txt", "captions"]
     assert load_source(data, "train")[0].captions == ["four"]
     data.caption_keys = ["title"]
-    assert "no caption under title" in _fault(load_source(data, "train"))
-
-
-def _fault(source):
-    with pytest.raises(Exception) as caught:
-        source[0]
-    return str(caught.value)
+    with pytest.raises(RecordFault, match="no caption under title"):
+        load_source(data, "train")[0]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
