@@ -69,8 +69,10 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            # Unpacked outside the guard: under activation checkpointing this runs the forward again, with autograd.
+            context = _NestedContext(ctx, ctx.saved_tensors)
             with torch._C._AutoDispatchBelowAutograd():
-                nested = backward(_NestedContext(ctx), *((list(grads),) if ctx.returns_list else grads))
+                nested = backward(context, *((list(grads),) if ctx.returns_list else grads))
             return (None, *_flatten(nested if isinstance(nested, tuple) else (nested,), ctx.spans))
 
     Eager.__name__ = f"{op.name().partition('::')[2].partition('.')[0]}_eager"
@@ -89,10 +91,11 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
 class _NestedContext:
     """An autograd context whose ``needs_input_grad`` has the shape of the op's arguments."""
 
-    __slots__ = ("_ctx",)
+    __slots__ = ("_ctx", "saved_tensors")
 
-    def __init__(self, ctx: Any):
+    def __init__(self, ctx: Any, saved_tensors: tuple[torch.Tensor | None, ...] = ()):
         object.__setattr__(self, "_ctx", ctx)
+        object.__setattr__(self, "saved_tensors", saved_tensors)
 
     def __getattr__(self, name: str) -> Any:
         if name == "needs_input_grad":
