@@ -2,25 +2,30 @@
 
 #include <cstring>
 
-#include "primitives/cpu_scalar.h"
+#include "primitives/cpu_vector.h"
 
 namespace vlk::VLK_ISA {
 
 namespace {
 
-constexpr int64_t kColumns = 1024;  // accumulators on the stack: they stay in the first-level cache while the rows stream past
-
-template <typename T>
-void sum_columns(const char* const* rows, int64_t count, float divisor, int64_t column, int64_t columns, T* out) {
-    float sum[kColumns];
-    for (int64_t j = 0; j < columns; ++j) sum[j] = 0.0f;
+// `registers` neighbouring columns' sums stay in registers while the rows stream past.
+template <int registers, typename T, typename Chunk>
+void sum_columns(const char* const* rows, int64_t count, float divisor, int64_t column, Chunk chunk, T* out) {
+    Floats sum[registers] = {};
     for (int64_t i = 0; i < count; ++i) {
         const T* row = reinterpret_cast<const T*>(rows[i]) + column;
-#pragma omp simd
-        for (int64_t j = 0; j < columns; ++j) sum[j] += to_float(row[j]);
+        for (int k = 0; k < registers; ++k) sum[k] += load(row + k * lanes, chunk);
     }
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) out[column + j] = from_float<T>(sum[j] / divisor);
+    for (int k = 0; k < registers; ++k) store(out + column + k * lanes, sum[k] / divisor, chunk);
+}
+
+template <typename T>
+void sum_row(const char* const* rows, int64_t count, float divisor, int64_t width, T* out) {
+    constexpr int wide = 8;
+    int64_t column = 0;
+    for (; column + wide * lanes <= width; column += wide * lanes) sum_columns<wide>(rows, count, divisor, column, Whole{}, out);
+    for (; column + lanes <= width; column += lanes) sum_columns<1>(rows, count, divisor, column, Whole{}, out);
+    if (column < width) sum_columns<1>(rows, count, divisor, column, Part{static_cast<int>(width - column)}, out);
 }
 
 }  // namespace
@@ -53,11 +58,7 @@ void sum_rows(Dtype dtype, const char* const* sources, const int64_t* first, con
             } else if (count == 1 && divisors == nullptr) {
                 std::memcpy(out, sources[first[row]], width * sizeof(T));
             } else {
-                const float divisor = divisors == nullptr ? 1.0f : divisors[row];
-                for (int64_t column = 0; column < width; column += kColumns) {
-                    const int64_t columns = width - column < kColumns ? width - column : kColumns;
-                    sum_columns<T>(sources + first[row], count, divisor, column, columns, out);
-                }
+                sum_row(sources + first[row], count, divisors == nullptr ? 1.0f : divisors[row], width, out);
             }
         }
     });

@@ -56,8 +56,11 @@ def pack(tensors: Sequence[Tensor], layout: SegmentLayout, *, impl: str = "auto"
     Returns:
         ``[num_tokens, ...]``. One pass: every row is written once. A tensor that is not contiguous is copied first.
 
-    Gradients: to every tensor, zeros in its padding; one pass.
-    Raises: ``ValueError`` where shapes, dtypes, devices or lengths disagree.
+    Gradients: to every tensor that wants one, zeros in its padding; one pass.
+    Numerics: bits are copied.
+    Memory: the result; nothing is kept for the backward but the layout.
+    Errors: ``ValueError`` where shapes, dtypes, devices or lengths disagree.
+    Source: the unpadding of effective_transformer and of flash-attn's ``bert_padding``, without concatenation or index.
     """
     _check_padded(tensors, layout)
     if _resolve("pack", impl, tensors[0]) == "reference":
@@ -91,7 +94,10 @@ def unpack(
         One ``[B, max_lengths[s], ...]`` per segment; every row, padding too, is written once.
 
     Gradients: to ``x``, zero in rows that belong to nobody; an output nobody used costs nothing.
-    Raises: ``ValueError`` where shapes, devices or lengths disagree.
+    Numerics: bits are copied.
+    Memory: the results; nothing is kept for the backward but the layout.
+    Errors: ``ValueError`` where shapes, devices or lengths disagree.
+    Source: ``pad_input`` of flash-attn's ``bert_padding``, into several tensors at once.
     """
     _check_packed(x, layout)
     widths = _checked_widths(layout, max_lengths)
@@ -129,8 +135,11 @@ def take_segments(
         ``[layout.select(segments).num_tokens, ...]``, or a tuple of these. Where lengths are known on the device only,
         that is an upper bound and the rows past the last sample are zero.
 
-    Gradients: to ``x``, zero in the rows of other segments.
-    Raises: ``ValueError`` for a wrong shape or device, unknown segments or one named twice.
+    Gradients: to ``x``, zero in the rows of other segments; one pass for all groups.
+    Numerics: bits are copied.
+    Memory: the results; nothing is kept for the backward but the layout.
+    Errors: ``ValueError`` for a wrong shape or device, unknown segments and segments named twice.
+    Source: the modality experts of VLMo and BEiT-3, which split and concatenate padded tensors.
     """
     _check_packed(x, layout)
     streams, is_one = _checked_streams(layout, segments)
@@ -167,8 +176,11 @@ def put_segments(
     Returns:
         ``[num_tokens, ...]``; every row is written once.
 
-    Gradients: to the rows.
-    Raises: ``ValueError`` for a wrong shape, dtype or device, unknown segments or one named twice.
+    Gradients: to the rows that want one.
+    Numerics: bits are copied.
+    Memory: the result; nothing is kept for the backward but the layout.
+    Errors: ``ValueError`` for a wrong shape, dtype or device, unknown segments and segments named twice.
+    Source: as :func:`take_segments`.
     """
     streams, is_one = _checked_streams(layout, segments)
     parts = [rows] if is_one else list(rows)
@@ -199,10 +211,12 @@ def take_rows(x: Tensor, positions: Tensor, capacity: int | None = None, *, impl
     Returns:
         ``[capacity, ...]``.
 
-    Gradients: to ``x``: the sum over duplicates, in float32 (float64 for float64) and in a fixed order, so two runs
-    agree bit for bit.
-    Raises: ``ValueError`` for a wrong shape, dtype, device or capacity, and for positions out of range (on the CPU; a
-    device-side assertion elsewhere).
+    Gradients: to ``x``, the sum over duplicates in the order of the positions: two runs agree bit for bit.
+    Numerics: bits are copied; the backward adds in float32 (float64 for float64) and rounds once.
+    Memory: the result; positions are kept for the backward.
+    Errors: ``ValueError`` for a wrong shape, dtype, device or capacity, and for positions out of range (values on the
+        CPU; elsewhere a device-side assertion).
+    Source: ``index_select``, with rows that stay empty.
     """
     checks.check_integer("positions", positions)
     checks.check_shape("positions", positions, "[M]", (None,))
@@ -234,10 +248,13 @@ def segment_mean(x: Tensor, layout: SegmentLayout, segment: int, *, impl: str = 
         impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
-        ``[B, ...]`` in the dtype of ``x``; added in float32 (float64 for float64) and rounded once.
+        ``[B, ...]`` in the dtype of ``x``.
 
-    Gradients: to ``x``, zero in the rows of other segments.
-    Raises: ``ValueError`` for a wrong shape, dtype or device, and for an unknown segment.
+    Gradients: to ``x``: the sample's gradient over its length, zero in the rows of other segments.
+    Numerics: added in float32 (float64 for float64), divided, rounded once.
+    Memory: the result; nothing is kept for the backward but the layout.
+    Errors: ``ValueError`` for a wrong shape, dtype or device, and for an unknown segment.
+    Source: mean pooling over patches or tokens, as in SigLIP-style and sentence encoders.
     """
     checks.check_floating("x", x)
     _check_packed(x, layout)
@@ -273,7 +290,7 @@ def _check_padded(tensors: Sequence[Tensor], layout: SegmentLayout) -> None:
         checks.check_dtype(name, tensor, (tensors[0].dtype,))
         checks.check_same_device(**{name: tensor}, layout=layout.starts)
         if tensor.shape[1] < longest:
-            raise ValueError(f"{name} must be [B, T, ...] with T >= the longest segment = {longest}, got T = {tensor.shape[1]}")
+            raise ValueError(f"{name} must be [B, T, ...] with T >= {longest}, its longest segment, got T = {tensor.shape[1]}")
 
 
 def _check_packed(x: Tensor, layout: SegmentLayout) -> None:
@@ -305,5 +322,7 @@ def _checked_streams(layout: SegmentLayout, segments: Segments) -> tuple[tuple[t
     streams, is_one = streams_of(segments)
     named = [s for stream in streams for s in stream]
     if len(set(named)) != len(named) or not all(streams) or not all(0 <= s < layout.num_segments for s in named):
-        raise ValueError(f"segments must name indices below {layout.num_segments}, none twice and no empty group, got {segments}")
+        raise ValueError(
+            f"segments must name indices below {layout.num_segments}, none twice, in groups that are not empty, got {segments}"
+        )
     return streams, is_one

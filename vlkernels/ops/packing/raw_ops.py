@@ -29,11 +29,13 @@ def _split_fake(
 
 
 _join = library.define(
-    "join_segments(Tensor[] parts, int[] part_of, Tensor? part_starts, Tensor starts, Tensor lengths, SymInt num_rows) -> Tensor",
+    "join_segments(Tensor[] parts, int[] part_of, Tensor? part_starts, Tensor starts, Tensor lengths, SymInt num_rows)"
+    " -> Tensor",
     fake=_join_fake,
 )
 _split = library.define(
-    "split_segments(Tensor x, int[] part_of, Tensor? part_starts, Tensor starts, Tensor lengths, SymInt[] part_rows) -> Tensor[]",
+    "split_segments(Tensor x, int[] part_of, Tensor? part_starts, Tensor starts, Tensor lengths, SymInt[] part_rows)"
+    " -> Tensor[]",
     fake=_split_fake,
 )
 _take = library.define(

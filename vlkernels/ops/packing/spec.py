@@ -123,10 +123,20 @@ def pack_by_mask(tensors: Sequence[Tensor], layout: SegmentLayout) -> Tensor:
     return torch.cat(list(tensors), dim=1)[valid_rows(layout, [t.shape[1] for t in tensors])]
 
 
+def pack_by_index(tensors: Sequence[Tensor], layout: SegmentLayout) -> Tensor:
+    joined, rows = _joined(tensors, layout)
+    return joined.index_select(0, rows)
+
+
 def pack_by_gather(tensors: Sequence[Tensor], layout: SegmentLayout) -> Tensor:
-    """Concatenate, then gather by an index over the flattened batch, as flash-attn's ``unpad_input`` does."""
+    """As UNITER and flash-attn's ``bert_padding`` do: an index expanded over the width."""
+    joined, rows = _joined(tensors, layout)
+    return joined.gather(0, rows[:, None].expand(-1, joined.shape[1]))
+
+
+def _joined(tensors: Sequence[Tensor], layout: SegmentLayout) -> tuple[Tensor, Tensor]:
     valid = valid_rows(layout, [t.shape[1] for t in tensors])
-    return torch.cat(list(tensors), dim=1).flatten(0, 1).index_select(0, valid.flatten().nonzero().flatten())
+    return torch.cat(list(tensors), dim=1).flatten(0, 1), valid.flatten().nonzero().flatten()
 
 
 def unpack_by_mask(x: Tensor, layout: SegmentLayout) -> tuple[Tensor, ...]:
@@ -188,7 +198,7 @@ SPECS = (
         "pack",
         (*_cases(lambda fill, layout: {"tensors": _padded(fill, layout), "layout": layout}), Case("ids", _ids)),
         benchmarks={"captions and regions": _bench_pack},
-        peers={"cat + gather": pack_by_gather, "cat + boolean index": pack_by_mask},
+        peers={"cat + gather": pack_by_gather, "cat + index_select": pack_by_index, "cat + boolean index": pack_by_mask},
         cost=_pack_cost,
     ),
     _spec(
