@@ -25,9 +25,9 @@ class Embedder(nn.Module):
         self.impl = impl
 
     def embed(
-        self, ids: Sequence[Tensor], layout: vk.SegmentLayout, rng: vk.Rng | None, dense: Tensor | None = None
+        self, ids: Tensor, layout: vk.SegmentLayout, rng: vk.Rng | None, dense: Tensor | None = None
     ) -> Tensor:
-        """`ids[c]` `[num_tokens]` chooses the row of table `c`."""
+        """`ids` `[num_tokens, C]`: column c chooses rows of table c."""
         return vk.embed_layer_norm(
             ids,
             list(self.tables),
@@ -55,7 +55,8 @@ class TextEmbedder(Embedder):
         return self.tables[0]
 
     def forward(self, ids: Tensor, layout: vk.SegmentLayout, rng: vk.Rng | None) -> Tensor:
-        return self.embed((ids, layout.token_position()), layout, rng)
+        position = layout.token_position()
+        return self.embed(torch.stack((ids.to(position.dtype), position), dim=1), layout, rng)
 
 
 class PatchEmbedder(Embedder):
@@ -70,7 +71,7 @@ class PatchEmbedder(Embedder):
     def forward(self, patches: Tensor, positions: Tensor, layout: vk.SegmentLayout, rng: vk.Rng | None) -> Tensor:
         """`patches` `[num_tokens, values]`, `positions` `[num_tokens, 2]` (row, column)."""
         dense = self.projection(patches.to(self.projection.weight.dtype))
-        return self.embed((positions[:, 0], positions[:, 1]), layout, rng, dense)
+        return self.embed(positions, layout, rng, dense)
 
 
 class RegionEmbedder(Embedder):
@@ -89,5 +90,5 @@ class RegionEmbedder(Embedder):
         """`features` `[num_tokens, values]`, `boxes` `[num_tokens, 7]` in shares of the image."""
         dense = self.feature_norm(self.feature_projection(features), impl=self.impl)
         dense = self.box_norm(self.box_projection(boxes), impl=self.impl) + dense
-        kind = torch.zeros(len(features), dtype=torch.int32, device=features.device)
-        return self.embed((kind,), layout, rng, dense)
+        kind = torch.zeros(len(features), 1, dtype=torch.int32, device=features.device)
+        return self.embed(kind, layout, rng, dense)

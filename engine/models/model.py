@@ -13,7 +13,7 @@ import torch
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.data import Batch
+from engine.batch import Batch
 from engine.models.embedders import PatchEmbedder, TextEmbedder
 from engine.models.heads import FeatureHead, MaskedLanguageHead, MatchingHead
 from engine.models.initialization import initialize

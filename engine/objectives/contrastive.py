@@ -8,9 +8,9 @@ import torch
 import vlkernels as vk
 from torch import Tensor
 
-from engine.data import Batch
+from engine.batch import Batch
 from engine.models import VisionLanguageModel
-from engine.objectives.normalization import negatives_group
+from engine.objectives.normalization import negatives_group, rank_counts
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ContrastiveObjective:
     def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         image, text, scale = model.image_features(batch), model.text_features(batch), model.scale()
         group = negatives_group(self.negatives)
-        counts = None if group is None else [len(image)] * group.size()
+        counts = rank_counts(batch, group)
         loss = vk.contrastive_loss(
             image, text, scale, group=group, rank_counts=counts, rank_reduction="mean", impl=model.impl
         )

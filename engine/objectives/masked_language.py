@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import vlkernels as vk
 from torch import Tensor
 
-from engine.data import Batch
+from engine.batch import Batch
 from engine.models import VisionLanguageModel
 from engine.objectives.normalization import normalizer
 

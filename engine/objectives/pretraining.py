@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from engine.data import Batch
+from engine.batch import Batch
 from engine.models import VisionLanguageModel
 from engine.objectives.contrastive import ContrastiveObjective
 from engine.objectives.masked_language import MaskedLanguageObjective

@@ -1,0 +1,265 @@
+"""The quickstart's model in plain, padded PyTorch: the peer that the engine's pairs per second are compared with.
+
+    python -m benchmarks.plain_quickstart [--pairs 128] [--seconds 30]
+
+Same sizes, weights, losses and hard negatives; `scaled_dot_product_attention` on padded batches, `F.layer_norm`,
+`F.cross_entropy`, image keys and values projected once per image. Whole steps with AdamW take turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.timing import interleaved
+from engine.config import Config
+from engine.batch import Batch
+from engine.data import held_out_batches, load_source, make_tokenizer
+from engine.models import VisionLanguageModel, build_model
+from engine.objectives import PretrainingModule, build_objectives
+from engine.sections import Model, Stack
+from engine.training.command_line import parse
+
+
+
+class Attention(nn.Module):
+    def __init__(self, stack: Stack, source_width: int | None = None):
+        super().__init__()
+        width = stack.width
+        self.norm = nn.LayerNorm(width, stack.eps)
+        self.output = nn.Linear(width, width)
+        if source_width is None:
+            self.query_key_value = nn.Linear(width, 3 * width)
+        else:
+            self.query = nn.Linear(width, width)
+            self.key_value = nn.Linear(source_width, 2 * width)
+        self.heads = stack.heads
+
+    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        batch, length, _ = x.shape
+        return x.view(batch, length, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, visible: Tensor | None, keys_values: tuple[Tensor, ...] | None = None) -> Tensor:
+        if keys_values is None:
+            return self.attend(*self.split(self.query_key_value(x), 3), visible)
+        return self.attend(*self.split(self.query(x), 1), *keys_values, visible)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, stack: Stack):
+        super().__init__()
+        self.norm = nn.LayerNorm(stack.width, stack.eps)
+        self.output = nn.Linear(stack.mlp_width, stack.width)
+        self.inner = nn.Linear(stack.width, stack.mlp_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.gelu(self.inner(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, stack: Stack, source_width: int | None):
+        super().__init__()
+        self.self_attention = Attention(stack)
+        self.cross_attention = None if source_width is None else Attention(stack, source_width)
+        self.feed_forward = FeedForward(stack)
+
+    def forward(self, x: Tensor, visible: Tensor | None, keys_values=None, source_visible: Tensor | None = None) -> Tensor:
+        x = x + self.self_attention(self.self_attention.norm(x), visible)
+        if self.cross_attention is not None:
+            x = x + self.cross_attention(self.cross_attention.norm(x), source_visible, keys_values)
+        return x + self.feed_forward(self.feed_forward.norm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, stack: Stack, source_width: int | None = None):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(stack, source_width) for _ in range(stack.layers))
+        self.final_norm = nn.LayerNorm(stack.width, stack.eps)
+
+    def project_source(self, source: Tensor) -> list[tuple[Tensor, ...]]:
+        return [b.cross_attention.split(b.cross_attention.key_value(source), 2) for b in self.blocks]
+
+    def forward(self, x: Tensor, visible: Tensor | None, source=None, source_visible: Tensor | None = None) -> Tensor:
+        for block, keys_values in zip(self.blocks, source or itertools.repeat(None)):
+            x = block(x, visible, keys_values, source_visible)
+        return self.final_norm(x)
+
+
+class Embedder(nn.Module):
+    def __init__(self, stack: Stack, sizes: tuple[int, int], patch_values: int | None = None):
+        super().__init__()
+        self.tables = nn.ParameterList(torch.empty(size, stack.width) for size in sizes)
+        self.weight = nn.Parameter(torch.ones(stack.width))
+        self.bias = nn.Parameter(torch.zeros(stack.width))
+        self.projection = None if patch_values is None else nn.Linear(patch_values, stack.width)
+        self.eps = stack.eps
+
+    def forward(self, first: Tensor, second: Tensor, patches: Tensor | None = None) -> Tensor:
+        x = F.embedding(first, self.tables[0]) + F.embedding(second, self.tables[1])
+        if patches is not None:
+            x = x + self.projection(patches.to(self.projection.weight.dtype))
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class FeatureHead(nn.Module):
+    def __init__(self, width: int, features: int):
+        super().__init__()
+        self.projection = nn.Linear(width, features, bias=False)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        pooled = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return F.normalize(self.projection(pooled), dim=-1)
+
+
+class MatchingHead(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.classifier = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(x[:, 0])
+
+
+class MaskedLanguageHead(nn.Module):
+    def __init__(self, width: int, vocab_size: int, eps: float):
+        super().__init__()
+        self.transform = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return F.linear(self.norm(F.gelu(self.transform(x), approximate="tanh")), table, self.bias)
+
+
+class PlainModel(nn.Module):
+    """Parameters are named as in `VisionLanguageModel`, so one's weights load into the other."""
+
+    def __init__(self, model: Model, vocab_size: int):
+        super().__init__()
+        image, text, fusion = model.image, model.text, model.fusion
+        self.image_embedder = Embedder(image, tuple(image.max_grid), 3 * image.patch_size**2)
+        self.image_tower = Transformer(image)
+        self.image_head = FeatureHead(image.width, model.projection_dim)
+        self.text_embedder = Embedder(text, (vocab_size, text.max_positions))
+        self.text_tower = Transformer(text)
+        self.text_head = FeatureHead(text.width, model.projection_dim)
+        self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.fusion = Transformer(fusion, image.width)
+        self.matching_head = MatchingHead(fusion.width)
+        self.masked_language_head = MaskedLanguageHead(fusion.width, vocab_size, fusion.eps)
+
+    def encode_text(self, ids: Tensor, visible: Tensor | None) -> Tensor:
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        return self.text_tower(self.text_embedder(ids, positions), visible)
+
+    def forward(self, batch: Batch, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+        """Losses by name; `negatives` are the hard texts and the hard images (default: drawn from the scores)."""
+        real_patches = padding_mask(batch.image_layout.lengths, batch.patches.shape[1])
+        real_words = padding_mask(batch.text_layout.lengths, batch.text_ids.shape[1])
+        see_patches, see_words = attention_mask(real_patches), attention_mask(real_words)
+        positions = batch.patch_positions.long()
+        image = self.image_embedder(positions[..., 0], positions[..., 1], batch.patches)
+        image = self.image_tower(image, see_patches)
+        text = self.encode_text(batch.text_ids, see_words)
+        image_features, text_features = self.image_head(image, real_patches), self.text_head(text, real_words)
+        logits = self.logit_scale.exp() * image_features @ text_features.T
+        pairs = len(logits)
+        own = torch.arange(pairs)
+        contrastive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+        hard_texts, hard_images = negatives or (draw_negatives(logits.detach()), draw_negatives(logits.detach().T))
+        source = self.fusion.project_source(image)
+        texts, images = torch.cat((own, hard_texts, own)), torch.cat((own, own, hard_images))
+        read = [tuple(part[images] for part in keys_values) for keys_values in source]
+        fused = self.fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
+        matching = F.cross_entropy(self.matching_head(fused), (torch.arange(3 * pairs) < pairs).long())
+
+        masked = self.encode_text(batch.masked_ids, see_words)
+        fused = self.fusion(masked, see_words, source, see_patches)
+        words = self.masked_language_head(fused[real_words][batch.mlm_rows], self.text_embedder.tables[0])
+        masked_language = F.cross_entropy(words, batch.mlm_targets)
+        return {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
+
+
+def padding_mask(lengths: Tensor, longest: int) -> Tensor:
+    return torch.arange(longest) < lengths
+
+
+def attention_mask(real: Tensor) -> Tensor | None:
+    """Broadcast over heads and queries; none where nothing is padded, which lets attention take its fast road."""
+    return None if bool(real.all()) else real[:, None, None]
+
+
+def pick(mask: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if mask is None else mask[index]
+
+
+@torch.no_grad()
+def draw_negatives(logits: Tensor) -> Tensor:
+    scores = logits.softmax(1) + 1e-6
+    return torch.multinomial(scores.fill_diagonal_(0), 1)[:, 0]
+
+
+def make_models(config: Config, vocab_size: int) -> tuple[PretrainingModule, PlainModel]:
+    torch.manual_seed(0)
+    packed: VisionLanguageModel = build_model(config, vocab_size)
+    plain = PlainModel(config.model, vocab_size)
+    plain.load_state_dict(packed.state_dict())
+    return PretrainingModule(packed, build_objectives(config.objectives)), plain
+
+
+class Step:
+    """A whole training step of either model on batches that take turns."""
+
+    def __init__(self, module: nn.Module, batches: list[Batch]):
+        self.module = module
+        self.batches = itertools.cycle(batches)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        output = self.module(batch)
+        return output[1] if isinstance(output, tuple) else output
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(self.losses(next(self.batches)).values()).backward()
+        self.optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    options = parser.parse_args()
+    config = parse(["--config", "engine/recipes/quickstart.yaml"])
+    source = load_source(config.data, "held_out")
+    tokenizer = make_tokenizer(config, load_source(config.data, "train"))
+    batches = [b for b in held_out_batches(config, source, tokenizer, options.pairs) if len(b.labels) == options.pairs]
+    packed, plain = make_models(config, tokenizer.vocab_size)
+    steps = {"engine": Step(packed, batches), "plain": Step(plain, batches)}
+    agreement = {name: {k: v.item() for k, v in step.losses(batches[0]).items()} for name, step in steps.items()}
+    timings = interleaved(steps, "cpu", options.seconds)
+    speeds = {name: options.pairs / timing.median for name, timing in timings.items()}
+    tokens = [sum(int(layout.lengths.sum()) for layout in (b.image_layout, b.text_layout)) for b in batches]
+    result = {
+        "pairs_per_s": speeds,
+        "ratio": speeds["engine"] / speeds["plain"],
+        "losses": agreement,
+        "tokens_per_pair": sum(tokens) / len(tokens) / options.pairs,
+        "longest_caption": max(b.text_ids.shape[1] for b in batches),
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

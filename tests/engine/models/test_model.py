@@ -1,0 +1,127 @@
+"""Passes are shared, dropout belongs to the pair, shapes that do not fit are refused."""
+
+import pytest
+import torch
+import vlkernels as vk
+from random_batch import VOCAB, random_batch, random_sample, small_config, small_model
+
+from engine.data import collate
+from engine.models import VisionLanguageModel
+from engine.objectives import PretrainingModule, build_objectives
+from engine.sections import Objectives
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_every_pass_runs_once():
+    model = small_model()
+    image, text = count_calls(model.image_tower), count_calls(model.text_tower)
+    keys_values = count_calls(model.fusion.blocks[0].cross_attention.key_value)
+    fusion = count_calls(model.fusion)
+    module = PretrainingModule(model, build_objectives(Objectives()))
+    module(random_batch(range(6)))
+    assert (len(image), len(text), len(keys_values), len(fusion)) == (1, 2, 1, 2)
+    module(random_batch(range(6)))
+    assert len(image) == 2, "another batch is another pass"
+    model.encode_image(random_batch(range(6)))
+    assert len(image) == 3 and model._passes is None, "nothing is kept outside a forward"
+
+
+def test_dropout_belongs_to_the_pair():
+    """The same pair in another place of another batch draws the same masks; another step draws others."""
+    model = small_model(dropout=0.3)
+    first, second = random_batch(range(6)), collate([random_sample(i) for i in (4, 2)], (4, 2))
+    for encode in (model.image_features, model.text_features):
+        here, there = encode(first), encode(second)
+        torch.testing.assert_close(here[[4, 2]], there, rtol=1e-5, atol=1e-6)
+        model.eval()
+        assert (encode(first) - here).abs().max() > 1e-2
+        model.train()
+        model.rng.advance()
+        assert (encode(first) - here).abs().max() > 1e-2
+
+
+def test_variants_of_a_pair_draw_different_masks():
+    model = small_model(dropout=0.3)
+    batch = random_batch(range(4))
+    batch.masked_ids = batch.text_ids
+    plain, masked = model.encode_text(batch).hidden, model.encode_text(batch, masked=True).hidden
+    assert (plain - masked).abs().max() > 1e-2
+    model.eval()
+    torch.testing.assert_close(model.encode_text(batch).hidden, model.encode_text(batch, masked=True).hidden)
+
+
+def test_call_sites_have_their_own_streams():
+    model = small_model()
+    streams = [
+        value for module in model.modules() for name, value in vars(module).items() if name.endswith("stream")
+    ]
+    assert len(streams) == len(set(streams)) > 20
+
+
+def test_sources_may_be_read_by_any_text():
+    """`index` chooses the image; the states of images are projected once and not copied."""
+    model, batch = small_model(), random_batch(range(5))
+    index = torch.tensor([3, 3, 0, 1, 4], dtype=torch.int32)
+    image, text = model.encode_image(batch), model.encode_text(batch)
+    fused = model.fuse(text, model.source_of(image, index)).hidden
+    copied = model.fuse(text, model.source_of(image.take(index))).hidden
+    torch.testing.assert_close(fused, copied)
+    assert (fused - model.fuse(text, model.source_of(image)).hidden).abs().max() > 1e-2
+
+
+def test_cross_attention_every_second_block():
+    config = small_config(cross_every=2)
+    model = VisionLanguageModel(config, VOCAB)
+    assert [block.cross_attention is not None for block in model.fusion.blocks] == [True, False]
+    batch = random_batch(range(3))
+    assert model.fuse(model.encode_text(batch), model.image_source(batch)).hidden.shape[1] == 32
+
+
+def test_checkpointing_changes_no_bit():
+    gradients = []
+    for recompute in (False, True):
+        model = small_model(dropout=0.2)
+        model.checkpoint_activations(recompute)
+        PretrainingModule(model, build_objectives(Objectives()))(random_batch(range(6)))[0].backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_rng_moves_with_the_model():
+    model = small_model().to("meta")
+    assert model.rng.state.device.type == "meta"
+
+
+def test_scale_is_limited():
+    model = small_model()
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)
+    torch.testing.assert_close(model.scale(), torch.tensor([100.0]))
+
+
+def test_widths_must_agree():
+    config = small_config()
+    config.fusion.width = 64
+    with pytest.raises(ValueError, match=r"model.fusion.width must be model.text.width = 32, .* got 64"):
+        VisionLanguageModel(config, VOCAB)
+
+
+def test_regions_embed_as_uniter_does():
+    from engine.models.embedders import RegionEmbedder
+
+    stack = small_config().text
+    embedder = RegionEmbedder(stack, 10, iter(range(9)), "auto")
+    with torch.no_grad():
+        for parameter in embedder.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    features, boxes = torch.randn(6, 10), torch.rand(6, 7)
+    layout = vk.SegmentLayout([[4], [2]])
+    by_hand = embedder.feature_norm(embedder.feature_projection(features))
+    by_hand = by_hand + embedder.box_norm(embedder.box_projection(boxes)) + embedder.tables[0][0]
+    by_hand = torch.nn.functional.layer_norm(by_hand, (32,), embedder.weight, embedder.bias, stack.eps)
+    torch.testing.assert_close(embedder(features, boxes, layout, None), by_hand, rtol=1e-4, atol=1e-4)
