@@ -89,7 +89,7 @@ inline Shorts pack_as(float16, Floats value) { return half_of_float(value); }
 inline Shorts pack_as(bfloat16, Floats value) {
     const Words bits = cast_bits<Words>(value);
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return narrow((bits & 0x7fffffff) > 0x7f800000 ? (Words{} + 0x7fc0) : rounded);
+    return narrow(value == value ? rounded : (Words{} + 0x7fc0));
 }
 inline Floats unpack(float, Floats packed) { return packed; }
 inline Floats unpack(float16, Shorts packed) { return float_of_half(packed); }
