@@ -1,6 +1,6 @@
 """Records from tar shards to batches of a training step."""
 
-from engine.data.batches import Batch, collate, held_out_batches, training_stream
+from engine.data.batches import collate, held_out_batches, training_stream
 from engine.data.images import ImageTransform
 from engine.data.plan import BatchPlan
 from engine.data.records import DataError, FaultLedger, Record, RecordFault, Region, Source
@@ -9,7 +9,6 @@ from engine.data.sources import load_source, make_tokenizer
 from engine.data.tokenization import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
-    "Batch",
     "BatchPlan",
     "DataError",
     "FaultLedger",

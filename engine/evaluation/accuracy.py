@@ -8,7 +8,7 @@ import torch
 import vlkernels as vk
 from torch import Tensor
 
-from engine.data import Batch
+from engine.batch import Batch
 from engine.evaluation.gallery import Gallery, matching_logits
 from engine.models import VisionLanguageModel
 from engine.models.transformer import Source

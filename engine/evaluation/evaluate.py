@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from engine.config import Config
-from engine.data import Batch, Tokenizer
+from engine.batch import Batch
+from engine.data import Tokenizer
 from engine.evaluation.accuracy import masked_language_accuracy, matching_accuracy
 from engine.evaluation.gallery import encode_gallery
 from engine.evaluation.retrieval import reranked_retrieval, retrieval

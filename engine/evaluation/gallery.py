@@ -9,7 +9,7 @@ import torch
 import vlkernels as vk
 from torch import Tensor
 
-from engine.data import Batch
+from engine.batch import Batch
 from engine.models import VisionLanguageModel
 from engine.models.transformer import Tokens
 

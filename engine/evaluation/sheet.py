@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engine.config import Config
-from engine.data import Batch, Tokenizer
+from engine.batch import Batch
+from engine.data import Tokenizer
 from engine.evaluation.gallery import Gallery
 
 TOP = 5

@@ -1,4 +1,4 @@
-"""The training loop: one window of micro-batches after another, with logs, checkpoints and evaluations between."""
+"""The training loop: window after window of micro-batches, with logs, checkpoints and evaluations between."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 import vlkernels as vk
 
 from engine.config import Config
-from engine.data import Batch, DataError
+from engine.batch import Batch
+from engine.data import DataError
 from engine.training.checkpoint import Checkpoints, Progress
 from engine.training.interruption import Interruption
 from engine.training.optimizer import LearningRate
@@ -31,6 +32,11 @@ def next_window(stream: Iterator[list[Batch]]) -> tuple[list[Batch], str | None]
         return next(stream), None
     except DataError as error:
         return [], str(error)
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
 
 
 class Trainer:
@@ -94,11 +100,11 @@ class Trainer:
             self.report_faults(window)
         if progress.skipped_in_a_row:
             self.report_skip()
-        if progress.step % train.log_every == 0 or progress.step == self.total_steps:
+        if is_due(train.log_every, progress.step) or progress.step == self.total_steps:
             self.log()
-        if train.save_every and progress.step % train.save_every == 0:
+        if is_due(train.save_every, progress.step):
             self.save()
-        if train.evaluate_every and progress.step % train.evaluate_every == 0 and progress.step < self.total_steps:
+        if is_due(train.evaluate_every, progress.step) and progress.step < self.total_steps:
             self.telemetry.evaluated(progress.step, self.evaluate())
 
     def stop_for_data(self, failure: str | None) -> NoReturn:
@@ -108,16 +114,16 @@ class Trainer:
 
     def report_faults(self, window: list[Batch]) -> None:
         """Name the broken records of every rank that met some."""
-        faults = [fault for part in self.ranks.gather([f for b in window for f in b.faults]) for fault in part]
+        mine = [fault for batch in window for fault in batch.faults]
+        faults = [fault for part in self.ranks.gather(mine) for fault in part]
         self.progress.faults += len(faults)
         self.telemetry.warn(self.progress.step, "broken record", faults)
 
     def report_skip(self) -> None:
         """Count a step whose gradient was not finite; too many in a row mean that the run has diverged."""
         in_a_row = self.progress.skipped_in_a_row
-        self.telemetry.warn(
-            self.progress.step, "skipped step", [f"the gradient is not finite ({in_a_row} in a row): weights kept"]
-        )
+        line = f"the gradient is not finite ({in_a_row} in a row): weights kept"
+        self.telemetry.warn(self.progress.step, "skipped step", [line])
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingStopped(
                 f"the gradient was not finite in {in_a_row} steps in a row, up to step {self.progress.step}: "

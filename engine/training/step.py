@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+import vlkernels as vk
 from torch import Tensor
 
+from engine.batch import Batch
 from engine.training.zero import Engine, Ranks
 
 
@@ -24,8 +25,8 @@ class Agreement:
     counts: dict[str, int]
 
 
-def agree(window: list[Any], ranks: Ranks, stop: bool) -> Agreement:
-    """Sum over the ranks in one exchange of host integers. A rank whose data failed brings an empty window."""
+def agree(window: list[Batch], ranks: Ranks, stop: bool) -> Agreement:
+    """Sums over the ranks, in one exchange of integers. A rank whose data failed brings an empty window."""
     names = sorted(window[0].counts) if window else []
     assert len(names) <= MAX_COUNTS, f"at most {MAX_COUNTS} counts per batch, got {names}"
     counts = [sum(batch.counts[name] for batch in window) for name in names]
@@ -52,7 +53,9 @@ class StepResult:
     tokens: int
 
 
-def run_window(engine: Engine, window: list[Any], counts: dict[str, int], ranks: Ranks, rng: Any) -> StepResult:
+def run_window(
+    engine: Engine, window: list[Batch], counts: dict[str, int], ranks: Ranks, rng: vk.Rng
+) -> StepResult:
     """Forward and backward of every micro-batch, then the update.
 
     `rng` advances once: sample ids count through the whole window, so draws do not depend on how it is cut.
