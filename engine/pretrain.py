@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[Source, Source, Tokenizer]:
-    """Training and held-out records, and the tokenizer: trained on the former, or the one the run began with."""
+    """Training and held-out records, and the tokenizer: a new one, or the one the run began with."""
 
     def open_once() -> tuple[Source, Source, Tokenizer]:
         source = load_source(config.data, "train", config.seed)
@@ -88,13 +88,14 @@ def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[Source, S
 
 
 def build_engine(config: Config, ranks: zero.Ranks, vocab_size: int) -> tuple[zero.Engine, LearningRate]:
-    """Model, objectives and optimizer under ZeRO; weights depend on the seed alone, other draws on the rank too."""
+    """Model, objectives and optimizer under ZeRO. Weights depend on the seed alone."""
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size)
     model.rng.state[0] = config.seed
     optimizer = make_optimizer(config.optimizer, model.named_parameters(), ranks.device)
     learning_rate = LearningRate(config, optimizer)
-    engine = zero.Engine(config, PretrainingModule(model, build_objectives(config.objectives)), optimizer, ranks)
+    module = PretrainingModule(model, build_objectives(config.objectives))
+    engine = zero.Engine(config, module, optimizer, ranks)
     torch.manual_seed(config.seed + 1 + ranks.rank)
     return engine, learning_rate
 
@@ -102,7 +103,7 @@ def build_engine(config: Config, ranks: zero.Ranks, vocab_size: int) -> tuple[ze
 def held_out_evaluation(
     config: Config, ranks: zero.Ranks, engine: zero.Engine, held_out: Source, tokenizer: Tokenizer
 ) -> Callable[[], dict[str, Any]]:
-    """An evaluation to call on every rank: rank 0 computes, the others wait. Training goes on as if without it."""
+    """An evaluation to call on every rank: rank 0 computes, the others wait. Training draws do not notice."""
 
     def evaluation(sheet: Path | None = None) -> dict[str, Any]:
         results: dict[str, Any] = {}
@@ -116,7 +117,9 @@ def held_out_evaluation(
     return evaluation
 
 
-def opening_line(config: Config, ranks: zero.Ranks, engine: zero.Engine, records: int, progress: Progress) -> str:
+def opening_line(
+    config: Config, ranks: zero.Ranks, engine: zero.Engine, records: int, progress: Progress
+) -> str:
     """The run in one line."""
     size = f"{engine.num_parameters / 1e6:.2f} M parameters"
     steps = f"steps {progress.step}-{config.train.total_steps} of {config.train.global_batch} pairs"

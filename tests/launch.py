@@ -33,12 +33,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(command: list[str], world: int = 1, environment: dict | None = None, **options) -> list[subprocess.Popen]:
-    """One process per rank, each in a session of its own; a world of 1 starts without a launcher's variables."""
+def start(
+    command: list[str], world: int = 1, environment: dict | None = None, **options
+) -> list[subprocess.Popen]:
+    """One process per rank, each in a session of its own; a world of 1 starts as without a launcher."""
     port = free_port()
     processes = []
     for rank in range(world):
-        own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        own = {name: value for name, value in os.environ.items() if name not in launched}
         own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **(environment or {})}
         if world > 1:
             own |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world}
@@ -60,7 +63,7 @@ def finish(processes: list[subprocess.Popen], timeout: float = 60) -> list[Finis
     """Wait for all of them together; kill the process groups of those that outlast the timeout."""
     deadline = time.monotonic() + timeout
     try:
-        outputs = [process.communicate(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
+        outputs = [p.communicate(timeout=max(0.1, deadline - time.monotonic())) for p in processes]
     finally:
         for process in processes:
             if process.poll() is None:

@@ -28,7 +28,8 @@ def small_config(stage: int = 1, **options) -> Config:
         "device": "cpu",
         "zero": Zero(stage),
     }
-    return Config(**{**defaults, **whole}, train=Train(**{"global_batch": 8, "max_steps": 4, "log_every": 1, **train}))
+    train = Train(**{"global_batch": 8, "max_steps": 4, "log_every": 1, **train})
+    return Config(**{**defaults, **whole}, train=train)
 
 
 @dataclass
@@ -62,7 +63,8 @@ def stream(config: Config, rank: int = 0, world: int = 1, position: int = 0, alt
         for micro_step in range(config.train.accumulation):
             first = (micro_step * world + rank) * size
             rows = range(position + first, position + first + size)
-            x = torch.stack([torch.randn(WIDTH, generator=torch.Generator().manual_seed(row)) for row in rows])
+            draws = [torch.Generator().manual_seed(row) for row in rows]
+            x = torch.stack([torch.randn(WIDTH, generator=draw) for draw in draws])
             is_token = torch.tensor([row % 3 == 0 for row in rows])
             counts = {"pairs": size, "tokens": int(is_token.sum())}
             ids = torch.arange(first, first + size)

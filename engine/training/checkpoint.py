@@ -1,8 +1,8 @@
 """Checkpoints that are either whole or ignored.
 
 A checkpoint is a folder `step_00000100`: DeepSpeed's shards, one file of random states per rank, and last a
-manifest with the size and digest of every file. `latest` is replaced in one step after that. A process killed at
-any moment leaves a folder without a manifest, or with one that does not verify, and the one before it is loaded.
+manifest with the size and digest of every file. `latest` is replaced in one step after that. A process killed
+at any moment leaves a folder without a manifest, or one that does not verify: the one before it is loaded.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vlkernels as vk
 
 from engine.config import Config
 from engine.training.zero import Engine, Ranks
@@ -42,7 +43,7 @@ class Checkpoints:
         self.ranks, self.folder, self.keep = ranks, folder, config.train.keep_checkpoints
         self.identity = identity(config, ranks.world)
 
-    def save(self, engine: Engine, rng: Any, progress: Progress) -> None:
+    def save(self, engine: Engine, rng: vk.Rng, progress: Progress) -> None:
         """Write a checkpoint, make it the latest, drop the oldest."""
         tag = f"step_{progress.step:08d}"
         target = self.folder / tag
@@ -62,7 +63,7 @@ class Checkpoints:
                 shutil.rmtree(old)
         self.ranks.barrier()
 
-    def load(self, engine: Engine, rng: Any, folder: Path | None = None) -> Progress | None:
+    def load(self, engine: Engine, rng: vk.Rng, folder: Path | None = None) -> Progress | None:
         """Restore the newest checkpoint that verifies, of this run or another's folder; None without any."""
         found = self.newest(folder or self.folder)
         if found is None:
@@ -127,9 +128,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def identity(config: Config, world: int) -> dict[str, Any]:
     """What a checkpoint and the run that loads it must share."""
-    towers = {f"model.{name}": tower for name, tower in config.as_dict()["model"].items() if isinstance(tower, dict)}
+    model = config.as_dict()["model"]
+    towers = [(name, tower) for name, tower in model.items() if isinstance(tower, dict)]
     shared = {
-        **{f"{path}.{name}": value for path, tower in towers.items() for name, value in tower.items()},
+        **{f"model.{tower}.{name}": value for tower, options in towers for name, value in options.items()},
         "model.projection_dim": config.model.projection_dim,
         "objectives": config.objectives.active,
         "optimizer.kind": config.optimizer.kind,
@@ -141,21 +143,21 @@ def identity(config: Config, world: int) -> dict[str, Any]:
 
 
 def refuse_differences(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """DeepSpeed loads shards only under the model, stage and world size that wrote them; say so in one line."""
+    """Say in one line what differs; DeepSpeed itself would fail in a traceback."""
     changed = [name for name, value in current.items() if saved.get(name) != value]
     if changed:
         differences = "; ".join(f"{name} was {saved.get(name)} and is {current[name]}" for name in changed)
         raise ValueError(f"cannot resume from {path}: {differences}")
 
 
-def random_state(ranks: Ranks, rng: Any) -> dict[str, Any]:
+def random_state(ranks: Ranks, rng: vk.Rng) -> dict[str, Any]:
     state = {"torch": torch.get_rng_state(), "model": rng.state_dict()}
     if ranks.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(ranks.device)
     return state
 
 
-def restore_random_state(state: dict[str, Any], ranks: Ranks, rng: Any) -> None:
+def restore_random_state(state: dict[str, Any], ranks: Ranks, rng: vk.Rng) -> None:
     torch.set_rng_state(state["torch"])
     rng.load_state_dict(state["model"])
     if ranks.device.type == "cuda":

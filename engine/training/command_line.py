@@ -84,7 +84,8 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         options = [option.lstrip("-") for option in self._option_string_actions]
-        options += [f"{path}.{name}" for path, section in OPTIONAL_SECTIONS.items() for name in vars(section())]
+        for path, section in OPTIONAL_SECTIONS.items():
+            options += [f"{path}.{name}" for name in vars(section())]
         raise ValueError(explain(message, options))
 
 
@@ -98,7 +99,7 @@ def make_parser() -> Parser:
         print_config=None,
     )
     parser.add_argument("--config", action="config", help="Recipe (yaml); options after it override it.")
-    parser.add_argument("--print_config", action="store_true", help="Print the resolved run as a recipe and exit.")
+    parser.add_argument("--print_config", action="store_true", help="Print the whole run as a recipe.")
     parser.add_class_arguments(Config)
     return parser
 
@@ -108,8 +109,8 @@ def describe_optional_sections() -> str:
     lines = []
     for path, section in OPTIONAL_SECTIONS.items():
         for option in docstring_parser.parse_from_object(section).params:
-            default = getattr(section(), option.arg_name)
-            lines.append(f"--{path}.{option.arg_name}: {' '.join(option.description.split())} (default: {default})")
+            default, explanation = getattr(section(), option.arg_name), " ".join(option.description.split())
+            lines.append(f"--{path}.{option.arg_name}: {explanation} (default: {default})")
     return "Options inside the objectives: " + "; ".join(lines)
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from engine.config import Config, Optimizer, Schedule
 
-NamedParameters = Iterable[tuple[str, nn.Parameter]]
+Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def make_optimizer(options: Optimizer, parameters: NamedParameters, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(options: Optimizer, parameters: Named, device: torch.device) -> torch.optim.Optimizer:
     """torch's AdamW or SGD over the groups of the recipe."""
     groups = parameter_groups(options, parameters)
     if options.kind == "sgd":
@@ -23,7 +23,7 @@ def make_optimizer(options: Optimizer, parameters: NamedParameters, device: torc
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused)
 
 
-def parameter_groups(options: Optimizer, parameters: NamedParameters) -> list[dict]:
+def parameter_groups(options: Optimizer, parameters: Named) -> list[dict]:
     """Trainable parameters by weight decay (vectors have none) and learning rate (prefixes change it)."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     unused = set(options.lr_multipliers)

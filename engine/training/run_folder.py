@@ -11,7 +11,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def open_run(config: Config, ranks: Ranks) -> Path:
-    """The folder whose newest checkpoint the run goes on from; it may hold none. Makes the run's own folder."""
+    """Make the run's folder; returns the one whose newest checkpoint, if any, the run goes on from."""
 
     def open_once() -> Path:
         own = Path(config.folder)

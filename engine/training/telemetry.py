@@ -1,4 +1,4 @@
-"""The run folder: configuration, metrics.jsonl, TensorBoard events, a progress line, the summary and its curves.
+"""The run folder: configuration, metrics.jsonl, TensorBoard events, progress, the summary and its curves.
 
 Everything is written by rank 0; on the other ranks every method does nothing.
 """
@@ -67,7 +67,8 @@ class Telemetry:
         """The environment and which implementation serves each op."""
         if self.active:
             implementations = {op: sorted({impl for o, impl in set(served) if o == op}) for op, _ in served}
-            self._write({"event": "start", "step": step, "implementations": implementations, **environment(world)})
+            started = {"event": "start", "step": step, "implementations": implementations}
+            self._write({**started, **environment(world)})
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         """One line of metrics, the same in TensorBoard, and the progress line."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from engine.config import Config
 from engine.training.host_memory import keep_large_blocks
 
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ class Ranks:
             dist.barrier(group=self.host_group)
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """`action` on rank 0, then on the others, which find its files. What fails on one rank fails on all."""
+        """`action` on rank 0, then on the others, which find its files. A failure of one is one of all."""
         for turn in (self.is_main, not self.is_main):
             error = None
             if turn:
@@ -84,11 +85,11 @@ class Ranks:
         return result
 
 
-# ---- before anything runs --------------------------------------------------------------------------------------
+# ---- before anything runs
 
 
 def share_cores() -> None:
-    """Split the cores between the ranks of this host: DeepSpeed's launcher lets each rank take all of them."""
+    """Split the cores between the ranks of this host; DeepSpeed's launcher lets each take all."""
     if "OMP_NUM_THREADS" not in os.environ:
         local_world = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
@@ -111,9 +112,9 @@ def pick_device(config: Config) -> torch.device:
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed for this device, without its builds and its chatter.
 
-    It reads DS_ACCELERATOR while it is imported (unset, a CPU run warns once per process), so the import waits
-    until the device is known. Its shared-memory collective would be compiled for half a minute at the first
-    `init_distributed` on a CPU, hang on a stale lock or fail without ninja, and serves inference only.
+    It reads DS_ACCELERATOR while it is imported (unset, a CPU run warns once per process), so the import
+    waits until the device is known. On a CPU it would compile a shared-memory collective at the first
+    `init_distributed`: half a minute, a hang on a stale lock, an error without ninja, and for inference only.
     """
     os.environ["DS_ACCELERATOR"] = device.type
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(_into_tensor|_scatter_tensor)")
@@ -127,8 +128,8 @@ def import_deepspeed(device: torch.device) -> Any:
 def join(config: Config) -> Ranks:
     """Enter the process group: the launcher's, or a group of one.
 
-    Without a launcher DeepSpeed asks mpi4py for one. A store in memory serves a single process instead: no port,
-    so any number of such runs can share a host.
+    Without a launcher DeepSpeed asks mpi4py for one. A store in memory serves a single process instead: it
+    needs no port, so any number of such runs can share a host.
     """
     keep_large_blocks()
     share_cores()
@@ -139,7 +140,7 @@ def join(config: Config) -> Ranks:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
         if missing and not dist.is_initialized():
             raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set")
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
@@ -148,7 +149,7 @@ def join(config: Config) -> Ranks:
     return Ranks(dist.get_rank(), world, device, host_group)
 
 
-# ---- the engine ------------------------------------------------------------------------------------------------
+# ---- the engine
 
 
 def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
 class Engine:
     """`module` under DeepSpeed: losses come from calling it, `backward` and `step` once per micro-step.
 
-    The optimizer is torch's own: DeepSpeed's default for "AdamW" is an extension that it compiles on the spot.
+    The optimizer is torch's own: DeepSpeed's default for "AdamW" is an extension it compiles on the spot.
     """
 
     def __init__(self, config: Config, module: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks):
@@ -204,7 +205,7 @@ class Engine:
         self.deepspeed.backward(loss)
 
     def step(self) -> bool:
-        """End a micro-step and, after the window's last, update the weights. False: the update was skipped."""
+        """End a micro-step; after the window's last, update the weights. False: the update was skipped."""
         last = self.deepspeed.is_gradient_accumulation_boundary()
         usable = self._guard_plain_gradients() if last and self.stage == 0 else True
         self.deepspeed.step()
@@ -235,8 +236,8 @@ class Engine:
     def _clear_partitioned_gradients(self) -> None:
         """Forget this window's gradients under ZeRO-3.
 
-        It keeps them in a flat buffer that only a new gradient overwrites: a parameter that gets none in the next
-        window (alternating tasks) would be updated with the old one again.
+        It keeps them in a flat buffer that only a new gradient overwrites: a parameter that gets none in the
+        next window (alternating tasks) would be updated with the old one again.
         """
         self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
 
@@ -244,8 +245,8 @@ class Engine:
     def whole_module(self) -> Iterator[nn.Module]:
         """The module in evaluation mode with all its weights, for use outside the engine's forward.
 
-        Under ZeRO-3 a parameter is empty between the passes of its module, so a copy is filled from all ranks:
-        enter on every rank. The other stages hold whole weights and give the module itself.
+        Under ZeRO-3 a parameter is empty between the passes of its module, so a copy is filled from all
+        ranks: enter on every rank. The other stages hold whole weights and give the module itself.
         """
         module = self.module if self._skeleton is None else self._fill_skeleton()
         module.eval()
@@ -270,8 +271,8 @@ class Engine:
     def save(self, folder: str, tag: str) -> None:
         """Write this rank's shards; on every rank.
 
-        DeepSpeed's own `latest` is left out: it is written while other ranks may still be writing their shards. So is
-        its client state, which stages 0-2 keep for rank 0 only.
+        DeepSpeed's own `latest` is left out: it is written while other ranks may still be writing shards. So
+        is its client state, which stages 0-2 keep for rank 0 only.
         """
         self.deepspeed.save_checkpoint(folder, tag=tag, save_latest=False)
 
@@ -282,7 +283,7 @@ class Engine:
 
 
 def refuse_scalar_parameters(module: nn.Module) -> None:
-    """Name 0-d parameters: DeepSpeed broadcasts parameters as bytes, which a 0-d tensor cannot be viewed as."""
+    """Name 0-d parameters: DeepSpeed broadcasts bytes, and a 0-d tensor cannot be viewed as such."""
     scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise ValueError(f"ZeRO cannot hold 0-d parameters, give them the shape (1,): {', '.join(scalars)}")
@@ -301,14 +302,14 @@ def release(module: nn.Module) -> None:
         parameter.data = parameter.data.new_empty(0)
 
 
-# ---- the end ---------------------------------------------------------------------------------------------------
+# ---- the end
 
 
 def leave(main: Callable[[], int]) -> None:
     """Run `main` and end the process with its exit code, never through the interpreter's own shutdown.
 
-    A gloo worker thread may still hold a tensor when Python finalises, and the process then aborts with code 134
-    after all work is done. After an error the group is not taken down: peers notice the closed connection at once.
+    A gloo worker thread may still hold a tensor when Python finalises, and the process then aborts with code
+    134 after all work is done. After an error the group stays up: peers see the closed connection at once.
     """
     code: Any = 1
     try:

@@ -12,10 +12,15 @@ from engine.training.step import normalizers
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 STEPS = 4
+KINDS = {
+    "whole": {"accumulation": 1, "alternate": False},
+    "accumulated": {"accumulation": 2, "alternate": False},
+    "alternating": {"accumulation": 1, "alternate": True},
+}
 CASES = {
-    f"{stage} {kind}": {"stage": stage, "accumulation": accumulation, "alternate": alternate, "steps": STEPS}
+    f"{stage} {kind}": {"stage": stage, "steps": STEPS, **options}
     for stage in range(4)
-    for kind, accumulation, alternate in (("whole", 1, False), ("accumulated", 2, False), ("alternating", 1, True))
+    for kind, options in KINDS.items()
 }
 
 
@@ -42,8 +47,9 @@ def plain_curve(alternate: bool) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def curves():
-    """Every case on 1 and on 2 ranks; the processes run side by side."""
-    return {world: [r.result() for r in run([WORKER, json.dumps(CASES)], world, timeout=120)] for world in (1, 2)}
+    """Every case on 1 and on 2 ranks, all in one start of the processes."""
+    command = [WORKER, json.dumps(CASES)]
+    return {world: [rank.result() for rank in run(command, world, timeout=120)] for world in (1, 2)}
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -15,10 +15,12 @@ from engine.training.checkpoint import write_whole
 from engine.training.telemetry import read_metrics
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
+DAMAGES = ("truncated shard", "flipped bit", "missing shard", "no manifest", "cut manifest")
 
 
 def losses(output: Path, name: str = "run") -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in read_metrics(output / name / "metrics.jsonl") if "event" not in row}
+    rows = read_metrics(output / name / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if "event" not in row}
 
 
 def folders(output: Path) -> list[str]:
@@ -35,7 +37,8 @@ def keep_first_half(output: Path) -> None:
     [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
 )
 def test_resume_is_exact_bit_for_bit(tmp_path, stage, precision):
-    options = {"stage": stage, "precision": precision, "output": str(tmp_path), "max_steps": 6, "save_every": 3}
+    options = {"stage": stage, "precision": precision, "output": str(tmp_path)}
+    options |= {"max_steps": 6, "save_every": 3}
     code, straight = train(**options)
     curve = losses(tmp_path)
     assert code == 0 and sorted(curve) == [1, 2, 3, 4, 5, 6]
@@ -56,7 +59,7 @@ def test_random_states_are_restored(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("damage", ["truncated shard", "flipped bit", "missing shard", "no manifest", "cut manifest"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     options = {"output": str(tmp_path), "max_steps": 4, "save_every": 2}
     _, straight = train(**options)
@@ -77,8 +80,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
         write_whole(manifest, manifest.read_text()[:50])
     code, resumed = train(**options)
     assert code == 0 and resumed == straight
-    starts = [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "start"]
-    assert starts == [1, 3]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row.get("event") == "start"] == [1, 3]
 
 
 def test_the_newest_are_kept_and_named(tmp_path):
@@ -149,10 +152,10 @@ def die_at(patch, moment: str, death: type[BaseException]) -> None:
     from engine.training import checkpoint
     from engine.training.zero import Engine
 
-    def then_die(function, when=lambda *arguments: True):
+    def then_die(function, name: str = ""):
         def dying(*arguments, **options):
             function(*arguments, **options)
-            if when(*arguments):
+            if not name or any(isinstance(item, Path) and item.name == name for item in arguments):
                 raise death
 
         return dying
@@ -162,10 +165,10 @@ def die_at(patch, moment: str, death: type[BaseException]) -> None:
     elif moment == "shards":
         patch.setattr(Engine, "save", then_die(Engine.save))
     elif moment == "random states":
-        patch.setattr(checkpoint.torch, "save", then_die(torch.save, lambda state, path: "rank_" in str(path)))
+        patch.setattr(checkpoint.torch, "save", then_die(torch.save, "rank_0.pt"))
     else:
         name = {"manifest": "manifest.json", "latest": "latest"}[moment]
-        patch.setattr(checkpoint, "write_whole", then_die(write_whole, lambda path, text: path.name == name))
+        patch.setattr(checkpoint, "write_whole", then_die(write_whole, name))
 
 
 def test_two_ranks_resume_exactly_after_kill_9(tmp_path):

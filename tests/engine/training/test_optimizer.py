@@ -22,8 +22,8 @@ def test_vectors_do_not_decay():
 
 
 def test_the_longest_prefix_sets_the_rate():
-    options = Optimizer(lr=1.0, weight_decay=0.1, lr_multipliers={"trunk": 0.5, "trunk.bias": 0.25, "scale": 0.0})
-    groups = names_by_group(options)
+    multipliers = {"trunk": 0.5, "trunk.bias": 0.25, "scale": 0.0}
+    groups = names_by_group(Optimizer(lr=1.0, weight_decay=0.1, lr_multipliers=multipliers))
     assert groups[0.1, 0.5] == {"trunk.weight"} and groups[0.0, 0.25] == {"trunk.bias"}
     assert groups[0.0, 0.0] == {"scale"}
 
@@ -42,7 +42,8 @@ def test_frozen_parameters_are_left_out():
 
 def test_the_rate_rises_and_falls():
     def shape(kind: str) -> list[float]:
-        return [lr_factor(Schedule(kind, warmup_steps=2, min_lr_ratio=0.2), step, 10) for step in (0, 1, 2, 6, 10)]
+        schedule = Schedule(kind, warmup_steps=2, min_lr_ratio=0.2)
+        return [lr_factor(schedule, step, 10) for step in (0, 1, 2, 6, 10)]
 
     assert shape("cosine") == pytest.approx([0.5, 1.0, 1.0, 0.6, 0.2])
     assert shape("linear") == pytest.approx([0.5, 1.0, 1.0, 0.6, 0.2])

@@ -20,8 +20,11 @@ from engine.training.run_folder import CHECKPOINTS, open_run
 from engine.training.telemetry import Telemetry
 
 
-def troubled(windows, rank: int, step: int, pause: float, kill_at: int, poison_from: int, broken_at: int, faulty_at: int):
-    """The stream with what may happen to a run: slowness, kill -9, gradients that are not finite, broken data."""
+TROUBLES = ("kill_at", "poison_from", "broken_at", "faulty_at")
+
+
+def troubled(windows, rank, step, pause, kill_at, poison_from, broken_at, faulty_at):
+    """The stream with what may happen to a run: pauses, kill -9, gradients not finite, broken data."""
     for step, window in enumerate(windows, step):
         time.sleep(pause)
         if step == kill_at:
@@ -38,7 +41,7 @@ def troubled(windows, rank: int, step: int, pause: float, kill_at: int, poison_f
 def run(**options) -> tuple[int, dict]:
     """Exit code, and what the run left: its step, skipped steps and weights."""
     never = 10**9
-    trouble = {name: options.pop(name, never) for name in ("kill_at", "poison_from", "broken_at", "faulty_at")}
+    trouble = {name: options.pop(name, never) for name in TROUBLES}
     pause = options.pop("pause", 0.0)
     config = small_config(
         options.pop("stage", 1),
