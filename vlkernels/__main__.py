@@ -78,10 +78,9 @@ def _version(package: str) -> str:
 
 
 def _compiled() -> str:
-    parts = ["CPU kernels"]
-    if native.has_kernels("CUDA"):
-        parts.append("CUDA kernels")
-    return f"{' and '.join(parts)}, {native.LIBRARY_PATH.name}"
+    info = native.build_info()
+    cuda = f"CUDA {info['cuda_toolkit']} kernels for {info['cuda_architectures']}"
+    return f"CPU kernels ({info['cpu_isa']}); {cuda if info['cuda_toolkit'] else 'no CUDA kernels: ' + info['cuda_missing']}"
 
 
 if __name__ == "__main__":

@@ -59,8 +59,3 @@ def limit_cpu_isa(highest: str) -> str:
     """Run the CPU kernels of an older machine, so that a test can compare every copy; returns the level in use."""
     return torch.ops.vlkernels.limit_cpu_isa(highest)
 
-
-def has_kernels(dispatch_key: str) -> bool:
-    """Whether the compiled library holds any kernel for ``CPU`` or ``CUDA``."""
-    names = (schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("vlkernels::"))
-    return load() is None and any(torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key) for name in names)
