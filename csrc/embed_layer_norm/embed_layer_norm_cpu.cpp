@@ -5,22 +5,39 @@
 namespace vlk::VLK_ISA {
 namespace {
 
+// The rows that add up to one row of z, and their sum.
 template <typename T>
-void add_row(const T* from, float* z, int64_t width) {
-    for_chunks(width, [&](int64_t column, auto chunk, int) {
-        store(z + column, load(z + column, chunk) + load(from + column, chunk), chunk);
-    });
-}
+class RowTerms {
+  public:
+    explicit RowTerms(const EmbeddingSum& op) : op_(op), terms_(op.num_tables + 1) {}
 
-template <typename T>
-void sum_row(const EmbeddingSum& op, int64_t row, float* z) {
-    std::memset(z, 0, op.width * sizeof(float));
-    for (int64_t table = 0; table < op.num_tables; ++table) {
-        const int64_t id = op.ids[row * op.num_tables + table];
-        if (id >= 0) add_row(static_cast<const T*>(op.tables[table]) + id * op.width, z, op.width);
+    // Writes z and returns the sum over its columns.
+    float write_sum(int64_t row, float* z) {
+        const int64_t count = gather(row);
+        RowSum sum;
+        for_chunks(op_.width, [&](int64_t column, auto chunk, int k) {
+            Floats value{};
+            for (int64_t term = 0; term < count; ++term) value += load(terms_.get()[term] + column, chunk);
+            store(z + column, value, chunk);
+            sum.partial[k] += value;
+        });
+        return sum.total();
     }
-    if (op.dense) add_row(static_cast<const T*>(op.dense) + row * op.width, z, op.width);
-}
+
+  private:
+    int64_t gather(int64_t row) {
+        int64_t count = 0;
+        for (int64_t table = 0; table < op_.num_tables; ++table) {
+            const int64_t id = op_.ids[row * op_.num_tables + table];
+            if (id >= 0) terms_.get()[count++] = static_cast<const T*>(op_.tables[table]) + id * op_.width;
+        }
+        if (op_.dense) terms_.get()[count++] = static_cast<const T*>(op_.dense) + row * op_.width;
+        return count;
+    }
+
+    const EmbeddingSum& op_;
+    Scratch<const T*> terms_;
+};
 
 template <typename T>
 void forward_rows(const EmbedLayerNormForward& op, int64_t first_row, int64_t last_row) {
@@ -28,10 +45,10 @@ void forward_rows(const EmbedLayerNormForward& op, int64_t first_row, int64_t la
     const FloatParameter weight(op.weight, width), bias(op.bias, width);
     const float scale = keep_scale(op.dropout);
     DropoutRow dropped(op.dropout, width);
+    RowTerms<T> terms(op.sum);
     Scratch<float> z(width);
     for (int64_t row = first_row; row < last_row; ++row) {
-        sum_row<T>(op.sum, row, z.get());
-        const Moments m = moments(z.get(), row_sum(z.get(), width), width, op.eps);
+        const Moments m = moments(z.get(), terms.write_sum(row, z.get()), width, op.eps);
         op.mean[row] = m.mean;
         op.rstd[row] = m.rstd;
         if (op.dropout.threshold) dropped.draw(row);
@@ -45,8 +62,8 @@ void forward_rows(const EmbedLayerNormForward& op, int64_t first_row, int64_t la
 }
 
 template <typename T>
-void backward_row(const EmbedLayerNormBackward& op, const float* weight, DropoutRow& dropped, int64_t row, float* z, float* dy,
-                  float* dweight, float* dbias) {
+void backward_row(const EmbedLayerNormBackward& op, const float* weight, DropoutRow& dropped, RowTerms<T>& terms, int64_t row,
+                  float* z, float* dy, float* dweight, float* dbias) {
     const int64_t width = op.sum.width;
     const float scale = keep_scale(op.dropout);
     const T* upstream = static_cast<const T*>(op.dy) + row * width;
@@ -56,7 +73,7 @@ void backward_row(const EmbedLayerNormBackward& op, const float* weight, Dropout
         if (op.dropout.threshold) value = dropped.apply(value, column) * scale;
         store(dy + column, value, chunk);
     });
-    sum_row<T>(op.sum, row, z);
+    terms.write_sum(row, z);
     const Moments m{op.mean[row], op.rstd[row]};
     const Projection p = project(dy, z, m, weight, dweight, dbias, width);
     T* dz = static_cast<T*>(op.dz) + row * width;
@@ -70,13 +87,14 @@ void backward_chunks(const EmbedLayerNormBackward& op, int64_t first_chunk, int6
     const int64_t width = op.sum.width;
     const FloatParameter weight(op.weight, width);
     DropoutRow dropped(op.dropout, width);
+    RowTerms<T> terms(op.sum);
     Scratch<float> z(width), dy(width);
     for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
         float* dweight = op.partials + chunk * 2 * width;
         std::memset(dweight, 0, 2 * width * sizeof(float));
         const int64_t last_row = chunk_start(chunk + 1, op.num_chunks, op.sum.rows);
         for (int64_t row = chunk_start(chunk, op.num_chunks, op.sum.rows); row < last_row; ++row) {
-            backward_row<T>(op, weight.get(), dropped, row, z.get(), dy.get(), dweight, dweight + width);
+            backward_row<T>(op, weight.get(), dropped, terms, row, z.get(), dy.get(), dweight, dweight + width);
         }
     }
 }
@@ -95,7 +113,10 @@ void table_blocks(const TableGradient& op, int64_t first_block, int64_t last_blo
         }
         std::memset(sum, 0, sizeof sum);
         for (int32_t entry = op.first[row]; entry < op.first[row + 1]; ++entry) {
-            add_row(static_cast<const T*>(op.gradient) + op.order[entry] * op.width + start, sum, width);
+            const T* from = static_cast<const T*>(op.gradient) + op.order[entry] * op.width + start;
+            for_chunks(width, [&](int64_t column, auto chunk, int) {
+                store(sum + column, load(sum + column, chunk) + load(from + column, chunk), chunk);
+            });
         }
         for_chunks(width, [&](int64_t column, auto chunk, int) { store(to + column, load(sum + column, chunk), chunk); });
     }

@@ -80,6 +80,10 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*arguments)
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*arguments)
+            return tuple(output) if isinstance(output, list) else output
         spans = tuple([len(a) if _is_tensor_list(a) else None for a in arguments])
         if not any(spans):
             return Eager.apply(None, *arguments)

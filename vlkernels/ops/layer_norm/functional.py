@@ -15,11 +15,15 @@ from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
 from vlkernels.ops.layer_norm import reference
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Below this many elements the host time of a training call through Python outweighs what the kernel saves (MATH.md).
+FEWEST_ELEMENTS_TO_TRAIN = 200_000
 
 
 def _kernel_supports(facts: Facts) -> str | None:
     if facts["dtype"] not in KERNEL_DTYPES:
         return f"it computes in float32, the data is {facts['dtype']}"
+    if facts["too_few"]:
+        return f"PyTorch's own is faster below {FEWEST_ELEMENTS_TO_TRAIN:,} elements"
     return None
 
 
@@ -89,7 +93,9 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
     _check(x, weight, bias, residual, linear_bias, dropout_p, row_scale, layout)
-    if dispatch.resolve("layer_norm", impl, IMPLEMENTATIONS, x.device, {"dtype": x.dtype}) == "reference":
+    barely_fused = linear_bias is None and dropout_p == 0
+    facts = {"dtype": x.dtype, "too_few": impl == "auto" and barely_fused and _too_few_to_train(x)}
+    if dispatch.resolve("layer_norm", impl, IMPLEMENTATIONS, x.device, facts) == "reference":
         return reference.layer_norm(
             x, weight, bias, eps=eps, residual=residual, linear_bias=linear_bias, dropout_p=dropout_p, row_scale=row_scale,
             rng=rng, stream=stream, layout=layout, return_sum=return_sum,
@@ -112,6 +118,12 @@ def layer_norm(
     if not return_sum:
         return y
     return y, z if _fused(residual, linear_bias, row_scale, threshold) else x.clone()
+
+
+def _too_few_to_train(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return x.device.type == "cpu" and x.numel() < FEWEST_ELEMENTS_TO_TRAIN
 
 
 def _fused(residual: Tensor | None, linear_bias: Tensor | None, row_scale: Tensor | None, threshold: int) -> bool:
