@@ -100,12 +100,13 @@ class RawCalls(TorchDispatchMode):
 def test_opcheck(op):
     spec, recorder = SPECS[op], RawCalls()
     for case in spec.cases:
-        with recorder:
-            arguments = case.make(InputMaker(torch.float32))
-            outputs = [t for t in floating_outputs(spec.functional(**arguments)) if t.requires_grad]
-            if outputs:
-                inputs = list(differentiable_tensors(arguments).values())
-                torch.autograd.grad(outputs, inputs, cotangents(outputs), allow_unused=True)
+        for impl in contract.implementations_here(spec, case, torch.float32):
+            with recorder:
+                arguments = case.make(InputMaker(torch.float32))
+                outputs = [t for t in floating_outputs(spec.functional(**arguments, impl=impl)) if t.requires_grad]
+                if outputs:
+                    inputs = list(differentiable_tensors(arguments).values())
+                    torch.autograd.grad(outputs, inputs, cotangents(outputs), allow_unused=True)
     assert recorder.calls, f"{op} reached no raw op"
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for func, args in recorder.calls.items():

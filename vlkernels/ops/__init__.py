@@ -5,16 +5,33 @@ from __future__ import annotations
 import importlib
 
 from vlkernels.core.spec import OpSpec
+from vlkernels.ops.attention import attention, attention_qkvpacked
+from vlkernels.ops.contrastive_loss import contrastive_loss
 from vlkernels.ops.embed_layer_norm import embed_layer_norm
+from vlkernels.ops.hard_negatives import hard_negatives
 from vlkernels.ops.layer_norm import FusedLayerNorm, layer_norm
+from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
 
-FOLDERS: tuple[str, ...] = ("embed_layer_norm", "layer_norm", "packing",)
+FOLDERS: tuple[str, ...] = (
+    "attention",
+    "contrastive_loss",
+    "embed_layer_norm",
+    "hard_negatives",
+    "layer_norm",
+    "linear_cross_entropy",
+    "packing",
+)
 
 __all__: list[str] = [
     "FusedLayerNorm",
+    "attention",
+    "attention_qkvpacked",
+    "contrastive_loss",
     "embed_layer_norm",
+    "hard_negatives",
     "layer_norm",
+    "linear_cross_entropy",
     "pack",
     "put_segments",
     "segment_mean",

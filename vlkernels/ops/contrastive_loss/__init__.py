@@ -1,0 +1,3 @@
+from vlkernels.ops.contrastive_loss.functional import contrastive_loss
+
+__all__ = ["contrastive_loss"]

@@ -1,0 +1,72 @@
+"""The definition of the draw: every similarity, one inverse CDF per row, plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows
+from vlkernels.core.random import Rng, resolve_rng, uniform
+
+IMAGE_TO_TEXT, TEXT_TO_IMAGE = 0, 1
+
+
+def hard_negatives(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    rng: Rng | None = None,
+    stream: int = 0,
+    sample_ids: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    rank_counts: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    rows = locate_rows(image_features, group, rank_counts)
+    if rows.total == 0:
+        nobody = torch.empty(0, dtype=torch.int64, device=image_features.device)
+        return nobody, nobody.clone()
+    state = resolve_rng(rng, image_features.device)
+    all_labels = None if labels is None else gather_rows(labels, rows)
+
+    def draw(queries: Tensor, keys: Tensor, direction: int) -> Tensor:
+        draws = uniform(state, stream, sample_ids_or_rows(sample_ids, rows, keys.device), direction)
+        logits = logit_scale * wide(queries.detach()) @ wide(gather_rows(keys, rows)).T
+        own = torch.arange(rows.start, rows.stop, device=keys.device)
+        everyone = torch.arange(rows.total, device=keys.device)
+        logits = logits.masked_fill(~admissible(own[:, None], everyone[None, :], all_labels), -torch.inf)
+        weights = torch.exp(logits - finite_max(logits))
+        total = weights.sum(1)
+        return torch.where(total > 0, pick(weights, draws * total), -1)
+
+    return draw(image_features, text_features, IMAGE_TO_TEXT), draw(text_features, image_features, TEXT_TO_IMAGE)
+
+
+def wide(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def sample_ids_or_rows(sample_ids: Tensor | None, rows: Rows, device: torch.device) -> Tensor:
+    """What the draws are keyed by; the row in the concatenated batch where the caller names nothing."""
+    return torch.arange(rows.start, rows.stop, device=device) if sample_ids is None else sample_ids
+
+
+def admissible(query: Tensor, key: Tensor, labels: Tensor | None) -> Tensor:
+    """Which keys are negatives of which queries (both as rows of the concatenated batch)."""
+    different = query != key
+    return different if labels is None else different & (labels[query] != labels[key])
+
+
+def finite_max(logits: Tensor) -> Tensor:
+    """The maximum over the last dimension, kept; finite where nothing is admissible, so that weights become 0."""
+    return logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+
+
+def pick(weights: Tensor, threshold: Tensor) -> Tensor:
+    """The first index whose cumulative weight exceeds the threshold; rounding never leads past the last weight."""
+    cumulative = weights.cumsum(-1)
+    last = (cumulative < cumulative[..., -1:]).sum(-1)
+    return torch.minimum((cumulative <= threshold[..., None]).sum(-1), last)

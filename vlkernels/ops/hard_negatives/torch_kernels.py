@@ -1,0 +1,85 @@
+"""The draw in two levels: tiles of logits leave one weight per block of keys; the block drawn is visited again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vlkernels.core import collectives
+from vlkernels.core.random import uniform
+from vlkernels.ops.hard_negatives.reference import (
+    IMAGE_TO_TEXT,
+    TEXT_TO_IMAGE,
+    admissible,
+    finite_max,
+    pick,
+    sample_ids_or_rows,
+    wide,
+)
+
+TILE_ROWS, TILE_COLUMNS = 256, 4096
+BLOCK = 32
+
+
+def hard_negatives(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    labels: Tensor | None,
+    state: Tensor,
+    stream: int,
+    sample_ids: Tensor | None,
+    group: str,
+    rank_counts: Sequence[int] | None,
+) -> tuple[Tensor, Tensor]:
+    """(text of every image, image of every text), as rows of the concatenated batch, -1 where there is no negative."""
+    rows = collectives.locate_rows(image_features, collectives.named_group(group), rank_counts)
+    all_labels = None if labels is None else collectives.gather_rows(labels, rows)
+    ids = sample_ids_or_rows(sample_ids, rows, image_features.device)
+
+    def draw(queries: Tensor, keys: Tensor, direction: int) -> Tensor:
+        draws = uniform(state, stream, ids, direction)
+        keys = collectives.gather_rows(keys, rows)
+        drawn = torch.empty(len(queries), dtype=torch.int64, device=keys.device)
+        for first in range(0, len(queries), TILE_ROWS):
+            span = slice(first, first + TILE_ROWS)
+            scaled = wide(queries[span]) * logit_scale
+            own = torch.arange(rows.start, rows.stop, device=keys.device)[span]
+            drawn[span] = _draw(scaled, keys, own, all_labels, draws[span])
+        return drawn
+
+    return draw(image_features, text_features, IMAGE_TO_TEXT), draw(text_features, image_features, TEXT_TO_IMAGE)
+
+
+def _draw(queries: Tensor, keys: Tensor, own: Tensor, labels: Tensor | None, draws: Tensor) -> Tensor:
+    """One key for each query; ``own`` are the queries' rows in the concatenated batch."""
+    block_lse = _block_log_weights(queries, keys, own, labels)
+    largest = finite_max(block_lse)
+    block_weights = torch.exp(block_lse - largest)
+    total = block_weights.sum(1)
+    block = pick(block_weights, draws * total)
+    before = block_weights.cumsum(1).gather(1, block[:, None]) - block_weights.gather(1, block[:, None])
+    candidates = block[:, None] * BLOCK + torch.arange(BLOCK, device=keys.device)
+    inside = candidates.clamp_max(len(keys) - 1)
+    logits = torch.bmm(wide(keys[inside]), queries[:, :, None]).squeeze(2)
+    allowed = admissible(own[:, None], inside, labels) & (candidates < len(keys))
+    weights = torch.exp(logits.masked_fill(~allowed, -torch.inf) - largest)
+    chosen = candidates.gather(1, pick(weights, draws * total - before.squeeze(1))[:, None])
+    return torch.where(total > 0, chosen.squeeze(1), -1)
+
+
+def _block_log_weights(queries: Tensor, keys: Tensor, own: Tensor, labels: Tensor | None) -> Tensor:
+    """Log-sum-exp of the admissible logits of every block of neighbouring keys: ``[queries, blocks]``."""
+    parts = []
+    for first in range(0, len(keys), TILE_COLUMNS):
+        part = keys[first : first + TILE_COLUMNS]
+        columns = torch.arange(first, first + len(part), device=keys.device)
+        logits = queries @ wide(part).T
+        logits.masked_fill_(~admissible(own[:, None], columns[None, :], labels), -torch.inf)
+        blocks = pad(logits, (0, -len(part) % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
+        largest = finite_max(blocks)
+        parts.append(torch.sub(blocks, largest).exp_().sum(2).log_().add_(largest.squeeze(2)))
+    return torch.cat(parts, dim=1)
