@@ -36,7 +36,7 @@ struct Segments {
 
 void check_range(const char* where, int64_t sample, int64_t segment, int64_t start, int64_t length, int64_t end) {
     STD_TORCH_CHECK(start >= 0 && length >= 0 && start + length <= end, "segment ", segment, " of sample ", sample, " has ", length,
-                    " rows from row ", start, ", but its ", where, " ends at row ", end);
+                    " rows from row ", start, ", but the ", where, " ends at row ", end);
 }
 
 // Where the segments lie in their parts: at `part_starts`, or, without it, at the head of their sample in a padded part.
@@ -87,11 +87,17 @@ Tensor new_rows(const Tensor& like, std::vector<int64_t> shape, int64_t like_lea
     return torch::stable::new_empty(like, shape);
 }
 
+// A result larger than this will have left the caches before anyone reads it, so it is written past them.
+constexpr int64_t kCached = 8 << 20;
+
 void copy_to(Tensor& out, const Sources& sources, int64_t leading = 1) {
     const Rows rows(out, leading);
     char* target = static_cast<char*>(out.mutable_data_ptr());
+    const bool is_aligned = rows.bytes % 16 == 0 && reinterpret_cast<uintptr_t>(target) % 16 == 0;
+    const bool through = is_aligned && rows.count * rows.bytes > kCached;
     const auto kernel = VLK_CPU(copy_rows);
-    parallel_rows(rows.count, 2 * rows.bytes, [&](int64_t begin, int64_t end) { kernel(sources.data(), rows.bytes, target, begin, end); });
+    parallel_rows(rows.count, 2 * rows.bytes,
+                  [&](int64_t begin, int64_t end) { kernel(sources.data(), rows.bytes, target, begin, end, through); });
 }
 
 // Row r of the result is the sum of sources[first[r]] .. sources[first[r + 1] - 1], over divisors[r] if there are any.

@@ -7,8 +7,9 @@
 #include "primitives/dtype.h"
 
 VLK_DECLARE_CPU(
-    // Target rows [begin, end): the `row_bytes` bytes at sources[row], zeros where that is null.
-    void copy_rows(const char* const* sources, int64_t row_bytes, char* target, int64_t begin, int64_t end);
+    // Target rows [begin, end): the `row_bytes` bytes at sources[row], zeros where that is null. `through`: past the caches, for a target
+    // that would not stay there; then target and row_bytes must be multiples of 16.
+    void copy_rows(const char* const* sources, int64_t row_bytes, char* target, int64_t begin, int64_t end, bool through);
 
     // Target rows [begin, end): the sum, in float and in this order, of the rows at sources[first[row]] .. sources[first[row + 1] - 1],
     // divided by divisors[row] where divisors are given; zeros for an empty sum. A row has `width` elements.

@@ -134,6 +134,20 @@ def test_at_most_two_graphs_for_all_layouts():
     assert counter.frame_count in (1, 2)
 
 
+@pytest.mark.parametrize("impl", HERE)
+def test_results_larger_than_the_caches(impl):
+    """These are written past the caches where a row is a multiple of 16 bytes."""
+    layout = vk.SegmentLayout(torch.full((64, 2), 40), capacity=5200)
+    for width in (512, 509):
+        padded = [torch.randn(64, 60, width) for _ in range(2)]
+        packed = vk.pack(padded, layout, impl=impl)
+        assert packed.numel() * packed.element_size() > 8 << 20
+        valid = torch.cat([tensor[:, None, :40] for tensor in padded], dim=1)
+        assert torch.equal(packed[:5120], valid.flatten(0, 2)) and not packed[5120:].any()
+        text, _ = vk.unpack(packed, layout, (60, 60), impl=impl)
+        assert torch.equal(text[:, :40], padded[0][:, :40]) and not text[:, 40:].any()
+
+
 def test_gradients_are_each_others_partner():
     """<A x, y> = <x, A^T y> for joining and splitting, taking and adding."""
     layout = vk.SegmentLayout(LENGTHS, capacity=30)
@@ -156,7 +170,7 @@ def test_backwards_refuse_a_second_derivative():
 def test_a_layout_that_lies_about_its_rows_is_refused_not_read():
     x, starts = torch.randn(9, 4), torch.tensor([[0], [6]], dtype=torch.int32)
     lengths = torch.tensor([[6], [4]], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="segment 0 of sample 1 has 4 rows from row 6, but its packed tensor ends at row 9"):
+    with pytest.raises(RuntimeError, match="segment 0 of sample 1 has 4 rows from row 6, but the packed tensor ends at row 9"):
         torch.ops.vlkernels.split_segments(x, [0], None, starts, lengths, [6])
     with pytest.raises(RuntimeError, match=r"positions must lie in \[-1, 9\), got 9"):
         torch.ops.vlkernels.take_rows(x, torch.tensor([9]), 1)
@@ -179,15 +193,15 @@ def mistakes():
     x, text, image = torch.randn(10, 8), torch.randn(2, 3, 8), torch.randn(2, 4, 8)
     return [
         (lambda: vk.pack((text,), layout), "tensors must be one per segment = 2, got 1"),
-        (lambda: vk.pack((text[:, :2], image), layout), r"tensors\[0\] must be \[B, T, ...\] with T >= 3, .* got T = 2"),
+        (lambda: vk.pack((text[:, :2], image), layout), r"tensors\[0\] must be \[B, T, ...\] with T >= .* = 3, got T = 2"),
         (lambda: vk.pack((text, image[:1]), layout), r"tensors\[1\] must be .* = \[2, any, 8\], got \[1, 4, 8\]"),
         (lambda: vk.pack((text, image.half()), layout), r"tensors\[1\] must be one of float32, got float16"),
         (lambda: vk.unpack(x[:9], layout), r"x must be \[num_tokens, ...\] = \[10, 8\], got \[9, 8\]"),
         (lambda: vk.unpack(x, layout, (2, 4)), r"max_lengths must be at least \[3, 4\], got \[2, 4\]"),
         (lambda: vk.unpack(x, layout, (3,)), "max_lengths must be one per segment = 2, got 1"),
-        (lambda: vk.take_segments(x, layout, (0, 0)), r"segments must name indices below 2, none twice"),
-        (lambda: vk.take_segments(x, layout, (2,)), r"segments must name indices below 2.*got \(2,\)"),
-        (lambda: vk.take_segments(x, layout, ()), "segments must name indices"),
+        (lambda: vk.take_segments(x, layout, (0, 0)), "segments must be indices below 2, none twice"),
+        (lambda: vk.take_segments(x, layout, (2,)), r"segments must be indices below 2.*got \(2,\)"),
+        (lambda: vk.take_segments(x, layout, ()), "segments must be indices"),
         (lambda: vk.put_segments(x, layout, (1,)), r"rows must be .* = \[6, 8\], got \[10, 8\]"),
         (lambda: vk.put_segments((x[:4],), layout, ((0,), (1,))), "one tensor per group of segments = 2, got 1"),
         (lambda: vk.take_rows(x, torch.tensor([0, 10])), r"positions must lie in \[-1, 10\), got values from 0 to 10"),

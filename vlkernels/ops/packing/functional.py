@@ -35,7 +35,7 @@ IMPLEMENTATIONS = (
 
 
 def pack(tensors: Sequence[Tensor], layout: SegmentLayout, *, impl: str = "auto") -> Tensor:
-    """``out[starts[b, s] + t] = tensors[s][b, t]`` for ``t < lengths[b, s]``: padded segments to one packed tensor.
+    """``out[starts[b, s] + t] = tensors[s][b, t]`` for ``t < lengths[b, s]``: padded segments, packed.
 
     Rows of ``out`` that belong to nobody (past the last sample, under a ``capacity``) are zero.
 
@@ -48,19 +48,20 @@ def pack(tensors: Sequence[Tensor], layout: SegmentLayout, *, impl: str = "auto"
         True
 
     Args:
-        tensors: one ``[B, T_s, ...]`` per segment, one dtype (any: features, ids, masks, boxes) and one ``...``;
-            ``T_s`` at least ``layout.max_segment_lengths[s]``. What stands in the padding is never read.
+        tensors: one ``[B, T_s, ...]`` per segment, all of one dtype (any: features, ids, masks, boxes) and
+            one ``...``; ``T_s`` at least ``layout.max_segment_lengths[s]``. The padding is never read.
         layout: on the device of the tensors.
         impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
-        ``[num_tokens, ...]``. One pass: every row is written once. A tensor that is not contiguous is copied first.
+        ``[num_tokens, ...]``, every row written once. A tensor that is not contiguous is copied first.
 
     Gradients: to every tensor that wants one, zeros in its padding; one pass.
     Numerics: bits are copied.
     Memory: the result; nothing is kept for the backward but the layout.
     Errors: ``ValueError`` where shapes, dtypes, devices or lengths disagree.
-    Source: the unpadding of effective_transformer and of flash-attn's ``bert_padding``, without concatenation or index.
+    Source: the unpadding of effective_transformer and of flash-attn's ``bert_padding``, without concatenation
+        or index.
     """
     _check_padded(tensors, layout)
     if _resolve("pack", impl, tensors[0]) == "reference":
@@ -110,10 +111,10 @@ def unpack(
 def take_segments(
     x: Tensor, layout: SegmentLayout, segments: Segments, *, impl: str = "auto"
 ) -> Tensor | tuple[Tensor, ...]:
-    """The rows of some segments, packed as ``layout.select(segments)`` says; several streams at once if asked.
+    """The rows of some segments, packed as ``layout.select(segments)`` says; several streams at once.
 
-    ``segments=(1, 2)`` gives one tensor; ``segments=((0,), (1, 2))`` gives one per group, whose gradients come back
-    in a single pass (per-segment feed-forward layers, heads).
+    ``segments=(1, 2)`` gives one tensor; ``segments=((0,), (1, 2))`` gives one per group, whose gradients
+    come back in a single pass (per-segment feed-forward layers, heads).
 
     Example:
         >>> import torch, vlkernels as vk
@@ -132,8 +133,8 @@ def take_segments(
         impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
-        ``[layout.select(segments).num_tokens, ...]``, or a tuple of these. Where lengths are known on the device only,
-        that is an upper bound and the rows past the last sample are zero.
+        ``[layout.select(segments).num_tokens, ...]``, or a tuple of these. Where lengths are known on the
+        device only, that is an upper bound and the rows past the last sample are zero.
 
     Gradients: to ``x``, zero in the rows of other segments; one pass for all groups.
     Numerics: bits are copied.
@@ -156,7 +157,7 @@ def put_segments(
 ) -> Tensor:
     """The inverse of :func:`take_segments`: rows of some segments back to their places, zeros in all others.
 
-    With groups, ``put_segments((a, b), layout, ((0,), (1, 2)))`` joins several streams in one pass and without an add.
+    ``put_segments((a, b), layout, ((0,), (1, 2)))`` joins several streams in one pass, without an add.
 
     Example:
         >>> import torch, vlkernels as vk
@@ -168,7 +169,7 @@ def put_segments(
         True
 
     Args:
-        rows: ``[layout.select(segments).num_tokens, ...]``, any dtype; one per group where ``segments`` are groups.
+        rows: ``[layout.select(segments).num_tokens, ...]``, any dtype; with groups, one such per group.
         layout: on the device of the rows.
         segments: as in :func:`take_segments`.
         impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
@@ -189,11 +190,12 @@ def put_segments(
         return reference.put_segments(rows, layout, segments)
     part_of, part_starts = _parts(layout, streams)
     parts = [part.contiguous() for part in parts]
-    return raw_ops.join_segments(parts, part_of, part_starts, layout.starts, layout.lengths, layout.num_tokens)
+    starts, lengths, num_tokens = layout.starts, layout.lengths, layout.num_tokens
+    return raw_ops.join_segments(parts, part_of, part_starts, starts, lengths, num_tokens)
 
 
 def take_rows(x: Tensor, positions: Tensor, capacity: int | None = None, *, impl: str = "auto") -> Tensor:
-    """``out[m] = x[positions[m]]``, 0 where the position is -1: masked tokens, [CLS], another order of the samples.
+    """``out[m] = x[positions[m]]``, 0 where the position is -1: masked tokens, [CLS], another sample order.
 
     Example:
         >>> import torch, vlkernels as vk
@@ -214,15 +216,15 @@ def take_rows(x: Tensor, positions: Tensor, capacity: int | None = None, *, impl
     Gradients: to ``x``, the sum over duplicates in the order of the positions: two runs agree bit for bit.
     Numerics: bits are copied; the backward adds in float32 (float64 for float64) and rounds once.
     Memory: the result; positions are kept for the backward.
-    Errors: ``ValueError`` for a wrong shape, dtype, device or capacity, and for positions out of range (values on the
-        CPU; elsewhere a device-side assertion).
+    Errors: ``ValueError`` for a wrong shape, dtype, device or capacity, and for positions out of range (on
+        the CPU; elsewhere a device-side assertion).
     Source: ``index_select``, with rows that stay empty.
     """
     checks.check_integer("positions", positions)
     checks.check_shape("positions", positions, "[M]", (None,))
     checks.check_same_device(x=x, positions=positions)
     if capacity is not None and capacity < positions.shape[0]:
-        raise ValueError(f"capacity must be at least the number of positions = {positions.shape[0]}, got {capacity}")
+        raise ValueError(f"capacity must be at least M = {positions.shape[0]}, got {capacity}")
     checks.check_values_between("positions", positions, -1, x.shape[0])
     if _resolve("take_rows", impl, x, adds_rows=x.requires_grad) == "reference":
         return reference.take_rows(x, positions, capacity)
@@ -231,7 +233,7 @@ def take_rows(x: Tensor, positions: Tensor, capacity: int | None = None, *, impl
 
 
 def segment_mean(x: Tensor, layout: SegmentLayout, segment: int, *, impl: str = "auto") -> Tensor:
-    """``out[b] = sum of x over the rows of the segment of sample b / lengths[b, segment]``; 0 for an empty segment.
+    """``out[b]`` = mean of ``x[start : start + length]`` of the segment of sample b; 0 where it is empty.
 
     Example:
         >>> import torch, vlkernels as vk
@@ -290,7 +292,10 @@ def _check_padded(tensors: Sequence[Tensor], layout: SegmentLayout) -> None:
         checks.check_dtype(name, tensor, (tensors[0].dtype,))
         checks.check_same_device(**{name: tensor}, layout=layout.starts)
         if tensor.shape[1] < longest:
-            raise ValueError(f"{name} must be [B, T, ...] with T >= {longest}, its longest segment, got T = {tensor.shape[1]}")
+            raise ValueError(
+                f"{name} must be [B, T, ...] with T >= its longest segment = {longest}, "
+                f"got T = {tensor.shape[1]}"
+            )
 
 
 def _check_packed(x: Tensor, layout: SegmentLayout) -> None:
@@ -321,8 +326,10 @@ def _checked_widths(layout: SegmentLayout, max_lengths: Sequence[int] | None) ->
 def _checked_streams(layout: SegmentLayout, segments: Segments) -> tuple[tuple[tuple[int, ...], ...], bool]:
     streams, is_one = streams_of(segments)
     named = [s for stream in streams for s in stream]
-    if len(set(named)) != len(named) or not all(streams) or not all(0 <= s < layout.num_segments for s in named):
+    are_known = all(0 <= s < layout.num_segments for s in named)
+    if not are_known or len(set(named)) != len(named) or not all(streams):
         raise ValueError(
-            f"segments must name indices below {layout.num_segments}, none twice, in groups that are not empty, got {segments}"
+            f"segments must be indices below {layout.num_segments}, none twice and no empty group, "
+            f"got {segments}"
         )
     return streams, is_one

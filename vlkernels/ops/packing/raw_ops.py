@@ -1,8 +1,9 @@
-"""The ops under ``torch.ops.vlkernels`` that packing is made of: two linear maps and their adjoints, and a mean.
+"""The ops under ``torch.ops.vlkernels`` that packing is made of: two linear maps, their adjoints, and a mean.
 
-*Parts* hold the segments of a packed tensor separately: part ``part_of[s]`` holds segment ``s``, -1 leaves it out.
-Without ``part_starts`` a part is padded, ``[B, T, ...]``; with it a part is packed, ``[rows, ...]``, and segment ``s`` of
-sample ``b`` begins at its row ``part_starts[b, s]``. Joining parts and splitting into parts are each other's gradient.
+*Parts* hold the segments of a packed tensor separately: part ``part_of[s]`` holds segment ``s``, -1 leaves it
+out. Without ``part_starts`` a part is padded, ``[B, T, ...]``; with it a part is packed, ``[rows, ...]``, and
+segment ``s`` of sample ``b`` begins at its row ``part_starts[b, s]``. Joining and splitting are each other's
+gradient.
 """
 
 from __future__ import annotations
@@ -15,27 +16,37 @@ from vlkernels.core import library
 
 
 def _join_fake(
-    parts: list[Tensor], part_of: list[int], part_starts: Tensor | None, starts: Tensor, lengths: Tensor, num_rows: int
+    parts: list[Tensor],
+    part_of: list[int],
+    part_starts: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    num_rows: int,
 ) -> Tensor:
     leading = 2 if part_starts is None else 1
     return parts[0].new_empty(num_rows, *parts[0].shape[leading:])
 
 
 def _split_fake(
-    x: Tensor, part_of: list[int], part_starts: Tensor | None, starts: Tensor, lengths: Tensor, part_rows: list[int]
+    x: Tensor,
+    part_of: list[int],
+    part_starts: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    part_rows: list[int],
 ) -> list[Tensor]:
     leading = (lengths.shape[0],) if part_starts is None else ()
     return [x.new_empty(*leading, rows, *x.shape[1:]) for rows in part_rows]
 
 
 _join = library.define(
-    "join_segments(Tensor[] parts, int[] part_of, Tensor? part_starts, Tensor starts, Tensor lengths, SymInt num_rows)"
-    " -> Tensor",
+    "join_segments(Tensor[] parts, int[] part_of, Tensor? part_starts, "
+    "Tensor starts, Tensor lengths, SymInt num_rows) -> Tensor",
     fake=_join_fake,
 )
 _split = library.define(
-    "split_segments(Tensor x, int[] part_of, Tensor? part_starts, Tensor starts, Tensor lengths, SymInt[] part_rows)"
-    " -> Tensor[]",
+    "split_segments(Tensor x, int[] part_of, Tensor? part_starts, "
+    "Tensor starts, Tensor lengths, SymInt[] part_rows) -> Tensor[]",
     fake=_split_fake,
 )
 _take = library.define(
@@ -51,7 +62,8 @@ _mean = library.define(
     fake=lambda x, starts, lengths, segment: x.new_empty(lengths.shape[0], *x.shape[1:]),
 )
 _mean_back = library.define_backward(
-    "mean_segment_backward(Tensor grad, Tensor starts, Tensor lengths, int segment, SymInt num_rows) -> Tensor",
+    "mean_segment_backward(Tensor grad, Tensor starts, Tensor lengths, int segment, SymInt num_rows)"
+    " -> Tensor",
     fake=lambda grad, starts, lengths, segment, num_rows: grad.new_empty(num_rows, *grad.shape[1:]),
 )
 

@@ -23,7 +23,7 @@ def _gaps(fill: InputMaker) -> SegmentLayout:
 
 
 def _taken(fill: InputMaker) -> SegmentLayout:
-    """Hard negatives: drawn samples, lengths known to the device only, rows at the end that belong to nobody."""
+    """Hard negatives: drawn on the device, which alone knows their lengths; nobody's rows at the end."""
     return fill.layout(LENGTHS).take(fill.integers(0, len(LENGTHS), (4,)))
 
 
@@ -39,15 +39,15 @@ LAYOUTS: dict[str, Callable[[InputMaker], SegmentLayout]] = {
 
 def _cases(make: Callable[[InputMaker, SegmentLayout], Arguments]) -> tuple[Case, ...]:
     """The op on every layout."""
-    return tuple(Case(name, lambda fill, layout=layout: make(fill, layout(fill))) for name, layout in LAYOUTS.items())
+    return tuple(Case(name, lambda fill, lay=lay: make(fill, lay(fill))) for name, lay in LAYOUTS.items())
 
 
 def _packed(fill: InputMaker, layout: SegmentLayout) -> Tensor:
     return fill.normal(layout.num_tokens, 6)
 
 
-def _padded(fill: InputMaker, layout: SegmentLayout, slack: int = 1) -> tuple[Tensor, ...]:
-    return tuple(fill.normal(layout.num_samples, longest + slack, 6) for longest in layout.max_segment_lengths)
+def _padded(fill: InputMaker, layout: SegmentLayout) -> tuple[Tensor, ...]:
+    return tuple(fill.normal(layout.num_samples, longest + 1, 6) for longest in layout.max_segment_lengths)
 
 
 def _streams(layout: SegmentLayout) -> tuple[tuple[int, ...], ...]:
@@ -66,10 +66,10 @@ def _ids(fill: InputMaker) -> Arguments:
     return {"tensors": [fill.integers(0, 999, shape) for shape in shapes], "layout": layout}
 
 
-def _rows_case(name: str, positions: Sequence[int], num_rows: int = 9, trailing: Sequence[int] = (6,), **options: Any) -> Case:
+def _rows_case(name: str, positions: Sequence[int], shape: Sequence[int] = (9, 6), **options: Any) -> Case:
     def make(fill: InputMaker) -> Arguments:
         index = torch.tensor(positions, dtype=torch.int64, device=fill.device)
-        return {"x": fill.normal(num_rows, *trailing), "positions": index, **options}
+        return {"x": fill.normal(*shape), "positions": index, **options}
 
     return Case(name, make)
 
@@ -77,7 +77,7 @@ def _rows_case(name: str, positions: Sequence[int], num_rows: int = 9, trailing:
 TAKE_ROWS_CASES = (
     _rows_case("each once", [4, 0, 8, 2]),
     _rows_case("duplicates and none", [3, 3, -1, 0, 3, 8, -1, 0], capacity=11),
-    _rows_case("wide rows", [1, 1, 0, 1], num_rows=2, trailing=(3, 400)),
+    _rows_case("wide rows", [1, 1, 0, 1], shape=(2, 3, 400)),
     _rows_case("nothing", [], capacity=3),
 )
 
@@ -115,8 +115,8 @@ def _bench_put(fill: InputMaker) -> Arguments:
 
 def valid_rows(layout: SegmentLayout, widths: Sequence[int]) -> Tensor:
     """bool ``[B, sum of widths]``: the mask other code carries beside padded tensors."""
-    offsets = [torch.arange(width, device=layout.device) < layout.lengths[:, s, None] for s, width in enumerate(widths)]
-    return torch.cat(offsets, dim=1)
+    lengths = layout.lengths.unsqueeze(2).unbind(1)
+    return torch.cat([torch.arange(w, device=n.device) < n for w, n in zip(widths, lengths)], dim=1)
 
 
 def pack_by_mask(tensors: Sequence[Tensor], layout: SegmentLayout) -> Tensor:
@@ -160,26 +160,19 @@ def put_by_mask(rows: Sequence[Tensor], layout: SegmentLayout, segments: Any) ->
 
 def mean_by_index_add(x: Tensor, layout: SegmentLayout, segment: int) -> Tensor:
     chosen = layout.token_segment() == segment
-    total = x.new_zeros(layout.num_samples, *x.shape[1:]).index_add(0, layout.token_sample()[chosen], x[chosen])
-    return total / layout.lengths[:, segment, None]
+    total = x.new_zeros(layout.num_samples, *x.shape[1:])
+    return total.index_add(0, layout.token_sample()[chosen], x[chosen]) / layout.lengths[:, segment, None]
 
 
-def _moved(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _copy_cost(rows: int, per_row: int, zeroed: int) -> Cost:
+def _copy_cost(rows: int, zero_rows: int, row: Tensor) -> Cost:
     """Every row is read and written once; the backward also writes the padding's zeros."""
-    return Cost(forward_bytes=2 * rows * per_row, backward_bytes=(2 * rows + zeroed) * per_row)
+    row_bytes = row.numel() * row.element_size()
+    return Cost(forward_bytes=2 * rows * row_bytes, backward_bytes=(2 * rows + zero_rows) * row_bytes)
 
 
 def _pack_cost(tensors: Sequence[Tensor], layout: SegmentLayout) -> Cost:
-    per_row = _moved(tensors[0][0, 0])
-    return _copy_cost(layout.num_tokens, per_row, sum(t.shape[0] * t.shape[1] for t in tensors) - layout.num_tokens)
-
-
-def _segments(fill: InputMaker, layout: SegmentLayout) -> Arguments:
-    return {"x": _packed(fill, layout), "layout": layout, "segments": _streams(layout)}
+    padded_rows = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors)
+    return _copy_cost(layout.num_tokens, padded_rows - layout.num_tokens, tensors[0][0, 0])
 
 
 def _spec(name: str, cases: Sequence[Case], **options: Any) -> OpSpec:
@@ -193,29 +186,53 @@ def _spec(name: str, cases: Sequence[Case], **options: Any) -> OpSpec:
         **options,
     )
 
+def _pack_case(fill: InputMaker, layout: SegmentLayout) -> Arguments:
+    return {"tensors": _padded(fill, layout), "layout": layout}
+
+
+def _unpack_case(fill: InputMaker, layout: SegmentLayout) -> Arguments:
+    return {"x": _packed(fill, layout), "layout": layout}
+
+
+def _take_case(fill: InputMaker, layout: SegmentLayout) -> Arguments:
+    return {**_unpack_case(fill, layout), "segments": _streams(layout)}
+
+
+def _put_case(fill: InputMaker, layout: SegmentLayout) -> Arguments:
+    return {"rows": _rows(fill, layout), "layout": layout, "segments": _streams(layout)}
+
+
+def _mean_case(fill: InputMaker, layout: SegmentLayout) -> Arguments:
+    return {**_unpack_case(fill, layout), "segment": layout.num_segments - 1}
+
+
 SPECS = (
     _spec(
         "pack",
-        (*_cases(lambda fill, layout: {"tensors": _padded(fill, layout), "layout": layout}), Case("ids", _ids)),
+        (*_cases(_pack_case), Case("ids", _ids)),
         benchmarks={"captions and regions": _bench_pack},
-        peers={"cat + gather": pack_by_gather, "cat + index_select": pack_by_index, "cat + boolean index": pack_by_mask},
+        peers={
+            "cat + gather": pack_by_gather,
+            "cat + index_select": pack_by_index,
+            "cat + boolean index": pack_by_mask,
+        },
         cost=_pack_cost,
     ),
     _spec(
         "unpack",
-        _cases(lambda fill, layout: {"x": _packed(fill, layout), "layout": layout}),
+        _cases(_unpack_case),
         benchmarks={"captions and regions": _bench_packed},
         peers={"masked_scatter + split": unpack_by_mask},
     ),
     _spec(
         "take_segments",
-        _cases(_segments),
+        _cases(_take_case),
         benchmarks={"both streams": lambda fill: {**_bench_packed(fill), "segments": BOTH}},
         peers={"boolean index": take_by_mask},
     ),
     _spec(
         "put_segments",
-        _cases(lambda fill, layout: {"rows": _rows(fill, layout), "layout": layout, "segments": _streams(layout)}),
+        _cases(_put_case),
         benchmarks={"both streams": _bench_put},
         peers={"boolean index_put": put_by_mask},
     ),
@@ -227,7 +244,7 @@ SPECS = (
     ),
     _spec(
         "segment_mean",
-        _cases(lambda fill, layout: {"x": _packed(fill, layout), "layout": layout, "segment": layout.num_segments - 1}),
+        _cases(_mean_case),
         benchmarks={"regions": lambda fill: {**_bench_packed(fill), "segment": 1}},
         peers={"index_add": mean_by_index_add},
     ),
