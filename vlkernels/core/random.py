@@ -79,6 +79,24 @@ def keep_mask(
     return ((chosen >> (8 * (lane % 4))) & 0xFF) >= dropout_threshold(p)
 
 
+def keep_columns(
+    state: Tensor,
+    stream: int,
+    sample_ids: Tensor | int,
+    positions: Tensor | int,
+    num_columns: int,
+    p: float,
+    head: Tensor | int = 0,
+) -> Tensor:
+    """:func:`keep_mask` of columns ``0 .. num_columns - 1`` in a new last dimension, with one draw for 16 of them."""
+    groups = torch.arange(-(-num_columns // COLUMNS_PER_CALL), device=state.device)
+    rows = (torch.as_tensor(c, device=state.device)[..., None] for c in (sample_ids, positions, head))
+    sample_ids, positions, head = rows
+    words = torch.stack(_draw(state, stream, sample_ids, positions, groups, head), dim=-1)
+    lanes = torch.stack([(words >> shift) & 0xFF for shift in (0, 8, 16, 24)], dim=-1)
+    return (lanes >= dropout_threshold(p)).flatten(-3)[..., :num_columns]
+
+
 def uniform(state: Tensor, stream: int, sample_ids: Tensor, positions: Tensor | int = 0) -> Tensor:
     """float32 in [0, 1) on a grid of 2**-24, one per coordinate."""
     return (_draw(state, stream, sample_ids, positions, _UNIFORM_COLUMN, 0)[0] >> 8).to(torch.float32) * 2.0**-24

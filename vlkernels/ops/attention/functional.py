@@ -1,0 +1,257 @@
+"""``vk.attention`` and ``vk.attention_qkvpacked``: checks, the choice of implementation, the op and its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlkernels.core import checks, dispatch, library
+from vlkernels.core.dispatch import Implementation
+from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.mask import SegmentMask
+from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
+from vlkernels.ops.attention import reference, torch_kernels
+
+IMPLEMENTATIONS = (
+    # It reads the lengths on the host, which only on a CPU costs nothing.
+    Implementation("torch", devices=("cpu",)),
+    Implementation("reference"),
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SegmentLayout,
+    mask: SegmentMask | None = None,
+    kv_layout: SegmentLayout | None = None,
+    kv_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
+    stream: int = 0,
+    deterministic: bool = True,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``out_i = sum_j P_ij v_j``, ``P_ij = exp(softmax_scale * q_i . k_j + bias_ij - lse_i)`` over the keys j that the table lets i see.
+
+    Example::
+
+        >>> layout = vk.SegmentLayout([[3, 5], [2, 4]])             # two samples: image then text
+        >>> q, k, v = torch.randn(3, 14, 2, 8).unbind()
+        >>> out = vk.attention(q, k, v, layout=layout, mask=vk.SegmentMask.prefix_lm())
+        >>> first = [x[:8].transpose(0, 1) for x in (q, k, v)]
+        >>> visible = torch.ones(8, 8).tril().bool()
+        >>> visible[:, :3] = True
+        >>> expected = torch.nn.functional.scaled_dot_product_attention(*first, attn_mask=visible)
+        >>> torch.testing.assert_close(out[:8], expected.transpose(0, 1))
+
+    Args:
+        q: ``[Tq, H, K]``, the packed tokens of ``layout``; float64, float32, bfloat16 or float16.
+        k, v: ``[Tk, Hkv, K]`` in the dtype of ``q``; query head h reads key head ``h // (H / Hkv)``. Only the last dimension
+            of q, k, v need be contiguous: views of a fused projection are read in place.
+        layout: where the segments of each sample lie.
+        mask: which query segment sees which key segment; ``None`` is full.
+        kv_layout: the layout of k and v when they are another stream (cross-attention); sample b reads sample b.
+        kv_index: integer ``[B]``: sample b reads key sample ``kv_index[b]`` instead. Several may read the same one; its
+            gradient is their sum.
+        bias: ``[B or 1, H or 1, Lq, Lk]`` added to the scores, by position in the samples, at least ``max_seqlen`` long on
+            either side; -inf hides a key. Gets a gradient.
+        softmax_scale: default ``1 / sqrt(K)``.
+        dropout_p: probability that an element of P is dropped, rounded to 1/256. No mask is stored.
+        rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the backward.
+            Draws are keyed by (stream, sample id, position in the sample, key's position in its sample, head).
+        stream: constant of this call site: different streams drop different elements.
+        deterministic: the same bits in every run. Every implementation here is; ``False`` lets a faster one serve.
+        return_lse: also return ``lse [H, Tq]``, the natural logarithm of the sum of exponentials, float32 (float64 for
+            float64), differentiable: partial results over disjoint keys combine through it.
+        impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        ``out`` like ``q``, or ``(out, lse)``. A query that sees nothing, or a row that belongs to nobody, gives out 0,
+        lse -inf and gradients 0.
+
+    Gradients to q, k, v and bias. Scores, softmax and sums are float32 for the half types. The backward keeps q, k, v, out and lse
+    and computes P again: no ``[L, L]`` array outlives a step. It has no derivative of its own except on the reference.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or tables that do not fit; ``dropout_p`` outside [0, 1).
+
+    Source: Dao, "FlashAttention-2", 2023, for the backward from lse.
+    """
+    checks.check_floating("q", q)
+    checks.check_shape("q", q, "[Tq, H, K]", (layout.num_tokens, None, None))
+    keys = layout if kv_layout is None else kv_layout
+    width = q.shape[2]
+    for name, x in (("k", k), ("v", v)):
+        checks.check_shape(name, x, "[Tk, Hkv, K]", (keys.num_tokens, k.shape[1] if k.dim() == 3 else None, width))
+        checks.check_dtype(name, x, (q.dtype,))
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"the heads of q must be a multiple of those of k, got H = {q.shape[1]}, Hkv = {k.shape[1]}")
+    checks.check_same_device(q=q, k=k, v=v, bias=bias, layout=layout.starts, kv_layout=keys.starts, kv_index=kv_index)
+    _check_samples(layout, kv_layout, kv_index)
+    return _attend(
+        [q, k, v], layout, mask, kv_layout, kv_index, bias, softmax_scale, dropout_p, rng, stream, deterministic, return_lse, impl
+    )
+
+
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    layout: SegmentLayout,
+    mask: SegmentMask | None = None,
+    bias: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    rng: Rng | None = None,
+    stream: int = 0,
+    deterministic: bool = True,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`attention` of ``q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]`` with one gradient: no split, no cat.
+
+    Example::
+
+        >>> layout = vk.SegmentLayout([[4], [7]])
+        >>> qkv = torch.randn(11, 3, 2, 8)
+        >>> torch.testing.assert_close(vk.attention_qkvpacked(qkv, layout=layout), vk.attention(*qkv.unbind(1), layout=layout))
+
+    Args:
+        qkv: ``[T, 3, H, K]``, the output of a fused projection; only the last dimension need be contiguous.
+
+    The other arguments, the result and the errors are those of :func:`attention`.
+    """
+    checks.check_floating("qkv", qkv)
+    checks.check_shape("qkv", qkv, "[T, 3, H, K]", (layout.num_tokens, 3, None, None))
+    checks.check_same_device(qkv=qkv, bias=bias, layout=layout.starts)
+    return _attend([qkv], layout, mask, None, None, bias, softmax_scale, dropout_p, rng, stream, deterministic, return_lse, impl)
+
+
+def _attend(
+    qkv: list[Tensor],
+    layout: SegmentLayout,
+    mask: SegmentMask | None,
+    kv_layout: SegmentLayout | None,
+    kv_index: Tensor | None,
+    bias: Tensor | None,
+    softmax_scale: float | None,
+    dropout_p: float,
+    rng: Rng | None,
+    stream: int,
+    deterministic: bool,
+    return_lse: bool,
+    impl: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    q = torch_kernels.split(qkv)[0]
+    keys = layout if kv_layout is None else kv_layout
+    if mask is not None:
+        mask.check(layout, kv_layout)
+    if bias is not None:
+        _check_bias(bias, q, layout, keys)
+    if dropout_p:
+        checks.check_probability("dropout_p", dropout_p)
+    op = "attention" if len(qkv) == 3 else "attention_qkvpacked"
+    facts = {"dtype": q.dtype, "head_dim": q.shape[2], "deterministic": deterministic}
+    impl = dispatch.resolve(op, impl, IMPLEMENTATIONS, q.device, facts)
+    if impl == "reference":
+        return reference.attention(
+            *torch_kernels.split(qkv), layout=layout, mask=mask, kv_layout=kv_layout, kv_index=kv_index, bias=bias,
+            softmax_scale=softmax_scale, dropout_p=dropout_p, rng=rng, stream=stream, return_lse=return_lse,
+        )  # fmt: skip
+    table = SegmentMask([["full"] * keys.num_segments] * layout.num_segments) if mask is None else mask
+    out, lse = _differentiable(
+        qkv,
+        layout.starts,
+        layout.lengths,
+        None if kv_layout is None else kv_layout.starts,
+        None if kv_layout is None else kv_layout.lengths,
+        kv_index,
+        table.table(q.device),
+        bias,
+        layout.sample_ids,
+        resolve_rng(rng, q.device) if dropout_threshold(dropout_p) else None,
+        q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
+        dropout_p,
+        stream,
+        impl,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_samples(layout: SegmentLayout, kv_layout: SegmentLayout | None, kv_index: Tensor | None) -> None:
+    keys = layout if kv_layout is None else kv_layout
+    if kv_index is None:
+        if keys.num_samples != layout.num_samples:
+            raise ValueError(
+                f"kv_layout must have the samples of layout, B = {layout.num_samples}, got {keys.num_samples}: pass kv_index"
+            )
+        return
+    checks.check_integer("kv_index", kv_index)
+    checks.check_shape("kv_index", kv_index, "[B]", (layout.num_samples,))
+    checks.check_values_between("kv_index", kv_index, 0, keys.num_samples)
+
+
+def _check_bias(bias: Tensor, q: Tensor, layout: SegmentLayout, keys: SegmentLayout) -> None:
+    checks.check_floating("bias", bias)
+    fits = bias.dim() == 4 and bias.shape[0] in (1, layout.num_samples) and bias.shape[1] in (1, q.shape[1])
+    if not fits or bias.shape[2] < layout.max_seqlen or bias.shape[3] < keys.max_seqlen:
+        wanted = f"[{layout.num_samples} or 1, {q.shape[1]} or 1, >= {layout.max_seqlen}, >= {keys.max_seqlen}]"
+        raise ValueError(f"bias must be [B or 1, H or 1, Lq, Lk] = {wanted}, got {list(bias.shape)}")
+
+
+def _forward_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    q = torch_kernels.split(qkv)[0]
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
+
+
+def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, qkv: list[Tensor], *rest: Any) -> list[Tensor]:
+    bias, bias_grad = rest[6], rest[-2]
+    wanted = [*qkv, bias] if bias_grad else qkv
+    return [x.new_empty(x.shape) for x in wanted]
+
+
+_INPUTS = (
+    "Tensor[] qkv, Tensor starts, Tensor lengths, Tensor? kv_starts, Tensor? kv_lengths, Tensor? kv_index, Tensor table, "
+    "Tensor? bias, Tensor sample_ids, Tensor? rng_state"
+)
+_forward = library.define(
+    f"attention_forward({_INPUTS}, float softmax_scale, float dropout_p, SymInt stream, str impl) -> (Tensor, Tensor)",
+    fake=_forward_fake,
+    kernels={"torch": torch_kernels.forward},
+)
+_backward = library.define_backward(
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float softmax_scale, "
+    "float dropout_p, SymInt stream, bool bias_grad, str impl) -> Tensor[]",
+    fake=_backward_fake,
+    kernels={"torch": torch_kernels.backward},
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, *tensors, softmax_scale, dropout_p, stream, impl = inputs
+    ctx.save_for_backward(*qkv, *tensors, *output)
+    ctx.members = len(qkv)
+    ctx.options = softmax_scale, dropout_p, stream
+    ctx.impl = impl
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    qkv, tensors, (out, lse) = list(saved[: ctx.members]), saved[ctx.members : -2], saved[-2:]
+    wants_bias = ctx.needs_input_grad[7]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = _backward(grad_out, grad_lse, qkv, *tensors, out, lse, *ctx.options, wants_bias, ctx.impl)
+    return (list(grads[: ctx.members]), *[None] * 6, grads[-1] if wants_bias else None, *[None] * 6)
+
+
+_differentiable = library.differentiable(_forward, setup_context=_setup_context, backward=_differentiate)

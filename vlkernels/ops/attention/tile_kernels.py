@@ -1,0 +1,149 @@
+"""Attention of one tile, ``[n, H, L, K]``, forward and backward from lse: PyTorch's fused CPU kernel, or matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlkernels.core.random import dropout_scale, keep_columns
+from vlkernels.ops.attention.tiles import Tile
+
+# Scores that the matrix products hold at a time: rows of a longer sample are computed in turn.
+STEP_SCORES = 2**19
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+_fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@dataclass
+class Fused:
+    """PyTorch's blocked CPU kernel: no bias, no dropout, no gradient of lse; as many key heads as query heads."""
+
+    scale: float
+
+    def forward(self, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _fused_forward(q, k, v, 0.0, tile.causal, attn_mask=_mask_like(tile, q), scale=self.scale)
+
+    def backward(self, tile: Tile, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        mask = _mask_like(tile, q)
+        return _fused_backward(grad_out, q, k, v, out, lse, 0.0, tile.causal, attn_mask=mask, scale=self.scale)
+
+
+@dataclass
+class Products:
+    """Every option, by batched matrix products over ``STEP_SCORES`` scores at a time."""
+
+    scale: float
+    bias: Tensor | None = None
+    grad_bias: Tensor | None = None
+    sample_ids: Tensor | None = None
+    rng_state: Tensor | None = None
+    dropout_p: float = 0.0
+    stream: int = 0
+
+    def forward(self, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = _repeated(k, q), _repeated(v, q)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+        for rows in _steps(tile, q.shape[1]):
+            scores = self._scores(tile, rows, q, k)
+            largest = scores.amax(-1, keepdim=True)
+            # A row that a bias of -inf hides altogether has no largest score: any finite one gives it sum 0 and output 0.
+            probabilities = scores.sub_(largest.masked_fill(largest == -torch.inf, 0)).exp_()
+            total = probabilities.sum(-1, keepdim=True)
+            lse[:, :, rows] = (largest + total.log()).squeeze(-1)
+            if self.rng_state is not None:
+                probabilities *= self._kept(tile, rows, q.shape[1])
+            out[:, :, rows] = (probabilities @ v).mul_(dropout_scale(self.dropout_p) / total.masked_fill_(total == 0, 1))
+        return out, lse
+
+    def backward(
+        self,
+        tile: Tile,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        grad_lse: Tensor | None = None,
+    ) -> Gradients:
+        groups = q.shape[1] // k.shape[1]
+        k, v = _repeated(k, q), _repeated(v, q)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        delta = (grad_out * out).sum(-1)
+        delta = delta if grad_lse is None else delta - grad_lse
+        for rows in _steps(tile, q.shape[1]):
+            grad_rows, q_rows = grad_out[:, :, rows], q[:, :, rows]
+            probabilities = self._scores(tile, rows, q, k).sub_(lse[:, :, rows, None]).exp_()
+            grad_scores = grad_rows @ v.transpose(-1, -2)
+            if self.rng_state is None:
+                grad_v += probabilities.transpose(-1, -2) @ grad_rows
+            else:
+                kept = self._kept(tile, rows, q.shape[1]).to(q.dtype).mul_(dropout_scale(self.dropout_p))
+                grad_v += (probabilities * kept).transpose(-1, -2) @ grad_rows
+                grad_scores *= kept
+            grad_scores = grad_scores.sub_(delta[:, :, rows, None]).mul_(probabilities)
+            if self.grad_bias is not None:
+                for window, part in _windows(self.grad_bias, grad_scores, tile, rows):
+                    window += part.sum_to_size(window.shape)
+            grad_scores *= self.scale
+            grad_q[:, :, rows] = grad_scores @ k
+            grad_k += grad_scores.transpose(-1, -2) @ q_rows
+        return grad_q, _summed(grad_k, groups), _summed(grad_v, groups)
+
+    def _scores(self, tile: Tile, rows: slice, q: Tensor, k: Tensor) -> Tensor:
+        scores = (q[:, :, rows] @ k.transpose(-1, -2)).mul_(self.scale)
+        if tile.causal:
+            visible = torch.ones(tile.queries, tile.keys, dtype=torch.bool).tril_()[rows]
+            scores.masked_fill_(~visible, -torch.inf)
+        elif tile.mask is not None:
+            scores += tile.mask[:, :, rows] if tile.mask.shape[2] > 1 else tile.mask
+        if self.bias is not None:
+            for window, part in _windows(self.bias, scores, tile, rows):
+                part += window
+        return scores
+
+    def _kept(self, tile: Tile, rows: slice, heads: int) -> Tensor:
+        """What dropout keeps of ``[n, heads, rows, keys]``: 1 or 0, drawn again in each direction."""
+        first_query, first_key, sample = torch.tensor([(i.block.query, i.block.key, i.sample) for i in tile.instances]).T
+        query = first_query[:, None, None] + torch.arange(rows.start, rows.stop)
+        columns = int(first_key.max()) + tile.keys
+        sample_id = self.sample_ids[sample][:, None, None]
+        kept = keep_columns(self.rng_state, self.stream, sample_id, query, columns, self.dropout_p, torch.arange(heads)[:, None])
+        if bool((first_key == first_key[0]).all()):
+            return kept[..., int(first_key[0]) :]
+        window = first_key[:, None, None, None] + torch.arange(tile.keys)
+        return kept.gather(-1, window.expand(*kept.shape[:-1], -1))
+
+
+def _mask_like(tile: Tile, q: Tensor) -> Tensor | None:
+    """The fused kernel reads a mask as the dtype of q, whatever its own: a float32 mask beside float64 gives wrong numbers."""
+    return None if tile.mask is None else tile.mask.to(q.dtype)
+
+
+def _steps(tile: Tile, heads: int) -> Iterator[slice]:
+    height = max(1, STEP_SCORES // (len(tile.instances) * heads * tile.keys))
+    return (slice(start, min(start + height, tile.queries)) for start in range(0, tile.queries, height))
+
+
+def _windows(bias: Tensor, scores: Tensor, tile: Tile, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every block the views of ``bias`` and of ``scores [n, H, rows, keys]`` that belong together."""
+    for instance, own in zip(tile.instances, scores):
+        block = instance.block
+        stop = min(rows.stop, block.queries)
+        queries = slice(block.query + rows.start, block.query + max(stop, rows.start))
+        window = bias[instance.sample if bias.shape[0] > 1 else 0, :, queries, block.key : block.key + block.keys]
+        yield window, own[:, : window.shape[1], : block.keys]
+
+
+def _repeated(x: Tensor, q: Tensor) -> Tensor:
+    """Key heads, one for each query head that reads them."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _summed(grad: Tensor, groups: int) -> Tensor:
+    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(2)

@@ -1,0 +1,153 @@
+"""impl "torch": a ragged batch becomes a few calls over tiles of samples of like length, forward and explicit backward.
+
+Rows are gathered into tiles (views where they follow each other) and the results are put back in one pass, so nothing is padded to the
+longest sample. The backward computes the probabilities again from lse. Half types are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlkernels.ops.attention.tile_kernels import STEP_SCORES, Fused, Products
+from vlkernels.ops.attention.tiles import Plan, Side, make_plan
+
+UNLIMITED = 2**62
+
+
+def forward(
+    qkv: list[Tensor],
+    starts: Tensor,
+    lengths: Tensor,
+    kv_starts: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_index: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,
+    sample_ids: Tensor,
+    rng_state: Tensor | None,
+    softmax_scale: float,
+    dropout_p: float,
+    stream: int,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = split(qkv)
+    fused = bias is None and rng_state is None and q.shape[1] == k.shape[1]
+    kernel = Fused(softmax_scale)
+    if not fused:
+        kernel = Products(softmax_scale, bias, None, sample_ids, rng_state, dropout_p, stream)
+    plan = _plan(q, k, starts, lengths, kv_starts, kv_lengths, kv_index, table, fused)
+    exact = torch.promote_types(q.dtype, torch.float32)
+
+    outs, lses = [], []
+    for tile in plan.tiles:
+        tile_q = _take(q, tile.query_rows, tile.queries, exact)
+        tile_k, tile_v = (_take(x, tile.key_rows, tile.keys, exact) for x in (k, v))
+        out, lse = kernel.forward(tile, tile_q, tile_k, tile_v)
+        outs.append(_rows(out))
+        lses.append(lse.transpose(1, 2).flatten(0, 1))
+    lse = _placed(lses, plan.queries, q.shape[1:2], -torch.inf, q.new_empty((), dtype=exact))
+    return _placed(outs, plan.queries, q.shape[1:], 0.0, q.new_empty((), dtype=exact)).to(q.dtype), lse.T.contiguous()
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    qkv: list[Tensor],
+    starts: Tensor,
+    lengths: Tensor,
+    kv_starts: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_index: Tensor | None,
+    table: Tensor,
+    bias: Tensor | None,
+    sample_ids: Tensor,
+    rng_state: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    dropout_p: float,
+    stream: int,
+    bias_grad: bool,
+) -> list[Tensor]:
+    """The gradients in the form of ``qkv``, then that of the bias if ``bias_grad``."""
+    q, k, v = split(qkv)
+    exact = lse.dtype
+    fused = bias is None and rng_state is None and grad_lse is None and q.shape[1] == k.shape[1]
+    grad_bias = torch.zeros_like(bias, dtype=exact) if bias_grad else None
+    plan = _plan(q, k, starts, lengths, kv_starts, kv_lengths, kv_index, table, fused)
+    kernel = Fused(softmax_scale)
+    if not fused:
+        kernel = Products(softmax_scale, bias, grad_bias, sample_ids, rng_state, dropout_p, stream)
+    # lse = inf gives a row probability 0: rows of padding, and rows that a bias hides.
+    lse_rows = torch.cat([lse.T.masked_fill(lse.T == -torch.inf, torch.inf), lse.new_full((1, lse.shape[0]), torch.inf)])
+    grad_lse_rows = None if grad_lse is None else torch.nn.functional.pad(grad_lse.T, (0, 0, 0, 1))
+
+    parts: tuple[list[Tensor], ...] = ([], [], [])
+    for tile in plan.tiles:
+        tile_do, tile_q, tile_out = (_take(x, tile.query_rows, tile.queries, exact) for x in (grad_out, q, out))
+        tile_k, tile_v = (_take(x, tile.key_rows, tile.keys, exact) for x in (k, v))
+        statistics = [lse_rows] if grad_lse_rows is None else [lse_rows, grad_lse_rows]
+        statistics = [_take(x, tile.statistic_rows, tile.queries, exact) for x in statistics]
+        grads = kernel.backward(tile, tile_do, tile_q, tile_k, tile_v, tile_out, *statistics)
+        for found, grad in zip(parts, grads):
+            found.append(_rows(grad))
+    sides = (plan.queries, plan.keys, plan.keys)
+    dq, dk, dv = (_placed(p, s, x.shape[1:], 0.0, lse) for p, s, x in zip(parts, sides, (q, k, v)))
+    grads = [torch.stack((dq, dk, dv), dim=1)] if len(qkv) == 1 else [dq, dk, dv]
+    grads = [grad.to(q.dtype) for grad in grads]
+    return grads if grad_bias is None else [*grads, grad_bias.to(bias.dtype)]
+
+
+def split(qkv: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of ``[qkv]`` (one ``[T, 3, H, K]``) or ``[q, k, v]``."""
+    return qkv[0].unbind(1) if len(qkv) == 1 else tuple(qkv)
+
+
+def _plan(
+    q: Tensor,
+    k: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    kv_starts: Tensor | None,
+    kv_lengths: Tensor | None,
+    kv_index: Tensor | None,
+    table: Tensor,
+    fused: bool,
+) -> Plan:
+    kv_starts, kv_lengths = (starts, lengths) if kv_starts is None else (kv_starts, kv_lengths)
+    return make_plan(
+        *(tuple(t.flatten().tolist()) for t in (starts, lengths, kv_starts, kv_lengths)),
+        None if kv_index is None else tuple(kv_index.tolist()),
+        tuple(table.tolist()),
+        segments=(lengths.shape[1], kv_lengths.shape[1]),
+        tokens=(q.shape[0], k.shape[0]),
+        heads=q.shape[1],
+        most_scores=UNLIMITED if fused else STEP_SCORES,
+    )
+
+
+def _take(x: Tensor, rows: Tensor | slice, length: int, dtype: torch.dtype) -> Tensor:
+    """``[T, H, ...]`` -> ``[n, H, length, ...]`` for the ``n * length`` rows of a tile."""
+    if isinstance(rows, slice):
+        taken = x[rows]
+    else:
+        taken = x.flatten(1).index_select(0, rows).unflatten(1, x.shape[1:])
+    return taken.to(dtype).unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[n, H, L, K]`` -> ``[n * L, H, K]``."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _placed(parts: list[Tensor], side: Side, shape: torch.Size, nowhere: float, like: Tensor) -> Tensor:
+    """The rows of all tiles in packed order, summed where a row stands in several tiles, ``nowhere`` where in none."""
+    if side.identity and parts:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    flat = [part.flatten(1) for part in parts]
+    width = shape.numel()
+    if side.places is not None:
+        rows = torch.cat([*flat, like.new_full((1, width), nowhere)]).index_select(0, side.places)
+    else:
+        rows = like.new_zeros((side.tokens, width)).index_add_(0, side.rows, torch.cat(flat))
+    return rows.view(-1, *shape)
