@@ -1,0 +1,141 @@
+"""Evaluation of whole models: one that knows the answers, one that does not, and the files it writes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_batch import GRID, PATCH, random_batch, small_config, small_model
+from tokenizers import Tokenizer as Model
+from tokenizers import models, pre_tokenizers
+
+import engine
+from engine.config import Config
+from engine.data import Tokenizer
+from engine.evaluation import describe, evaluate
+from engine.evaluation.accuracy import matching_accuracy
+from engine.evaluation.gallery import encode_gallery, matching_logits
+from engine.export import export, rebuild
+from engine.models import build_model
+from engine.objectives import PretrainingModule, build_objectives
+from engine.sections import Data, Evaluation, Objectives, Train
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *(f"w{n}" for n in range(33)), "red", "blue"]
+
+
+def make_tokenizer() -> Tokenizer:
+    model = Model(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return Tokenizer(model)
+
+
+def make_config(**evaluation) -> Config:
+    return Config(
+        data=Data(image_size=PATCH * min(GRID), max_caption_tokens=16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3),
+        model=small_config(),
+        train=Train(max_steps=1),
+        evaluation=Evaluation(**{"rerank_top": 6, "batch": 8, **evaluation}),
+    )
+
+
+def batches(count: int = 24) -> list:
+    return [random_batch(range(first, min(first + 8, count))) for first in range(0, count, 8)]
+
+
+def test_an_untrained_model_is_at_chance(tmp_path):
+    model = small_model()
+    results = evaluate(model, batches(), make_config(), tokenizer=make_tokenizer(), sheet=tmp_path / "sheet.png")
+    assert results["pairs"] == 24
+    assert results["contrastive"]["chance_recall@1"] == pytest.approx(1 / 24, rel=0.2)
+    assert results["contrastive"]["text_to_image_recall@1"] < 0.3
+    assert results["matching"]["accuracy"] == pytest.approx(0.5, abs=0.2)
+    assert results["masked_language"]["chance"] == 1 / len(WORDS)
+    assert model.training
+    json.dumps(results)
+    text = describe(results)
+    assert all(group in text for group in ("contrastive", "reranked", "matching", "masked_language")) and "(50)" in text
+    assert Image.open(tmp_path / "sheet.png").size[0] > 500
+
+
+def test_a_trained_model_finds_its_pairs():
+    """Enough steps to learn 12 pairs by heart."""
+    torch.manual_seed(0)
+    config = make_config()
+    config.model.initializer_range = 0.1
+    model, seen = build_model(config, len(WORDS)), random_batch(range(12))
+    module = PretrainingModule(model, build_objectives(Objectives()))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        module(seen)[0].backward()
+        optimizer.step()
+        model.rng.advance()
+    results = evaluate(model, [seen], config)
+    assert results["contrastive"]["image_to_text_recall@1"] > 0.9 > 0.5 > results["contrastive"]["chance_recall@1"]
+    assert results["reranked"]["text_to_image_recall@5"] > 0.9
+    assert results["matching"]["accuracy"] > 0.8
+    words = results["masked_language"]
+    assert words["accuracy"] > words["accuracy_shuffled_image"] + 0.1
+
+
+def test_the_gallery_is_limited_to_whole_batches():
+    assert evaluate(small_model(), batches(), make_config(gallery=17))["pairs"] == 16
+    assert evaluate(small_model(), batches(), make_config(gallery=1))["pairs"] == 8
+    with pytest.raises(ValueError, match="there are no held-out pairs"):
+        evaluate(small_model(), [], make_config())
+
+
+@torch.no_grad()
+def test_matching_of_any_pairs_equals_one_by_one():
+    model = small_model().eval()
+    gallery = encode_gallery(model, batches())
+    images, texts = torch.tensor([3, 3, 17, 20, 0]), torch.tensor([1, 3, 3, 22, 0])
+    together = matching_logits(model, gallery, images, texts)
+    for row, (image, text) in enumerate(zip(images, texts, strict=True)):
+        source = model.source_of(model.encode_image(random_batch(range(int(image), int(image) + 1))))
+        alone = model.matching_logits(model.fuse(model.encode_text(random_batch(range(int(text), int(text) + 1))), source))
+        torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_constant_matching_is_worth_nothing():
+    model = small_model().eval()
+    model.matching_head.classifier.weight.zero_()
+    model.matching_head.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
+    assert matching_accuracy(model, encode_gallery(model, batches()))["accuracy"] == 0.5
+
+
+def test_zero_shot_reads_a_folder_of_classes(tmp_path):
+    random = np.random.default_rng(0)
+    for name, channel in (("red", 0), ("blue", 2)):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            pixels = random.integers(0, 60, (16, 12, 3), dtype=np.uint8)
+            pixels[..., channel] = 250
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    results = evaluate(small_model(), batches(), make_config(zero_shot=str(tmp_path)), tokenizer=make_tokenizer())
+    assert results["zero_shot"]["images"] == 6 and results["zero_shot"]["chance"] == 0.5
+    assert 0 <= results["zero_shot"]["accuracy"] <= 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="at least two sub-folders of images, got .* with 0 sub-folders and 0 images"):
+        config = make_config(zero_shot=str(tmp_path / "empty"))
+        evaluate(small_model(), batches(), config, tokenizer=make_tokenizer())
+
+
+def test_a_run_folder_loads_back(tmp_path):
+    model, config = small_model(), make_config()
+    export(tmp_path, model, config, make_tokenizer())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    loaded, tokenizer, transform = engine.load(tmp_path)
+    assert not loaded.training and tokenizer.vocab_size == len(WORDS)
+    batch = random_batch(range(5))
+    torch.testing.assert_close(loaded.image_features(batch), model.eval().image_features(batch), rtol=0, atol=0)
+    patches, positions = transform(Image.new("RGB", (20, 20), "white"))
+    assert patches.shape[1] == 3 * PATCH**2 and positions.shape == (len(patches), 2)
+    assert rebuild(Config, json.loads((tmp_path / "config.json").read_text())) == config
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is not the folder of a finished run: it has no model.safetensors"):
+        engine.load(tmp_path)

@@ -1,0 +1,78 @@
+"""Values by hand, and the batches that leave an objective nothing to do."""
+
+import torch
+from random_batch import random_batch, small_model
+from torch.nn import functional as F
+
+from engine.objectives import PretrainingModule, build_objectives
+from engine.objectives.contrastive import ContrastiveObjective
+from engine.objectives.masked_language import MaskedLanguageObjective
+from engine.objectives.matching import MatchingObjective, draw_negatives
+from engine.sections import Contrastive, MaskedLanguage, Matching, Objectives
+
+
+def test_contrastive_by_hand():
+    model, batch = small_model(), random_batch(range(5))
+    losses, report = ContrastiveObjective()(model, batch)
+    logits = model.scale() * model.image_features(batch) @ model.text_features(batch).T
+    own = torch.arange(5)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    torch.testing.assert_close(losses["contrastive"], expected)
+    found = (logits.argmax(1) == own).float().mean() + (logits.argmax(0) == own).float().mean()
+    torch.testing.assert_close(report["contrastive_accuracy"], found / 2)
+    torch.testing.assert_close(report["logit_scale"], model.logit_scale.detach().exp()[0])
+
+
+def test_normalizers_replace_the_local_mean():
+    """A local sum times the trainer's factor: half the mean when the factor is half of one over the local count."""
+    model, batch = small_model(), random_batch(range(4))
+    for objective, count, name in (
+        (MatchingObjective(), "pairs", "matching"),
+        (MaskedLanguageObjective(), "mlm_tokens", "masked_language"),
+    ):
+        batch.normalizers = {}
+        mean = objective(model, batch)[0][name]
+        batch.normalizers = {count: torch.tensor(0.5 / batch.counts[count])}
+        torch.testing.assert_close(objective(model, batch)[0][name], mean / 2)
+
+
+def test_weights_and_absent_objectives():
+    objectives = Objectives(Contrastive(weight=2.0), None, MaskedLanguage(weight=0.5))
+    module, batch = PretrainingModule(small_model(), build_objectives(objectives)), random_batch(range(4))
+    total, losses, report = module(batch)
+    assert losses.keys() == {"contrastive", "masked_language"} and "matching_accuracy" not in report
+    torch.testing.assert_close(total, 2 * losses["contrastive"] + 0.5 * losses["masked_language"])
+    assert all(value.dim() == 0 and not value.requires_grad for value in report.values())
+
+
+def test_negatives_never_have_the_label_of_the_sample():
+    """Pairs 0 and 5 show the same image: neither is a negative of the other."""
+    model, batch = small_model(), random_batch(range(6))
+    drawn = set()
+    for _ in range(60):
+        model.rng.advance()
+        texts, images = draw_negatives(model, batch, None)
+        for index in (texts, images):
+            assert (batch.labels[index] != batch.labels).all()
+            drawn |= {(i, int(j)) for i, j in enumerate(index)}
+    assert len(drawn) > 12, "the draws follow the scores but are not frozen"
+
+
+def test_one_label_has_no_negatives():
+    model, batch = small_model(), random_batch(range(3))
+    batch.labels = torch.zeros_like(batch.labels)
+    losses, report = MatchingObjective()(model, batch)
+    logits = model.matching_logits(model.fuse(model.encode_text(batch), model.image_source(batch)))
+    own = F.cross_entropy(logits, torch.ones(3, dtype=torch.long), reduction="sum")
+    torch.testing.assert_close(losses["matching"], own / 9)
+    torch.testing.assert_close(report["matching_accuracy"], (logits.argmax(1) == 1).float().mean())
+
+
+def test_no_masked_words_give_zero_and_zero_gradients():
+    model, batch = small_model(), random_batch(range(3))
+    batch.mlm_rows, batch.mlm_targets = batch.mlm_rows[:0], batch.mlm_targets[:0]
+    batch.counts["mlm_tokens"] = 0
+    loss = MaskedLanguageObjective()(model, batch)[0]["masked_language"]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
