@@ -39,7 +39,7 @@ def attention(
     return_lse: bool = False,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``out_i = sum_j P_ij v_j``, ``P_ij = exp(softmax_scale * q_i . k_j + bias_ij - lse_i)`` over the keys j that the table lets i see.
+    """``out_i = sum_j P_ij v_j``, ``P_ij = exp(softmax_scale * q_i . k_j + bias_ij - lse_i)`` over the keys j that i may see.
 
     Example::
 
@@ -77,11 +77,15 @@ def attention(
         ``out`` like ``q``, or ``(out, lse)``. A query that sees nothing, or a row that belongs to nobody, gives out 0,
         lse -inf and gradients 0.
 
-    Gradients to q, k, v and bias. Scores, softmax and sums are float32 for the half types. The backward keeps q, k, v, out and lse
-    and computes P again: no ``[L, L]`` array outlives a step. It has no derivative of its own except on the reference.
+    Gradients: to q, k, v and bias; a key that several samples read gets their sum. The backward has no derivative of its own
+        except on the reference.
 
-    Raises:
-        ValueError: shapes, dtypes, devices or tables that do not fit; ``dropout_p`` outside [0, 1).
+    Numerics: scores, softmax and sums are float32 for the half types, float64 for float64.
+
+    Memory: the backward keeps q, k, v, out and lse and computes P again: no ``[L, L]`` array outlives a step (one does on
+        the reference).
+
+    Errors: ``ValueError`` for shapes, dtypes, devices or tables that do not fit and for ``dropout_p`` outside [0, 1).
 
     Source: Dao, "FlashAttention-2", 2023, for the backward from lse.
     """
@@ -126,7 +130,19 @@ def attention_qkvpacked(
     Args:
         qkv: ``[T, 3, H, K]``, the output of a fused projection; only the last dimension need be contiguous.
 
-    The other arguments, the result and the errors are those of :func:`attention`.
+    The other arguments are those of :func:`attention`.
+
+    Returns: as :func:`attention`.
+
+    Gradients: to qkv, in one tensor of its shape, and to bias.
+
+    Numerics: as :func:`attention`.
+
+    Memory: as :func:`attention`.
+
+    Errors: ``ValueError`` for what :func:`attention` refuses and a qkv that is not ``[T, 3, H, K]``.
+
+    Source: as :func:`attention`.
     """
     checks.check_floating("qkv", qkv)
     checks.check_shape("qkv", qkv, "[T, 3, H, K]", (layout.num_tokens, 3, None, None))
