@@ -1,10 +1,11 @@
-"""The quickstart's model in plain, padded PyTorch: the peer that the engine's pairs per second are compared with.
+"""The quickstart's model in plain, padded PyTorch: the peer that the engine's pairs per second are compared
+with.
 
     python -m benchmarks.plain_quickstart [--pairs 128] [--seconds 30]
 
-Same sizes, weights, losses and hard negatives; `scaled_dot_product_attention` on padded batches, `F.layer_norm`,
-`F.cross_entropy`, image keys and values projected once per image. Whole steps with AdamW take turns in one process.
-"""
+Same sizes, weights, losses and hard negatives; `scaled_dot_product_attention` on padded batches,
+`F.layer_norm`, `F.cross_entropy`, image keys and values projected once per image. Whole steps with AdamW take
+turns in one process. """
 
 from __future__ import annotations
 
@@ -24,7 +25,6 @@ from engine.models import VisionLanguageModel, build_model
 from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import Model, Stack
 from engine.training.command_line import parse
-
 
 
 class Attention(nn.Module):
@@ -48,7 +48,9 @@ class Attention(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
         return self.output(attended.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, visible: Tensor | None, keys_values: tuple[Tensor, ...] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, visible: Tensor | None, keys_values: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
         if keys_values is None:
             return self.attend(*self.split(self.query_key_value(x), 3), visible)
         return self.attend(*self.split(self.query(x), 1), *keys_values, visible)
@@ -72,7 +74,9 @@ class Block(nn.Module):
         self.cross_attention = None if source_width is None else Attention(stack, source_width)
         self.feed_forward = FeedForward(stack)
 
-    def forward(self, x: Tensor, visible: Tensor | None, keys_values=None, source_visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, visible: Tensor | None, keys_values=None, source_visible: Tensor | None = None
+    ) -> Tensor:
         x = x + self.self_attention(self.self_attention.norm(x), visible)
         if self.cross_attention is not None:
             x = x + self.cross_attention(self.cross_attention.norm(x), source_visible, keys_values)
@@ -88,8 +92,10 @@ class Transformer(nn.Module):
     def project_source(self, source: Tensor) -> list[tuple[Tensor, ...]]:
         return [b.cross_attention.split(b.cross_attention.key_value(source), 2) for b in self.blocks]
 
-    def forward(self, x: Tensor, visible: Tensor | None, source=None, source_visible: Tensor | None = None) -> Tensor:
-        for block, keys_values in zip(self.blocks, source or itertools.repeat(None)):
+    def forward(
+        self, x: Tensor, visible: Tensor | None, source=None, source_visible: Tensor | None = None
+    ) -> Tensor:
+        for block, keys_values in zip(self.blocks, source or [None] * len(self.blocks), strict=True):
             x = block(x, visible, keys_values, source_visible)
         return self.final_norm(x)
 
@@ -162,7 +168,8 @@ class PlainModel(nn.Module):
         return self.text_tower(self.text_embedder(ids, positions), visible)
 
     def forward(self, batch: Batch, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
-        """Losses by name; `negatives` are the hard texts and the hard images (default: drawn from the scores)."""
+        """Losses by name; `negatives` are the hard texts and the hard images (default: drawn from the
+        scores)."""
         real_patches = padding_mask(batch.image_layout.lengths, batch.patches.shape[1])
         real_words = padding_mask(batch.text_layout.lengths, batch.text_ids.shape[1])
         see_patches, see_words = attention_mask(real_patches), attention_mask(real_words)
@@ -176,7 +183,10 @@ class PlainModel(nn.Module):
         own = torch.arange(pairs)
         contrastive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
-        hard_texts, hard_images = negatives or (draw_negatives(logits.detach()), draw_negatives(logits.detach().T))
+        hard_texts, hard_images = negatives or (
+            draw_negatives(logits.detach()),
+            draw_negatives(logits.detach().T),
+        )
         source = self.fusion.project_source(image)
         texts, images = torch.cat((own, hard_texts, own)), torch.cat((own, own, hard_images))
         read = [tuple(part[images] for part in keys_values) for keys_values in source]
@@ -195,7 +205,8 @@ def padding_mask(lengths: Tensor, longest: int) -> Tensor:
 
 
 def attention_mask(real: Tensor) -> Tensor | None:
-    """Broadcast over heads and queries; none where nothing is padded, which lets attention take its fast road."""
+    """Broadcast over heads and queries; none where nothing is padded, which lets attention take its fast
+    road."""
     return None if bool(real.all()) else real[:, None, None]
 
 
@@ -236,17 +247,25 @@ class Step:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=30.0)
     options = parser.parse_args()
     config = parse(["--config", "engine/recipes/quickstart.yaml"])
     source = load_source(config.data, "held_out")
     tokenizer = make_tokenizer(config, load_source(config.data, "train"))
-    batches = [b for b in held_out_batches(config, source, tokenizer, options.pairs) if len(b.labels) == options.pairs]
+    batches = [
+        b
+        for b in held_out_batches(config, source, tokenizer, options.pairs)
+        if len(b.labels) == options.pairs
+    ]
     packed, plain = make_models(config, tokenizer.vocab_size)
     steps = {"engine": Step(packed, batches), "plain": Step(plain, batches)}
-    agreement = {name: {k: v.item() for k, v in step.losses(batches[0]).items()} for name, step in steps.items()}
+    agreement = {
+        name: {k: v.item() for k, v in step.losses(batches[0]).items()} for name, step in steps.items()
+    }
     timings = interleaved(steps, "cpu", options.seconds)
     speeds = {name: options.pairs / timing.median for name, timing in timings.items()}
     tokens = [sum(int(layout.lengths.sum()) for layout in (b.image_layout, b.text_layout)) for b in batches]

@@ -39,7 +39,14 @@ def random_batch(numbers: range) -> Batch:
 
 
 def small_config(dropout: float = 0.0, cross_every: int = 1) -> Model:
-    sizes = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 48, "dropout": dropout, "attention_dropout": dropout}
+    sizes = {
+        "width": 32,
+        "layers": 2,
+        "heads": 2,
+        "mlp_width": 48,
+        "dropout": dropout,
+        "attention_dropout": dropout,
+    }
     return Model(
         image=ImageStack(**sizes, patch_size=PATCH, max_grid=GRID),
         text=TextStack(**sizes, max_positions=16),
@@ -48,8 +55,11 @@ def small_config(dropout: float = 0.0, cross_every: int = 1) -> Model:
     )
 
 
-def small_model(dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32) -> VisionLanguageModel:
-    """Redrawn so that every parameter matters: at its initialisation a model hides lost biases and swapped norms."""
+def small_model(
+    dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32
+) -> VisionLanguageModel:
+    """Redrawn so that every parameter matters: at its initialisation a model hides lost biases and swapped
+    norms."""
     torch.manual_seed(3)
     model = VisionLanguageModel(small_config(dropout), VOCAB, impl)
     with torch.no_grad():

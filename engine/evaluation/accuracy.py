@@ -1,4 +1,5 @@
-"""Does the fusion encoder use the picture? Masked words beside the right and a wrong one, and matching of pairs."""
+"""Does the fusion encoder use the picture? Masked words beside the right and a wrong one, and matching of
+pairs."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def _words_found(model: VisionLanguageModel, batch: Batch, source: Source) -> Te
 
 
 def matching_accuracy(model: VisionLanguageModel, gallery: Gallery) -> dict[str, float]:
-    """Accuracy on as many wrong pairs as right ones: text `i` with image `i`, and with one that is not its own."""
+    """Accuracy on as many wrong pairs as right ones: text `i` with image `i`, and with one that is not its
+    own."""
     own = torch.arange(len(gallery), device=gallery.labels.device)
     other = own.roll(max(len(gallery) // 2, 1))
     wrong = gallery.labels[own] != gallery.labels[other]

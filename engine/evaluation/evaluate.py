@@ -30,9 +30,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Figures by group: contrastive, reranked, matching, masked_language, zero_shot, as the run has them.
 
-    The model holds whole weights (`Engine.whole_module` under ZeRO-3). Nothing is exchanged between ranks: one rank
-    may evaluate alone. `tokenizer` is needed for zero-shot classification and for the sheet of retrievals.
-    """
+    The model holds whole weights (`Engine.whole_module` under ZeRO-3). Nothing is exchanged between ranks:
+    one rank may evaluate alone. `tokenizer` is needed for zero-shot classification and for the sheet of
+    retrievals. """
     was_training = model.training
     model.eval()
     try:

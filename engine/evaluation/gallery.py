@@ -18,7 +18,8 @@ PAIRS_PER_PASS = 1024
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pairs that are ranked against each other: image `i` and text `i` belong together, and so do equal labels."""
+    """Pairs that are ranked against each other: image `i` and text `i` belong together, and so do equal
+    labels."""
 
     images: Tokens
     texts: Tokens
@@ -69,7 +70,9 @@ def concatenate(streams: Sequence[Tokens]) -> Tokens:
 def matching_logits(model: VisionLanguageModel, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:
     """`[P, 2]` for pairs (`images[p]`, `texts[p]`); pairs sorted by image cost one projection per image."""
     logits = []
-    for some_images, some_texts in zip(images.split(PAIRS_PER_PASS), texts.split(PAIRS_PER_PASS), strict=True):
+    for some_images, some_texts in zip(
+        images.split(PAIRS_PER_PASS), texts.split(PAIRS_PER_PASS), strict=True
+    ):
         needed, index = some_images.unique(return_inverse=True)
         source = model.source_of(gallery.images.take(needed, model.impl), index.to(torch.int32))
         fused = model.fuse(gallery.texts.take(some_texts, model.impl), source)

@@ -1,4 +1,5 @@
-"""A picture of what retrieval finds: the five best texts of some images and the five best images of some texts."""
+"""A picture of what retrieval finds: the five best texts of some images and the five best images of some
+texts."""
 
 from __future__ import annotations
 
@@ -23,8 +24,11 @@ MARGIN = 8
 RIGHT, WRONG = (20, 140, 60), (190, 190, 190)
 
 
-def draw_sheet(path: Path, gallery: Gallery, batches: Sequence[Batch], tokenizer: Tokenizer, config: Config) -> None:
-    """One row per query: on the left caption -> images, on the right image -> captions; right answers are green."""
+def draw_sheet(
+    path: Path, gallery: Gallery, batches: Sequence[Batch], tokenizer: Tokenizer, config: Config
+) -> None:
+    """One row per query: on the left caption -> images, on the right image -> captions; right answers are
+    green."""
     pictures = [_picture(patches, grid, config) for batch in batches for patches, grid in _patches_of(batch)]
     captions = [tokenizer.decode(ids[ids > 0].tolist()) for batch in batches for ids in batch.text_ids.cpu()]
     similarity, related = gallery.similarity.cpu(), gallery.related.cpu()
@@ -42,7 +46,9 @@ def draw_sheet(path: Path, gallery: Gallery, batches: Sequence[Batch], tokenizer
         _paste(sheet, draw, pictures[query], half + MARGIN, y, WRONG)
         for line, text in enumerate(similarity[query].topk(top).indices.tolist()):
             position = (half + TILE + 3 * MARGIN, y + line * TILE // TOP)
-            draw.text(position, captions[text][:90], fill=RIGHT if related[query, text] else (90, 90, 90), font=font)
+            draw.text(
+                position, captions[text][:90], fill=RIGHT if related[query, text] else (90, 90, 90), font=font
+            )
     sheet.save(path)
 
 
@@ -62,7 +68,9 @@ def _picture(patches: Tensor, positions: Tensor, config: Config) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image, x: int, y: int, colour) -> None:
+def _paste(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image, x: int, y: int, colour
+) -> None:
     scale = TILE / max(picture.size)
     size = tuple(max(1, round(edge * scale)) for edge in picture.size)
     sheet.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))

@@ -19,10 +19,13 @@ from engine.models.transformer import Tokens
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
-def zero_shot(model: VisionLanguageModel, folder: str | Path, tokenizer: Tokenizer, config: Config) -> dict[str, float]:
+def zero_shot(
+    model: VisionLanguageModel, folder: str | Path, tokenizer: Tokenizer, config: Config
+) -> dict[str, float]:
     """Accuracy on `folder/CLASS/*.png`, where the name of each sub-folder is the caption of its class."""
     classes = sorted(path for path in Path(folder).iterdir() if path.is_dir())
-    files = [(path, label) for label, c in enumerate(classes) for path in sorted(c.iterdir()) if path.suffix in SUFFIXES]
+    found = [(path, label) for label, place in enumerate(classes) for path in sorted(place.iterdir())]
+    files = [(path, label) for path, label in found if path.suffix.lower() in SUFFIXES]
     if len(classes) < 2 or not files:
         raise ValueError(
             f"evaluation.zero_shot must be a folder with at least two sub-folders of images, "
@@ -53,7 +56,8 @@ def picture_features(model: VisionLanguageModel, paths: Sequence[Path], config: 
     transform = image_transform(config)
     pictures = [transform(Image.open(path).convert("RGB")) for path in paths]
     layout = vk.SegmentLayout([[len(patches)] for patches, _ in pictures]).to(model.logit_scale.device)
-    patches, positions = (torch.from_numpy(np.concatenate(part)).to(layout.device) for part in zip(*pictures))
+    columns = zip(*pictures, strict=True)
+    patches, positions = (torch.from_numpy(np.concatenate(column)).to(layout.device) for column in columns)
     hidden = model.image_embedder(patches, positions, layout, model.rng)
     return model.features_of_image(model.image_tower(Tokens(hidden, layout)))
 

@@ -12,7 +12,8 @@ from engine.sections import Stack
 
 
 class Embedder(nn.Module):
-    """LayerNorm and dropout of a sum of table rows and, with `dense`, of rows computed from data: one fused call."""
+    """LayerNorm and dropout of a sum of table rows and, with `dense`, of rows computed from data: one fused
+    call."""
 
     def __init__(self, stack: Stack, table_sizes: Sequence[int], streams: Iterator[int], impl: str):
         super().__init__()
@@ -60,7 +61,8 @@ class TextEmbedder(Embedder):
 
 
 class PatchEmbedder(Embedder):
-    """ViT's: a linear map of each patch (a convolution of stride `patch`), and tables for its row and column."""
+    """ViT's: a linear map of each patch (a convolution of stride `patch`), and tables for its row and
+    column."""
 
     def __init__(
         self, stack: Stack, patch_values: int, max_grid: tuple[int, int], streams: Iterator[int], impl: str
@@ -68,14 +70,17 @@ class PatchEmbedder(Embedder):
         super().__init__(stack, max_grid, streams, impl)
         self.projection = nn.Linear(patch_values, stack.width)
 
-    def forward(self, patches: Tensor, positions: Tensor, layout: vk.SegmentLayout, rng: vk.Rng | None) -> Tensor:
+    def forward(
+        self, patches: Tensor, positions: Tensor, layout: vk.SegmentLayout, rng: vk.Rng | None
+    ) -> Tensor:
         """`patches` `[num_tokens, values]`, `positions` `[num_tokens, 2]` (row, column)."""
         dense = self.projection(patches.to(self.projection.weight.dtype))
         return self.embed(positions, layout, rng, dense)
 
 
 class RegionEmbedder(Embedder):
-    """UNITER's: normalised maps of a detector's feature and of the box (x1, y1, x2, y2, w, h, w * h), and a type."""
+    """UNITER's: normalised maps of a detector's feature and of the box (x1, y1, x2, y2, w, h, w * h), and a
+    type."""
 
     BOX_VALUES = 7
 
@@ -86,7 +91,9 @@ class RegionEmbedder(Embedder):
         self.box_projection = nn.Linear(self.BOX_VALUES, stack.width)
         self.box_norm = vk.FusedLayerNorm(stack.width, stack.eps)
 
-    def forward(self, features: Tensor, boxes: Tensor, layout: vk.SegmentLayout, rng: vk.Rng | None) -> Tensor:
+    def forward(
+        self, features: Tensor, boxes: Tensor, layout: vk.SegmentLayout, rng: vk.Rng | None
+    ) -> Tensor:
         """`features` `[num_tokens, values]`, `boxes` `[num_tokens, 7]` in shares of the image."""
         dense = self.feature_norm(self.feature_projection(features), impl=self.impl)
         dense = self.box_norm(self.box_projection(boxes), impl=self.impl) + dense

@@ -16,9 +16,8 @@ from engine.models.transformer import Tokens
 def gather_tokens(tokens: Tokens, group: dist.ProcessGroup) -> Tokens:
     """The samples of every rank as one stream, in rank order; each rank brings equally many samples.
 
-    The gradient of a row is the sum of what all ranks send back for it. With losses scaled for a mean over ranks
-    (DDP, ZeRO) every parameter's gradient is then that of one process on the concatenated batch.
-    """
+    The gradient of a row is the sum of what all ranks send back for it. With losses scaled for a mean over
+    ranks (DDP, ZeRO) every parameter's gradient is then that of one process on the concatenated batch. """
     lengths = _gather_equal(tokens.layout.lengths, group)
     host_lengths = lengths.cpu()
     rows = host_lengths.view(dist.get_world_size(group), -1).sum(1).tolist()
@@ -34,13 +33,16 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _gather_equal(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))
+    ]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts)
 
 
 class _GatherRows(torch.autograd.Function):
-    """Unevenly many rows of every rank; both directions travel padded to the longest, as gloo and NCCL ask."""
+    """Unevenly many rows of every rank; both directions travel padded to the longest, as gloo and NCCL
+    ask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: list[int], group: dist.ProcessGroup) -> Tensor:

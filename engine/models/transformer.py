@@ -1,8 +1,7 @@
 """The packed transformer: pre- or post-LayerNorm, any mask table, optional cross-attention.
 
-Tokens are one packed `[num_tokens, D]` tensor without padding. Every sub-layer leaves its output bias, the dropout,
-the residual sum and the LayerNorm that follows to one fused call.
-"""
+Tokens are one packed `[num_tokens, D]` tensor without padding. Every sub-layer leaves its output bias, the
+dropout, the residual sum and the LayerNorm that follows to one fused call. """
 
 from __future__ import annotations
 
@@ -44,8 +43,8 @@ class Tokens:
 class Source:
     """What cross-attention reads: keys and values of every cross layer `[Tk, 2, H, K]`, projected once.
 
-    `index[b]` is the source sample that query sample `b` reads (default: sample `b`); many may read the same one.
-    """
+    `index[b]` is the source sample that query sample `b` reads (default: sample `b`); many may read the same
+    one. """
 
     keys_values: Sequence[Tensor]
     layout: vk.SegmentLayout
@@ -170,8 +169,8 @@ class Block(nn.Module):
         context: Context,
         source: tuple[Source, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """(x, residual) behind the block. In a pre-norm stack x is normalised already: by this block's first norm
-        on entry and by `exit_norm`, the next block's first or the stack's final norm, on exit."""
+        """(x, residual) behind the block. In a pre-norm stack x is normalised already: by this block's first
+        norm on entry and by `exit_norm`, the next block's first or the stack's final norm, on exit."""
         cross = self.cross_attention if source is not None else None
         sublayers = [layer for layer in (self.self_attention, cross, self.feed_forward) if layer is not None]
         norms = [layer.norm for layer in sublayers]
@@ -185,7 +184,8 @@ class Block(nn.Module):
     def _add_and_norm(
         self, norm: nn.LayerNorm, update: Tensor, residual: Tensor, layer: Sublayer, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """(normalised, next residual): the next residual is the sum itself (pre-norm) or the normalised value."""
+        """(normalised, next residual): the next residual is the sum itself (pre-norm) or the normalised
+        value."""
         result = norm(
             update,
             residual=residual,
@@ -243,7 +243,9 @@ class PackedTransformer(nn.Module):
             x = self.blocks[0].self_attention.norm(x, impl=self.impl)
         unread = iter(source.keys_values) if source is not None else None
         for block, exit_norm in zip(self.blocks, self._exit_norms(), strict=True):
-            read = (source, next(unread)) if unread is not None and block.cross_attention is not None else None
+            read = (
+                (source, next(unread)) if unread is not None and block.cross_attention is not None else None
+            )
             x, residual = self._run(block, x, residual, exit_norm, context, read)
         return Tokens(x, tokens.layout)
 

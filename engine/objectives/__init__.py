@@ -1,8 +1,7 @@
 """Objectives: `objective(model, batch)` -> named losses and a report.
 
-A loss is a local sum times `batch.normalizers[count]`, so that the mean over ranks and micro-steps is the mean over
-all that is counted in the optimizer step.
-"""
+A loss is a local sum times `batch.normalizers[count]`, so that the mean over ranks and micro-steps is the
+mean over all that is counted in the optimizer step. """
 
 from engine.objectives.pretraining import Objective, PretrainingModule, build_objectives
 

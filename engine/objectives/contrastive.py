@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import vlkernels as vk
 from torch import Tensor
 
@@ -19,14 +18,19 @@ class ContrastiveObjective:
 
     negatives: str = "global"
 
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(
+        self, model: VisionLanguageModel, batch: Batch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         image, text, scale = model.image_features(batch), model.text_features(batch), model.scale()
         group = negatives_group(self.negatives)
         counts = rank_counts(batch, group)
         loss = vk.contrastive_loss(
             image, text, scale, group=group, rank_counts=counts, rank_reduction="mean", impl=model.impl
         )
-        report = {"contrastive_accuracy": _accuracy(image.detach(), text.detach()), "logit_scale": scale.detach()[0]}
+        report = {
+            "contrastive_accuracy": _accuracy(image.detach(), text.detach()),
+            "logit_scale": scale.detach()[0],
+        }
         return {"contrastive": loss}, report
 
 

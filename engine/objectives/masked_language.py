@@ -16,7 +16,9 @@ from engine.objectives.normalization import normalizer
 class MaskedLanguageObjective:
     """Cross-entropy of the words that stood where the caption was corrupted, mean over these places."""
 
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(
+        self, model: VisionLanguageModel, batch: Batch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         fused = model.fuse(model.encode_text(batch, masked=True), model.image_source(batch))
         selected = vk.take_rows(fused.hidden, batch.mlm_rows, impl=model.impl)
         total = model.masked_language_head.loss(selected, batch.mlm_targets, model.text_embedder.words)

@@ -22,15 +22,17 @@ ORDER = (Variant.PLAIN, Variant.NEGATIVE_TEXT, Variant.NEGATIVE_IMAGE)
 
 @dataclass(frozen=True)
 class MatchingObjective:
-    """Two-way cross-entropy on three pairs per sample: its own, its image with a hard text, its text with a hard image.
+    """Two-way cross-entropy on three pairs per sample: its own, its image with a hard text, its text with a
+    hard image.
 
-    Negatives are drawn with the probability the contrastive score gives them, from all ranks ("global") or from this
-    rank ("local"), and never with the label of the sample itself.
-    """
+    Negatives are drawn with the probability the contrastive score gives them, from all ranks ("global") or
+    from this rank ("local"), and never with the label of the sample itself. """
 
     negatives: str = "global"
 
-    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(
+        self, model: VisionLanguageModel, batch: Batch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         group = negatives_group(self.negatives)
         hard_texts, hard_images = draw_negatives(model, batch, group)
         texts, images = pair_up(model, batch, hard_texts.clamp(min=0), hard_images.clamp(min=0), group)
@@ -49,7 +51,8 @@ class MatchingObjective:
 def draw_negatives(
     model: VisionLanguageModel, batch: Batch, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """A hard text per image and a hard image per text: rows of the batch of all ranks in the group, -1 for none."""
+    """A hard text per image and a hard image per text: rows of the batch of all ranks in the group, -1 for
+    none."""
     return vk.hard_negatives(
         model.image_features(batch),
         model.text_features(batch),
@@ -82,7 +85,9 @@ def pair_up(
         images = replace(source, index=torch.cat((here, here, hard_images)).to(torch.int32))
     else:
         own, text = here + pairs * dist.get_rank(group), gather_tokens(text, group)
-        drawn = gather_tokens(model.encode_image(batch), group).take(torch.cat((own, hard_images)), model.impl)
+        drawn = gather_tokens(model.encode_image(batch), group).take(
+            torch.cat((own, hard_images)), model.impl
+        )
         images = model.source_of(drawn, torch.cat((here, here, here + pairs)).to(torch.int32))
     texts = text.take(torch.cat((own, hard_texts, own)), model.impl)
     identities = torch.cat([variant.identities(batch.sample_ids) for variant in ORDER])

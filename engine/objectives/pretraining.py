@@ -22,7 +22,10 @@ def build_objectives(sections: Objectives) -> dict[str, tuple[float, Objective]]
     """Weight and objective by name, those that a run has."""
     built: dict[str, tuple[float, Objective]] = {}
     if sections.contrastive is not None:
-        built["contrastive"] = sections.contrastive.weight, ContrastiveObjective(sections.contrastive.negatives)
+        built["contrastive"] = (
+            sections.contrastive.weight,
+            ContrastiveObjective(sections.contrastive.negatives),
+        )
     if sections.matching is not None:
         built["matching"] = sections.matching.weight, MatchingObjective(sections.matching.negatives)
     if sections.masked_language is not None:
@@ -31,7 +34,8 @@ def build_objectives(sections: Objectives) -> dict[str, tuple[float, Objective]]
 
 
 class PretrainingModule(nn.Module):
-    """`module(batch)` -> (total loss, every named loss, report); the model's passes are shared by the objectives."""
+    """`module(batch)` -> (total loss, every named loss, report); the model's passes are shared by the
+    objectives."""
 
     def __init__(self, model: VisionLanguageModel, objectives: Mapping[str, tuple[float, Objective]]):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Several ranks on their shares of a batch against one process on all of it: losses and every parameter's gradient."""
+"""Several ranks on their shares of a batch against one process on all of it: losses and every parameter's
+gradient."""
 
 import os
 from pathlib import Path
@@ -18,9 +19,12 @@ PAIRS = 6
 
 
 def in_group(rank: int, world: int, folder: str, work) -> None:
-    """A gloo worker: runs `work(rank, world)`, saves what it returns, and leaves past the interpreter's shutdown."""
+    """A gloo worker: runs `work(rank, world)`, saves what it returns, and leaves past the interpreter's
+    shutdown."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world
+    )
     torch.save(work(rank, world), f"{folder}/rank{rank}.pt")
     dist.barrier()
     os._exit(0)  # a gloo thread that still holds a tensor would abort the shutdown
@@ -113,4 +117,6 @@ def test_ragged_streams_are_gathered_in_rank_order(two_ranks):
     for _, _, (hidden, lengths, sample_ids, gradient) in two_ranks:
         assert torch.equal(hidden, torch.cat((first, second)))
         assert lengths.tolist() == [[3, 2], [0, 4], [1, 0], [0, 0]] and sample_ids.tolist() == [0, 1, 2, 3]
-        assert torch.equal(gradient, torch.full_like(gradient, 3.0)), "1 from the first rank, 2 from the second"
+        assert torch.equal(gradient, torch.full_like(gradient, 3.0)), (
+            "1 from the first rank, 2 from the second"
+        )

@@ -32,7 +32,9 @@ def make_tokenizer() -> Tokenizer:
 
 def make_config(**evaluation) -> Config:
     return Config(
-        data=Data(image_size=PATCH * min(GRID), max_caption_tokens=16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3),
+        data=Data(
+            image_size=PATCH * min(GRID), max_caption_tokens=16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3
+        ),
         model=small_config(),
         train=Train(max_steps=1),
         evaluation=Evaluation(**{"rerank_top": 6, "batch": 8, **evaluation}),
@@ -45,7 +47,9 @@ def batches(count: int = 24) -> list:
 
 def test_an_untrained_model_is_at_chance(tmp_path):
     model = small_model()
-    results = evaluate(model, batches(), make_config(), tokenizer=make_tokenizer(), sheet=tmp_path / "sheet.png")
+    results = evaluate(
+        model, batches(), make_config(), tokenizer=make_tokenizer(), sheet=tmp_path / "sheet.png"
+    )
     assert results["pairs"] == 24
     assert results["contrastive"]["chance_recall@1"] == pytest.approx(1 / 24, rel=0.2)
     assert results["contrastive"]["text_to_image_recall@1"] < 0.3
@@ -54,7 +58,10 @@ def test_an_untrained_model_is_at_chance(tmp_path):
     assert model.training
     json.dumps(results)
     text = describe(results)
-    assert all(group in text for group in ("contrastive", "reranked", "matching", "masked_language")) and "(50)" in text
+    assert (
+        all(group in text for group in ("contrastive", "reranked", "matching", "masked_language"))
+        and "(50)" in text
+    )
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
 
 
@@ -72,7 +79,12 @@ def test_a_trained_model_finds_its_pairs():
         optimizer.step()
         model.rng.advance()
     results = evaluate(model, [seen], config)
-    assert results["contrastive"]["image_to_text_recall@1"] > 0.9 > 0.5 > results["contrastive"]["chance_recall@1"]
+    assert (
+        results["contrastive"]["image_to_text_recall@1"]
+        > 0.9
+        > 0.5
+        > results["contrastive"]["chance_recall@1"]
+    )
     assert results["reranked"]["text_to_image_recall@5"] > 0.9
     assert results["matching"]["accuracy"] > 0.8
     words = results["masked_language"]
@@ -94,7 +106,9 @@ def test_matching_of_any_pairs_equals_one_by_one():
     together = matching_logits(model, gallery, images, texts)
     for row, (image, text) in enumerate(zip(images, texts, strict=True)):
         source = model.source_of(model.encode_image(random_batch(range(int(image), int(image) + 1))))
-        alone = model.matching_logits(model.fuse(model.encode_text(random_batch(range(int(text), int(text) + 1))), source))
+        alone = model.matching_logits(
+            model.fuse(model.encode_text(random_batch(range(int(text), int(text) + 1))), source)
+        )
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
@@ -114,11 +128,15 @@ def test_zero_shot_reads_a_folder_of_classes(tmp_path):
             pixels = random.integers(0, 60, (16, 12, 3), dtype=np.uint8)
             pixels[..., channel] = 250
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
-    results = evaluate(small_model(), batches(), make_config(zero_shot=str(tmp_path)), tokenizer=make_tokenizer())
+    results = evaluate(
+        small_model(), batches(), make_config(zero_shot=str(tmp_path)), tokenizer=make_tokenizer()
+    )
     assert results["zero_shot"]["images"] == 6 and results["zero_shot"]["chance"] == 0.5
     assert 0 <= results["zero_shot"]["accuracy"] <= 1
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="at least two sub-folders of images, got .* with 0 sub-folders and 0 images"):
+    with pytest.raises(
+        ValueError, match="at least two sub-folders of images, got .* with 0 sub-folders and 0 images"
+    ):
         config = make_config(zero_shot=str(tmp_path / "empty"))
         evaluate(small_model(), batches(), config, tokenizer=make_tokenizer())
 
@@ -126,11 +144,17 @@ def test_zero_shot_reads_a_folder_of_classes(tmp_path):
 def test_a_run_folder_loads_back(tmp_path):
     model, config = small_model(), make_config()
     export(tmp_path, model, config, make_tokenizer())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     loaded, tokenizer, transform = engine.load(tmp_path)
     assert not loaded.training and tokenizer.vocab_size == len(WORDS)
     batch = random_batch(range(5))
-    torch.testing.assert_close(loaded.image_features(batch), model.eval().image_features(batch), rtol=0, atol=0)
+    torch.testing.assert_close(
+        loaded.image_features(batch), model.eval().image_features(batch), rtol=0, atol=0
+    )
     patches, positions = transform(Image.new("RGB", (20, 20), "white"))
     assert patches.shape[1] == 3 * PATCH**2 and positions.shape == (len(patches), 2)
     assert rebuild(Config, json.loads((tmp_path / "config.json").read_text())) == config

@@ -1,4 +1,5 @@
-"""The packed transformer against `transformers`' own modules with the same weights, every parameter redrawn."""
+"""The packed transformer against `transformers`' own modules with the same weights, every parameter
+redrawn."""
 
 import itertools
 
@@ -18,7 +19,8 @@ WIDTH, HEADS, LAYERS, INNER, VOCAB, POSITIONS = 32, 4, 3, 48, 50, 16
 
 
 def redraw(module: nn.Module) -> None:
-    """Default initialisation is blind to swapped norms and lost biases: matrices 0.25, vectors 0.5, nothing spared."""
+    """Default initialisation is blind to swapped norms and lost biases: matrices 0.25, vectors 0.5, nothing
+    spared."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -65,7 +67,11 @@ def bert_weights(embedder: TextEmbedder, stack: PackedTransformer, bert) -> list
     for block, layer in zip(stack.blocks, bert.encoder.layer, strict=True):
         attention = layer.attention
         pairs += attention_weights(
-            block.self_attention, attention.self.query, attention.self.key, attention.self.value, attention.output.dense
+            block.self_attention,
+            attention.self.query,
+            attention.self.key,
+            attention.self.value,
+            attention.output.dense,
         )
         pairs += linear_weights(block.self_attention.norm, attention.output.LayerNorm)
         pairs += linear_weights(block.feed_forward.inner, layer.intermediate.dense)
@@ -77,22 +83,33 @@ def bert_weights(embedder: TextEmbedder, stack: PackedTransformer, bert) -> list
 @pytest.mark.parametrize("recompute", [False, True])
 def test_post_norm_stack_is_bert(recompute):
     config = transformers.BertConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=INNER, max_position_embeddings=POSITIONS, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, type_vocab_size=1, layer_norm_eps=1e-6,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=INNER,
+        max_position_embeddings=POSITIONS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        type_vocab_size=1,
+        layer_norm_eps=1e-6,
+    )
     bert = transformers.BertModel(config, add_pooling_layer=False).double()
     redraw(bert)
-    with torch.no_grad():
-        bert.embeddings.token_type_embeddings.weight.zero_()  # one type: a constant that the position table can carry
-    stack = Stack(width=WIDTH, layers=LAYERS, heads=HEADS, mlp_width=INNER, norm="post", eps=1e-6, activation="gelu")
+    stack = Stack(
+        width=WIDTH, layers=LAYERS, heads=HEADS, mlp_width=INNER, norm="post", eps=1e-6, activation="gelu"
+    )
     streams = itertools.count()
     embedder = TextEmbedder(stack, VOCAB, POSITIONS, streams, "auto").double()
     ours = PackedTransformer(stack, streams).double()
     ours.activation_checkpointing = recompute
     weights = bert_weights(embedder, ours, bert)
-    assert sum(p.numel() for p, _ in weights) == sum(p.numel() for m in (embedder, ours) for p in m.parameters())
+    assert sum(p.numel() for p, _ in weights) == sum(
+        p.numel() for m in (embedder, ours) for p in m.parameters()
+    )
     copy_weights(weights)
+    with torch.no_grad():  # there is one token type: a constant row, which the position table carries
+        embedder.tables[1] += bert.embeddings.token_type_embeddings.weight
 
     ids = torch.randint(1, VOCAB, (len(LENGTHS), max(LENGTHS)))  # BERT gives id 0 no gradient
     visible = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
@@ -110,14 +127,31 @@ def test_post_norm_stack_is_bert(recompute):
 def test_pre_norm_causal_stack_is_clips_text_tower():
     """quick_gelu, a causal table, a final norm; the embedding norm is CLIP's own only in its image tower."""
     config = transformers.CLIPTextConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=INNER, max_position_embeddings=POSITIONS, layer_norm_eps=1e-6, attention_dropout=0.0,
-        hidden_act="quick_gelu", bos_token_id=1, eos_token_id=VOCAB - 1, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=INNER,
+        max_position_embeddings=POSITIONS,
+        layer_norm_eps=1e-6,
+        attention_dropout=0.0,
+        hidden_act="quick_gelu",
+        bos_token_id=1,
+        eos_token_id=VOCAB - 1,
+        pad_token_id=0,
+    )
     clip = transformers.CLIPTextModel(config).double()
     clip = getattr(clip, "text_model", clip)
     redraw(clip)
-    stack = Stack(width=WIDTH, layers=LAYERS, heads=HEADS, mlp_width=INNER, norm="pre", eps=1e-6, activation="quick_gelu")
+    stack = Stack(
+        width=WIDTH,
+        layers=LAYERS,
+        heads=HEADS,
+        mlp_width=INNER,
+        norm="pre",
+        eps=1e-6,
+        activation="quick_gelu",
+    )
     ours = PackedTransformer(stack, itertools.count()).double()
     weights = linear_weights(ours.final_norm, clip.final_layer_norm)
     for block, layer in zip(ours.blocks, clip.encoder.layers, strict=True):
@@ -148,13 +182,24 @@ def test_pre_norm_causal_stack_is_clips_text_tower():
 def test_cross_attention_is_berts_decoder():
     """Self-attention, cross-attention to ragged sources, feed-forward: BERT with `add_cross_attention`."""
     config = transformers.BertConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=INNER,
-        max_position_embeddings=POSITIONS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, type_vocab_size=1,
-        layer_norm_eps=1e-6, is_decoder=True, add_cross_attention=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        intermediate_size=INNER,
+        max_position_embeddings=POSITIONS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        type_vocab_size=1,
+        layer_norm_eps=1e-6,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
     bert = transformers.BertModel(config, add_pooling_layer=False).double()
     redraw(bert)
-    stack = Stack(width=WIDTH, layers=2, heads=HEADS, mlp_width=INNER, norm="post", eps=1e-6, activation="gelu")
+    stack = Stack(
+        width=WIDTH, layers=2, heads=HEADS, mlp_width=INNER, norm="post", eps=1e-6, activation="gelu"
+    )
     ours = PackedTransformer(stack, itertools.count(), source_width=WIDTH).double()
     weights = []
     for block, layer in zip(ours.blocks, bert.encoder.layer, strict=True):
@@ -192,7 +237,9 @@ def test_cross_attention_is_berts_decoder():
             use_cache=False,
         ).last_hidden_state
     )
-    layout, source_layout = (vk.SegmentLayout([[n] for n in lengths]) for lengths in (LENGTHS, source_lengths))
+    layout, source_layout = (
+        vk.SegmentLayout([[n] for n in lengths]) for lengths in (LENGTHS, source_lengths)
+    )
     read = Source(ours.project_source(source), source_layout, index.to(torch.int32))
     hidden = ours(Tokens(ragged_rows(embedded), layout), mask=vk.SegmentMask.causal(), source=read).hidden
     torch.testing.assert_close(hidden, expected, rtol=1e-9, atol=1e-9)

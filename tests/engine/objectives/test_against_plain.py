@@ -1,4 +1,5 @@
-"""The objectives against a plain, padded PyTorch model with the same weights: losses and every parameter's gradient."""
+"""The objectives against a plain, padded PyTorch model with the same weights: losses and every parameter's
+gradient."""
 
 import pytest
 import torch

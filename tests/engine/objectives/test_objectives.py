@@ -8,7 +8,7 @@ from engine.objectives import PretrainingModule, build_objectives
 from engine.objectives.contrastive import ContrastiveObjective
 from engine.objectives.masked_language import MaskedLanguageObjective
 from engine.objectives.matching import MatchingObjective, draw_negatives
-from engine.sections import Contrastive, MaskedLanguage, Matching, Objectives
+from engine.sections import Contrastive, MaskedLanguage, Objectives
 
 
 def test_contrastive_by_hand():
@@ -24,7 +24,8 @@ def test_contrastive_by_hand():
 
 
 def test_normalizers_replace_the_local_mean():
-    """A local sum times the trainer's factor: half the mean when the factor is half of one over the local count."""
+    """A local sum times the trainer's factor: half the mean when the factor is half of one over the local
+    count."""
     model, batch = small_model(), random_batch(range(4))
     for objective, count, name in (
         (MatchingObjective(), "pairs", "matching"),
