@@ -30,7 +30,7 @@ class Loaded(NamedTuple):
 
 
 def export(folder: str | Path, model: VisionLanguageModel, config: Config, tokenizer: Tokenizer) -> None:
-    """Write what `load` reads. Each file is replaced in one step; weights that share storage are written once."""
+    """Write what `load` reads. Files are replaced whole; weights that share storage are written once."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drafts = {name: folder / f"{name}.draft" for name in (WEIGHTS, CONFIG, TOKENIZER)}
@@ -42,7 +42,7 @@ def export(folder: str | Path, model: VisionLanguageModel, config: Config, token
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
-    """The model of a run folder in evaluation mode, its tokenizer, its image transform without random choices."""
+    """The model of a run folder in evaluation mode, its tokenizer, its transform without random choices."""
     folder = Path(folder)
     missing = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (folder / name).is_file()]
     if missing:

@@ -11,7 +11,7 @@ from engine.models.transformer import ACTIVATIONS
 
 
 class FeatureHead(nn.Module):
-    """Mean of a segment's tokens, a linear map without bias, unit length: what the contrastive score compares."""
+    """Mean of a segment's tokens, a linear map without bias, unit length: what contrastive scores compare."""
 
     def __init__(self, width: int, features: int, impl: str):
         super().__init__()
