@@ -123,8 +123,8 @@ def _draw(
     coordinates = (group, positions, sample_ids, head)
     words = [torch.as_tensor(c, dtype=torch.int64, device=state.device) for c in coordinates]
     words[3] = words[3] + stream * MAX_STREAMS
-    counter = torch.broadcast_tensors(*(word & _WORD for word in words))
-    return philox(counter, key)
+    # The words keep their own shapes: the first rounds mix few of them, so they work on small tensors.
+    return philox(tuple(word & _WORD for word in words), key)
 
 
 def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class Products:
     stream: int = 0
 
     def forward(self, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = _repeated(k, q), _repeated(v, q)
+        q, k, v = q.contiguous() * self.scale, _repeated(k, q), _repeated(v, q)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
         for rows in _steps(tile, q.shape[1]):
             scores = self._scores(tile, rows, q, k)
@@ -72,7 +72,7 @@ class Products:
         grad_lse: Tensor | None = None,
     ) -> Gradients:
         groups = q.shape[1] // k.shape[1]
-        k, v = _repeated(k, q), _repeated(v, q)
+        q, k, v, grad_out = q.contiguous() * self.scale, _repeated(k, q), _repeated(v, q), grad_out.contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         delta = (grad_out * out).sum(-1)
         delta = delta if grad_lse is None else delta - grad_lse
@@ -90,13 +90,12 @@ class Products:
             if self.grad_bias is not None:
                 for window, part in _windows(self.grad_bias, grad_scores, tile, rows):
                     window += part.sum_to_size(window.shape)
-            grad_scores *= self.scale
             grad_q[:, :, rows] = grad_scores @ k
             grad_k += grad_scores.transpose(-1, -2) @ q_rows
-        return grad_q, _summed(grad_k, groups), _summed(grad_v, groups)
+        return grad_q.mul_(self.scale), _summed(grad_k, groups), _summed(grad_v, groups)
 
     def _scores(self, tile: Tile, rows: slice, q: Tensor, k: Tensor) -> Tensor:
-        scores = (q[:, :, rows] @ k.transpose(-1, -2)).mul_(self.scale)
+        scores = q[:, :, rows] @ k.transpose(-1, -2)
         if tile.causal:
             visible = torch.ones(tile.queries, tile.keys, dtype=torch.bool).tril_()[rows]
             scores.masked_fill_(~visible, -torch.inf)
@@ -141,8 +140,8 @@ def _windows(bias: Tensor, scores: Tensor, tile: Tile, rows: slice) -> Iterator[
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:
-    """Key heads, one for each query head that reads them."""
-    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+    """Contiguous key heads, one for each query head that reads them."""
+    return x.contiguous() if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 def _summed(grad: Tensor, groups: int) -> Tensor:
