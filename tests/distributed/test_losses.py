@@ -1,4 +1,4 @@
-"""Losses over ranks against one process on the concatenated batch: values, drawn indices, every parameter's gradient."""
+"""Losses over ranks against one process on the concatenated batch: values, draws, parameter gradients."""
 
 import os
 from itertools import product
@@ -23,7 +23,7 @@ SCENARIOS = list(product(OPTIONS, ("mean", "sum"), ("torch", "reference")))
 
 
 class Towers(nn.Module):
-    """Encoders in front of the loss: what must come out right are their gradients, not those of the features."""
+    """Encoders in front of the loss: their gradients must come out right, not those of the features."""
 
     def __init__(self):
         super().__init__()
@@ -33,13 +33,16 @@ class Towers(nn.Module):
         self.scale = nn.Parameter(torch.tensor([1.5], dtype=torch.float64))
 
     def forward(self, batch):
-        features = (nn.functional.normalize(x @ w, dim=1) for x, w in zip(batch[:2], (self.image, self.text)))
+        encoded = batch[0] @ self.image, batch[1] @ self.text
+        features = (nn.functional.normalize(x, dim=1) for x in encoded)
         return *features, self.scale.exp()
 
 
 def data(total):
     generator = torch.Generator().manual_seed(2)
-    images, texts, image_keys, text_keys = torch.randn(4, total, WIDTH, generator=generator, dtype=torch.float64)
+    images, texts, image_keys, text_keys = torch.randn(
+        4, total, WIDTH, generator=generator, dtype=torch.float64
+    )
     labels = torch.randint(0, 4, (total,), generator=generator)
     return images, texts, image_keys, text_keys, labels
 
@@ -56,7 +59,10 @@ def arguments(option, batch):
     queued_images, queued_texts, queued_labels = queue()
     keys = chosen.pop("keys", False)
     if keys:
-        chosen |= {"image_keys": torch.cat((batch[2], queued_images)), "text_keys": torch.cat((batch[3], queued_texts))}
+        chosen |= {
+            "image_keys": torch.cat((batch[2], queued_images)),
+            "text_keys": torch.cat((batch[3], queued_texts)),
+        }
     if chosen.pop("labels", False):
         chosen["labels"] = torch.cat((batch[4], queued_labels)) if keys else batch[4]
     return chosen
@@ -72,7 +78,9 @@ def loss_and_gradients(option, batch, **over_ranks):
 def negatives(batch, ids, **over_ranks):
     with torch.no_grad():
         features = Towers()(batch)
-    return vk.hard_negatives(*features, labels=batch[4], rng=vk.Rng(7), stream=2, sample_ids=ids, **over_ranks)
+    return vk.hard_negatives(
+        *features, labels=batch[4], rng=vk.Rng(7), stream=2, sample_ids=ids, **over_ranks
+    )
 
 
 def share(counts, rank):
@@ -83,7 +91,9 @@ def share(counts, rank):
 def worker(rank, world, folder):
     torch.set_num_threads(1)
     torch_kernels.TILE, torch_kernels.KEPT_TILES = 4, 3
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world
+    )
     group = dist.new_group()
     results = {"losses": {}, "gradients": {}, "negatives": {}}
     for counts in COUNTS[world]:
@@ -142,7 +152,9 @@ def test_reduced_parameter_gradients_are_those_of_one_process(ranks):
         for reduction, impl in product(("mean", "sum"), ("torch", "reference")):
             gradients = ranks[0]["gradients"][str((counts, option, reduction, impl))]
             for mine, true in zip(gradients, expected, strict=True):
-                torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12, msg=f"{counts} {option} {reduction} {impl}")
+                torch.testing.assert_close(
+                    mine, true, rtol=1e-10, atol=1e-12, msg=f"{counts} {option} {reduction} {impl}"
+                )
 
 
 def test_negatives_do_not_depend_on_the_ranks(ranks):

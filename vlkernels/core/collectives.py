@@ -1,7 +1,8 @@
-"""Exchanges of rows between ranks: plain tensors, in rank order, on the caller's group; no group means one process.
+"""Exchanges of rows between ranks: plain tensors, in rank order, on the caller's group; none is one process.
 
-Ops call these in their forward only, so a backward never waits for another rank. Give the ops a group of their own
-(``torch.distributed.new_group()``): their exchanges then cannot queue behind those of the parameters.
+Ops call these in their forward only, so a backward never waits for another rank. Give the ops a group of
+their own (``torch.distributed.new_group()``): their exchanges then cannot queue behind those of the
+parameters.
 """
 
 from __future__ import annotations
@@ -56,26 +57,30 @@ class Rows:
 
 def group_name(group: ProcessGroup | None) -> str:
     """The name under which an op finds the group again; empty for one process."""
-    if group is None:
-        return ""
-    if not isinstance(group, ProcessGroup):
-        raise ValueError(f"group must be a torch.distributed process group that holds this rank, got {group!r}")
-    return group.group_name
+    return "" if group is None else group.group_name
 
 
 def named_group(name: str) -> ProcessGroup | None:
     return _resolve_process_group(name) if name else None
 
 
-def check_rank_counts(count: int, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> None:
-    """Raise unless ``rank_counts`` fits the group and this rank's number of rows."""
+def check_group(count: int, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> None:
+    """Raise unless this rank is in the group and ``rank_counts`` fits the group and this rank's rows."""
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"group must be a torch.distributed process group that holds this rank, got {group!r}"
+        )
     if rank_counts is None:
         return
     world_size, rank = (1, 0) if group is None else (group.size(), group.rank())
     if len(rank_counts) != world_size:
-        raise ValueError(f"rank_counts must hold one count for each of {world_size} ranks, got {list(rank_counts)}")
+        raise ValueError(
+            f"rank_counts must hold one count for each of {world_size} ranks, got {list(rank_counts)}"
+        )
     if rank_counts[rank] != count:
-        raise ValueError(f"rank_counts must be {count} at rank {rank}, the rows it has, got {list(rank_counts)}")
+        raise ValueError(
+            f"rank_counts must be {count} at rank {rank}, the rows it has, got {list(rank_counts)}"
+        )
 
 
 def check_rank_reduction(rank_reduction: str) -> None:
@@ -86,8 +91,8 @@ def check_rank_reduction(rank_reduction: str) -> None:
 def locate_rows(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
     """Where the rows of ``own`` lie in the concatenated batch.
 
-    Without ``rank_counts`` every rank must hold equally many, which the first exchange checks: an error with the counts
-    on a CPU, a device-side assertion elsewhere.
+    Without ``rank_counts`` every rank must hold equally many, which the first exchange checks: an error with
+    the counts on a CPU, a device-side assertion elsewhere.
     """
     count = own.shape[0]
     if group is None:
@@ -95,7 +100,9 @@ def locate_rows(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[i
     if rank_counts is not None:
         return Rows(tuple(rank_counts), group.rank(), group)
     found = torch.empty(group.size(), dtype=torch.int64, device=own.device)
-    dist.all_gather_into_tensor(found, torch.full((1,), count, dtype=torch.int64, device=own.device), group=group)
+    dist.all_gather_into_tensor(
+        found, torch.full((1,), count, dtype=torch.int64, device=own.device), group=group
+    )
     if own.device.type != "cpu":
         torch._assert_async((found == count).all())
     elif (found != count).any():

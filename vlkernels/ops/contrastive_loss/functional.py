@@ -15,7 +15,7 @@ from vlkernels.ops.contrastive_loss import reference, torch_kernels
 
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
-# Below so many logits a CPU is faster with the whole matrix: tiles cost more host time than they save memory traffic.
+# Below so many logits a CPU is faster with the whole matrix: tiles cost more than they save.
 FEW_LOGITS = 2**20
 
 
@@ -34,7 +34,7 @@ def contrastive_loss(
     rank_reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """CLIP's symmetric InfoNCE: ``(mean_i CE(s I_i T^t, i) + mean_j CE(s T_j I^t, j)) / 2`` in nats, I, T of shape [N, D].
+    """CLIP's symmetric InfoNCE in nats: ``(mean_i CE(s I_i T^t, i) + mean_j CE(s T_j I^t, j)) / 2``.
 
     Example:
         >>> import torch, torch.nn.functional as F, vlkernels as vk
@@ -46,35 +46,51 @@ def contrastive_loss(
         True
 
     Args:
-        image_features: [N, D] floating; row i is the partner of row i of ``text_features``. Need not be normalised.
+        image_features: [N, D] floating; row i is the partner of row i of ``text_features``. Need not be
+            normalised.
         text_features: [N, D], same dtype and device.
         logit_scale: number, or tensor of shape () or (1,); it multiplies (CLIP's parameter after ``exp``).
-        image_keys: [N + Q, D], what texts are compared with instead of ``image_features``: the momentum encoder's features
-            of this batch, then a queue (ALBEF, BLIP). No gradient. Given together with ``text_keys``.
+        image_keys: [N + Q, D], what texts are compared with instead of ``image_features``: the momentum
+            encoder's features of this batch, then a queue (ALBEF, BLIP). No gradient. Given together with
+            ``text_keys``.
         text_keys: [N + Q, D], what images are compared with.
-        distillation: a in [0, 1]: targets are ``a softmax(s K_i K'^t) + (1 - a) positives`` with the keys as the teacher,
-            which takes no gradient, the scale's included. Needs keys.
+        distillation: a in [0, 1]: targets are ``a softmax(s K_i K'^t) + (1 - a) positives`` with the keys as
+            the teacher, which takes no gradient, the scale's included. Needs keys.
         labels: integers [N], with keys [N + Q]; all keys of equal label are positives, in equal shares.
         label_smoothing: e in [0, 1): targets become ``(1 - e) targets + e / number of keys``.
-        group: process group; every rank passes its own rows. Collectives run in the forward alone. A group of its own
-            (``torch.distributed.new_group()``) keeps them out of the way of the parameters'.
-        rank_counts: N of every rank, known to all; without it all must be equal, which the first exchange checks.
-        rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks afterwards.
+        group: process group; every rank passes its own rows. Collectives run in the forward alone. A group of
+            its own (``torch.distributed.new_group()``) keeps them out of the way of the parameters'.
+        rank_counts: N of every rank, known to all; without it all must be equal, which the first exchange
+            checks.
+        rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks
+            afterwards.
         impl: "auto", "torch" or "reference".
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 inputs); 0 for N = 0. With a group it is that of one process on
-        the rows of all ranks, the same on every rank; the queue rows of the keys must be the same on all ranks.
+        The loss, a scalar in float32 (float64 for float64 inputs); 0 for N = 0. With a group it is that of
+        one process on the rows of all ranks, the same on every rank; the queue rows of the keys must be the
+        same on all ranks.
 
-    Gradients: to both features and the scale. With a group and "mean" a feature's gradient is W times the single process's, so
-    that averaged parameter gradients equal it; the scale's averages (or adds up) to it.
-    Numerics: similarities, normalisers and gradients accumulate in float32 (float64 for float64), also for half types.
-    Memory: O(N D) and two tiles of 1024 x 1024. Gradients are computed in the forward when anything requires them.
+    Gradients: to both features and the scale. With a group and "mean" a feature's gradient is W times the
+    single process's, so that averaged parameter gradients equal it; the scale's averages (or adds up) to it.
+    Numerics: similarities and normalisers are float32 (float64 for float64), also for half types; products
+    of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32.
+    Memory: O(N D) and at most 19 tiles of 1024 x 1024. Gradients are computed in the forward when anything
+    requires them.
     Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ.
     Source: Radford et al. 2021 (CLIP); Li et al. 2021 (ALBEF) for keys and distillation.
     """
-    _check(image_features, text_features, logit_scale, image_keys, text_keys, distillation, labels, label_smoothing)
-    collectives.check_rank_counts(image_features.shape[0], group, rank_counts)
+    _check(
+        image_features,
+        text_features,
+        logit_scale,
+        image_keys,
+        text_keys,
+        distillation,
+        labels,
+        label_smoothing,
+    )
+    collectives.check_group(image_features.shape[0], group, rank_counts)
     collectives.check_rank_reduction(rank_reduction)
     keys = text_features if text_keys is None else text_keys
     few = image_features.shape[0] * keys.shape[0] < FEW_LOGITS
@@ -119,7 +135,9 @@ def _check(
     checks.check_shape("text_features", text_features, "[N, D]", (pairs, width))
     checks.check_dtype("text_features", text_features, (image_features.dtype,))
     if isinstance(logit_scale, Tensor) and tuple(logit_scale.shape) not in ((), (1,)):
-        raise ValueError(f"logit_scale must be a number or have shape () or (1,), got {list(logit_scale.shape)}")
+        raise ValueError(
+            f"logit_scale must be a number or have shape () or (1,), got {list(logit_scale.shape)}"
+        )
     if (image_keys is None) != (text_keys is None):
         raise ValueError("image_keys and text_keys must be given together")
     if not 0.0 <= distillation <= 1.0:
@@ -133,7 +151,9 @@ def _check(
         keys = image_keys.shape[0]
         checks.check_shape("text_keys", text_keys, "[N + Q, D]", (keys, width))
         if keys < pairs:
-            raise ValueError(f"image_keys must begin with the keys of the batch: at least N = {pairs} rows, got {keys}")
+            raise ValueError(
+                f"image_keys must begin with the keys of the batch: at least N = {pairs} rows, got {keys}"
+            )
         checks.check_dtype("image_keys", image_keys, (image_features.dtype,))
         checks.check_dtype("text_keys", text_keys, (image_features.dtype,))
     if labels is not None:
@@ -153,7 +173,9 @@ def _check(
 def _as_tensor(logit_scale: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(logit_scale, Tensor):
         return logit_scale
-    return torch.full((), logit_scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.full(
+        (), logit_scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+    )
 
 
 def _fake(
@@ -164,14 +186,17 @@ def _fake(
     loss = image_features.new_empty((), dtype=wide)
     if not gradient:
         return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
-    of_features = (torch.empty_like(f, dtype=wide, memory_format=torch.contiguous_format) for f in (image_features, text_features))
+    of_features = (
+        torch.empty_like(f, dtype=wide, memory_format=torch.contiguous_format)
+        for f in (image_features, text_features)
+    )
     return loss, *of_features, torch.empty_like(logit_scale)
 
 
 _forward = library.define(
-    "contrastive_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor? image_keys, Tensor? text_keys, "
-    "Tensor? labels, float distillation, float label_smoothing, str group, SymInt[]? rank_counts, str rank_reduction, "
-    "bool gradient, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    "contrastive_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor? image_keys, "
+    "Tensor? text_keys, Tensor? labels, float distillation, float label_smoothing, str group, "
+    "SymInt[]? rank_counts, str rank_reduction, bool gradient, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     kernels={"torch": torch_kernels.contrastive_loss},
 )
@@ -188,7 +213,9 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tenso
     if grad_loss is None:
         return (None,) * 13
     wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-    return *((grad_loss * saved).to(dtype) if needed else None for saved, dtype, needed in wanted), *(None,) * 10
+    return *((grad_loss * saved).to(dtype) if needed else None for saved, dtype, needed in wanted), *(
+        None,
+    ) * 10
 
 
 _loss = library.differentiable(_forward, setup_context=_keep_gradients, backward=_scale_gradients)

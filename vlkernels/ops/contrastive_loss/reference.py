@@ -38,7 +38,10 @@ def contrastive_loss(
     all_image_keys, all_text_keys = gather_keys(image_keys, rows), gather_keys(text_keys, rows)
     all_labels = None if labels is None else gather_keys(labels, rows)
     losses = torch.zeros_like(scale, dtype=torch.promote_types(images.dtype, torch.float32))
-    for queries, mine, opposite in ((images, all_image_keys, all_text_keys), (texts, all_text_keys, all_image_keys)):
+    for queries, mine, opposite in (
+        (images, all_image_keys, all_text_keys),
+        (texts, all_text_keys, all_image_keys),
+    ):
         taught = None
         if distillation > 0:
             taught = torch.softmax(_logits(mine[: rows.total], opposite, scale.detach()), dim=1)
@@ -48,7 +51,7 @@ def contrastive_loss(
 
 
 def gather_keys(keys: Tensor, rows: Rows) -> Tensor:
-    """The keys of the whole batch: every rank's own rows in rank order, then the queue, which all ranks share."""
+    """The keys of the whole batch: every rank's own rows in rank order, then the queue all ranks share."""
     own = rows.counts[rows.rank]
     return torch.cat((gather_rows(keys[:own], rows), keys[own:].detach()))
 
@@ -59,15 +62,23 @@ def _logits(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
 
 
 def _cross_entropies(
-    logits: Tensor, labels: Tensor | None, label_smoothing: float, taught: Tensor | None = None, distillation: float = 0.0
+    logits: Tensor,
+    labels: Tensor | None,
+    label_smoothing: float,
+    taught: Tensor | None = None,
+    distillation: float = 0.0,
 ) -> Tensor:
-    """Sum over rows of the cross-entropy with the positives, a share ``distillation`` of the target being ``taught``."""
+    """Sum over rows of the cross-entropy with the positives and a share ``distillation`` of ``taught``."""
     targets = torch.arange(len(logits), device=logits.device)
     if labels is not None:
         equal = (labels[: len(logits), None] == labels[None, :]).to(logits.dtype)
         targets = equal / equal.sum(1, keepdim=True)
     if taught is not None:
-        hard = targets if labels is not None else torch.eye(*logits.shape, dtype=logits.dtype, device=logits.device)
+        hard = (
+            targets
+            if labels is not None
+            else torch.eye(*logits.shape, dtype=logits.dtype, device=logits.device)
+        )
         targets = distillation * taught + (1 - distillation) * hard
     return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
@@ -83,6 +94,8 @@ def _all_ranks(own: Tensor, rows: Rows, rank_reduction: str) -> Tensor:
 def _scale(logit_scale: Tensor | float, like: Tensor, rows: Rows, rank_reduction: str) -> Tensor:
     """Every rank holds the whole gradient of the scale, which a mean leaves alone and a sum multiplies."""
     if not isinstance(logit_scale, Tensor):
-        return torch.full((), logit_scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        return torch.full(
+            (), logit_scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
+        )
     scale = logit_scale.reshape(())
     return scale_gradient(scale, 1 if rank_reduction == "mean" else 1 / rows.world_size)

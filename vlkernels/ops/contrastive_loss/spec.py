@@ -44,7 +44,10 @@ def _keys(fill: InputMaker, pairs: int, queue: int, width: int) -> Arguments:
 
 def _aligned_keys(fill: InputMaker) -> Arguments:
     pairs = _aligned(InputMaker(fill.dtype, fill.device))
-    return {"image_keys": pairs["image_features"].detach().clone(), "text_keys": pairs["text_features"].detach().clone()}
+    return {
+        "image_keys": pairs["image_features"].detach().clone(),
+        "text_keys": pairs["text_features"].detach().clone(),
+    }
 
 
 def _duplicates(fill: InputMaker) -> Arguments:
@@ -60,7 +63,7 @@ def _momentum_labels(fill: InputMaker) -> Arguments:
 
 
 def _distilled(fill: InputMaker, **options: Any) -> Arguments:
-    """The scale is a number: its gradient ignores the teacher by definition, which finite differences cannot."""
+    """The scale is a number: by definition its gradient ignores the teacher, which finite differences see."""
     return _momentum(fill, distillation=0.4, logit_scale=10.0, **options)
 
 
@@ -78,7 +81,10 @@ CASES = (
     Case("momentum_queue", _momentum),
     Case("momentum_labels", _momentum_labels),
     Case("distilled", _distilled),
-    Case("distilled_labels", lambda fill: _distilled(fill, labels=fill.integers(0, 9, (33,)), label_smoothing=0.05)),
+    Case(
+        "distilled_labels",
+        lambda fill: _distilled(fill, labels=fill.integers(0, 9, (33,)), label_smoothing=0.05),
+    ),
 )
 
 
@@ -87,7 +93,9 @@ def _cost(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | f
     pairs, width = image_features.shape
     product = 2 * pairs * pairs * width
     moved = 2 * image_features.numel() * image_features.element_size()
-    return Cost(forward_bytes=moved, backward_bytes=2 * moved, forward_flops=product, backward_flops=3 * product)
+    return Cost(
+        forward_bytes=moved, backward_bytes=2 * moved, forward_flops=product, backward_flops=3 * product
+    )
 
 
 def _dense(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:

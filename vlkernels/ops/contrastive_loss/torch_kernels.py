@@ -1,4 +1,4 @@
-"""The contrastive loss over tiles of logits: the N x N matrix never exists, and gradients come with the value."""
+"""The contrastive loss over tiles of logits: never the N x N matrix, and gradients come with the value."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ def contrastive_loss(
     rank_reduction: str,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, gradient of image_features, of text_features, of logit_scale), the gradients empty when not wanted."""
+    """(loss, gradients of image_features, text_features and logit_scale), gradients empty when not wanted."""
     rows = collectives.locate_rows(image_features, collectives.named_group(group), rank_counts)
     scale = logit_scale.reshape(()).to(_wide(image_features))
     own = image_features, text_features
     if image_keys is not None and text_keys is not None:
         keys = gather_keys(image_keys, rows), gather_keys(text_keys, rows)
         positives = _Positives(None if labels is None else gather_keys(labels, rows), scale)
-        value, *gradients = _against_keys(own, keys, scale, positives, distillation, label_smoothing, rows, gradient)
+        value, *gradients = _against_keys(
+            own, keys, scale, positives, distillation, label_smoothing, rows, gradient
+        )
     else:
         positives = _Positives(None if labels is None else collectives.gather_rows(labels, rows), scale)
         value, *gradients = _symmetric(own, scale, positives, label_smoothing, rows, gradient)
@@ -61,12 +63,16 @@ def _symmetric(
     hard = 1 - label_smoothing
     logits = _Logits(images, texts, scale, keep=KEPT_TILES if gradient else 0)
     of_images, of_texts = _statistics(logits, positives, rows)
-    soft_text, soft_image = (label_smoothing * features.mean(0, dtype=scale.dtype) for features in (texts, images))
+    soft_text, soft_image = (
+        label_smoothing * features.mean(0, dtype=scale.dtype) for features in (texts, images)
+    )
     value = of_images.losses(rows.own, hard) + of_texts.losses(rows.own, hard)
     value -= scale * ((own[0] * soft_text).sum(1) + (own[1] * soft_image).sum(1))
     if not gradient:
         return (value.sum(),)
-    toward_image, toward_text = _directions(logits, of_images.over_rows(rows), of_texts, positives, hard, rows)
+    toward_image, toward_text = _directions(
+        logits, of_images.over_rows(rows), of_texts, positives, hard, rows
+    )
     # The targets are symmetric: the smoothing of both directions pulls a feature towards the same mean.
     toward_image.sub_(soft_text, alpha=2)
     toward_text.sub_(soft_image, alpha=2)
@@ -74,7 +80,7 @@ def _symmetric(
 
 
 def _statistics(logits: _Logits, positives: _Positives, rows: Rows) -> tuple[_Statistics, _Statistics]:
-    """Statistics of this rank's rows and of every column; each rank visits its own rows of the matrix once."""
+    """Statistics of this rank's rows and of every column; each rank visits its own rows once."""
     of_images, of_texts = _Statistics(rows.total, logits.scale), _Statistics(rows.total, logits.scale)
     own, others = _spans(rows, rows.total)
     for i in own:
@@ -86,9 +92,14 @@ def _statistics(logits: _Logits, positives: _Positives, rows: Rows) -> tuple[_St
 
 
 def _directions(
-    logits: _Logits, of_images: _Statistics, of_texts: _Statistics, positives: _Positives, hard: float, rows: Rows
+    logits: _Logits,
+    of_images: _Statistics,
+    of_texts: _Statistics,
+    positives: _Positives,
+    hard: float,
+    rows: Rows,
 ) -> Pair:
-    """This rank's rows of (G texts, G^T images), G = softmax of the rows + softmax of the columns - 2 hard targets."""
+    """This rank's rows of (G texts, G^T images), G = softmax over rows + softmax over columns - 2 targets."""
     images, texts = logits.queries, logits.keys
     toward_image = torch.zeros_like(images[rows.own], dtype=logits.scale.dtype)
     toward_text = torch.zeros_like(toward_image)
@@ -138,9 +149,15 @@ def _against_keys(
 
 
 def _attend(
-    queries: Tensor, keys: Tensor, scale: Tensor, positives: _Positives, hard: float, rows: Rows, gradient: bool
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    positives: _Positives,
+    hard: float,
+    rows: Rows,
+    gradient: bool,
 ) -> tuple[_Statistics, Tensor]:
-    """Statistics of this rank's rows, and (softmax of the rows - hard targets) keys, in one visit of the logits."""
+    """Statistics of this rank's rows, and (softmax of the rows - hard targets) keys, in one visit."""
     logits = _Logits(queries, keys, scale)
     statistics = _Statistics(rows.total, scale)
     mixed = torch.zeros_like(queries, dtype=scale.dtype) if gradient else scale.new_empty(0)
@@ -161,7 +178,7 @@ def _attend(
 
 
 class _Logits:
-    """Tiles of ``scale queries keys^T``: the first ``keep`` are computed once and kept, the others on every visit."""
+    """Tiles of ``scale queries keys^T``: the first ``keep`` are kept, the others computed on every visit."""
 
     def __init__(self, queries: Tensor, keys: Tensor, scale: Tensor, keep: int = 0):
         self.queries, self.keys, self.scale = queries, keys, scale
@@ -199,7 +216,7 @@ class _Positives:
             self.share = equal.to(like.dtype).reciprocal_()
 
     def total(self, logits: Tensor, i: slice, j: slice, dim: int) -> Tensor | None:
-        """Sum of targets times logits over the rows (1) or columns (0) of a tile; ``None`` when it holds no target."""
+        """Sum of targets times logits along ``dim`` of a tile; ``None`` when it holds no target."""
         if self.labels is None:
             return logits.diagonal() if i == j else None
         return (logits * self._targets(i, j)).sum(dim)
@@ -251,7 +268,7 @@ class _Statistics:
         return torch.sub(logits, largest.unsqueeze(dim), out=out).exp_()
 
     def losses(self, span: slice, hard: float) -> Tensor:
-        """Log-sum-exp minus ``hard`` times the positive logit; equal large numbers cancel before small ones join."""
+        """Log-sum-exp minus ``hard`` positive logits; large equal numbers cancel before small ones join."""
         return (self.largest[span] - hard * self.positive[span]) + self.total[span].log()
 
     def reciprocal(self, span: slice) -> Tensor:
@@ -263,7 +280,9 @@ class _Statistics:
             mine = self.largest.clone()
             collectives.max_over_ranks(self.largest, rows)
             self.total *= mine.sub_(self.largest).exp_()
-            self.total, self.positive = collectives.sum_over_ranks(torch.stack((self.total, self.positive)), rows)
+            self.total, self.positive = collectives.sum_over_ranks(
+                torch.stack((self.total, self.positive)), rows
+            )
         return self
 
     def over_rows(self, rows: Rows) -> _Statistics:
@@ -280,7 +299,7 @@ def _tile_memory(like: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, weights: Tensor, features: Tensor, alpha: float = 1.0) -> None:
-    """``total += alpha * weights features``; bfloat16 features multiply as such (float16 would lose small weights)."""
+    """``total += alpha weights features``; bfloat16 multiplies as such (float16 would lose small weights)."""
     if features.dtype == torch.bfloat16:
         total.add_(weights.to(features.dtype) @ features, alpha=alpha)
     else:

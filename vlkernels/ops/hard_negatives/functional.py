@@ -16,7 +16,7 @@ from vlkernels.ops.hard_negatives import reference, torch_kernels
 
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
-# Below so many logits a CPU is faster with the whole matrix: two levels cost more host time than they save traffic.
+# Below so many logits a CPU is faster with the whole matrix: two levels cost more than they save.
 FEW_LOGITS = 2**21
 
 
@@ -33,23 +33,23 @@ def hard_negatives(
     rank_counts: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Draw for every image i a text j != i, and for every text an image, with probability ``softmax_j(s I_i . T_j)``.
+    """For every image i draw a text ``j != i`` with probability ``softmax_j(s I_i . T_j)``, and the reverse.
 
     Example:
         >>> import torch, vlkernels as vk
         >>> images, texts = torch.randn(6, 8), torch.randn(6, 8)
         >>> text_index, image_index = vk.hard_negatives(images, texts, 1000.0, rng=vk.Rng(0))
         >>> similarities = (images @ texts.T).fill_diagonal_(-torch.inf)
-        >>> bool((text_index == similarities.argmax(1)).all() and (image_index == similarities.argmax(0)).all())
-        True
+        >>> torch.equal(text_index, similarities.argmax(1)), torch.equal(image_index, similarities.argmax(0))
+        (True, True)
 
     Args:
         image_features: [N, D] floating; row i is the partner of row i of ``text_features``.
         text_features: [N, D], same dtype and device.
         logit_scale: number, or tensor of shape () or (1,); it multiplies.
         labels: integers [N]; keys with the label of the query are not negatives.
-        rng: the draws depend on it, ``stream`` and ``sample_ids`` alone: not on the order or the number of ranks. Without
-            it every rank draws afresh from torch's generator.
+        rng: the draws depend on it, ``stream`` and ``sample_ids`` alone: not on the order or the number of
+            ranks. Without it every rank draws afresh from torch's generator.
         stream: the constant of this call site.
         sample_ids: integers [N], what identifies the pairs; default their rows in the concatenated batch.
         group: process group; negatives then come from all ranks. Collectives run on it, in this call alone.
@@ -57,17 +57,18 @@ def hard_negatives(
         impl: "auto", "torch" or "reference".
 
     Returns:
-        ``(text_index, image_index)``, int64 [N]: rows of the concatenated batch; -1 where there is no negative (a single
-        pair, or labels all equal).
+        ``(text_index, image_index)``, int64 [N]: rows of the concatenated batch; -1 where there is no
+        negative (a single pair, or labels all equal).
 
-    Gradients: none. Numerics: similarities and weights in float32 (float64 for float64), by inverse CDF of one uniform draw.
+    Gradients: none. Numerics: similarities and weights in float32 (float64 for float64), by inverse CDF of
+    one uniform draw.
     Memory: O(N D) and two tiles of a million logits; never waits for the device.
     Errors: ``ValueError`` for shapes, dtypes, counts that differ.
     Source: Li et al. 2021 (ALBEF).
     """
     _check(image_features, text_features, logit_scale, labels, sample_ids)
     pairs = image_features.shape[0]
-    collectives.check_rank_counts(pairs, group, rank_counts)
+    collectives.check_group(pairs, group, rank_counts)
     few = pairs * pairs < FEW_LOGITS and image_features.device.type == "cpu"
     order = IMPLEMENTATIONS[::-1] if few else IMPLEMENTATIONS
     chosen = dispatch.resolve("hard_negatives", impl, order, image_features.device)
@@ -92,7 +93,9 @@ def hard_negatives(
         scale = torch.full((), logit_scale, dtype=wide, device=image_features.device)
     state = resolve_rng(rng, image_features.device)
     counts = None if rank_counts is None else list(rank_counts)
-    return _forward(*features, scale, labels, state, stream, sample_ids, collectives.group_name(group), counts, chosen)
+    return _forward(
+        *features, scale, labels, state, stream, sample_ids, collectives.group_name(group), counts, chosen
+    )
 
 
 def _check(
@@ -108,7 +111,9 @@ def _check(
     checks.check_shape("text_features", text_features, "[N, D]", (pairs, width))
     checks.check_dtype("text_features", text_features, (image_features.dtype,))
     if isinstance(logit_scale, Tensor) and tuple(logit_scale.shape) not in ((), (1,)):
-        raise ValueError(f"logit_scale must be a number or have shape () or (1,), got {list(logit_scale.shape)}")
+        raise ValueError(
+            f"logit_scale must be a number or have shape () or (1,), got {list(logit_scale.shape)}"
+        )
     for name, integers in (("labels", labels), ("sample_ids", sample_ids)):
         if integers is not None:
             checks.check_shape(name, integers, "[N]", (pairs,))
@@ -128,8 +133,9 @@ def _fake(image_features: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 _forward = library.define(
-    "hard_negatives(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor? labels, Tensor state, "
-    "SymInt stream, Tensor? sample_ids, str group, SymInt[]? rank_counts, str impl) -> (Tensor, Tensor)",
+    "hard_negatives(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor? labels, "
+    "Tensor state, SymInt stream, Tensor? sample_ids, str group, SymInt[]? rank_counts, str impl) "
+    "-> (Tensor, Tensor)",
     fake=_fake,
     kernels={"torch": torch_kernels.hard_negatives},
 )

@@ -42,7 +42,9 @@ def hard_negatives(
         total = weights.sum(1)
         return torch.where(total > 0, pick(weights, draws * total), -1)
 
-    return draw(image_features, text_features, IMAGE_TO_TEXT), draw(text_features, image_features, TEXT_TO_IMAGE)
+    return draw(image_features, text_features, IMAGE_TO_TEXT), draw(
+        text_features, image_features, TEXT_TO_IMAGE
+    )
 
 
 def wide(features: Tensor) -> Tensor:
@@ -61,12 +63,12 @@ def admissible(query: Tensor, key: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def finite_max(logits: Tensor) -> Tensor:
-    """The maximum over the last dimension, kept; finite where nothing is admissible, so that weights become 0."""
+    """The maximum over the last dimension, kept; finite where nothing is admissible: weights become 0."""
     return logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
 
 
 def pick(weights: Tensor, threshold: Tensor) -> Tensor:
-    """The first index whose cumulative weight exceeds the threshold; rounding never leads past the last weight."""
+    """The first index whose cumulative weight exceeds the threshold; rounding never leads past the last."""
     cumulative = weights.cumsum(-1)
     last = (cumulative < cumulative[..., -1:]).sum(-1)
     return torch.minimum((cumulative <= threshold[..., None]).sum(-1), last)

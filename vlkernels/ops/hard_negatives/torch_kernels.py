@@ -1,4 +1,4 @@
-"""The draw in two levels: tiles of logits leave one weight per block of keys; the block drawn is visited again."""
+"""The draw in two levels: tiles of logits leave a weight per block; a drawn block is visited again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def hard_negatives(
     group: str,
     rank_counts: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor]:
-    """(text of every image, image of every text), as rows of the concatenated batch, -1 where there is no negative."""
+    """(text of every image, image of every text) as rows of the concatenated batch, -1 for no negative."""
     rows = collectives.locate_rows(image_features, collectives.named_group(group), rank_counts)
     all_labels = None if labels is None else collectives.gather_rows(labels, rows)
     ids = sample_ids_or_rows(sample_ids, rows, image_features.device)
@@ -51,7 +51,9 @@ def hard_negatives(
             drawn[span] = _draw(scaled, keys, own, all_labels, draws[span])
         return drawn
 
-    return draw(image_features, text_features, IMAGE_TO_TEXT), draw(text_features, image_features, TEXT_TO_IMAGE)
+    return draw(image_features, text_features, IMAGE_TO_TEXT), draw(
+        text_features, image_features, TEXT_TO_IMAGE
+    )
 
 
 def _draw(queries: Tensor, keys: Tensor, own: Tensor, labels: Tensor | None, draws: Tensor) -> Tensor:

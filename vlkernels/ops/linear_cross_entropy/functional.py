@@ -1,4 +1,4 @@
-"""The linear cross-entropy as users call it: checks, the choice of the implementation, the differentiable ops."""
+"""The linear cross-entropy as users call it: checks, choice of the implementation, differentiable ops."""
 
 from __future__ import annotations
 
@@ -44,12 +44,15 @@ def linear_cross_entropy(
     Args:
         hidden: [M, D] floating.
         weight: [V, D], same dtype and device; any V.
-        targets: integers [M] in [0, V), or ``ignore_index``: such rows have loss 0, gradient 0 and no part in the mean.
+        targets: integers [M] in [0, V), or ``ignore_index``: such rows have loss 0, gradient 0 and no part in
+            the mean.
         bias: [V] floating.
         label_smoothing: e in [0, 1): targets are ``(1 - e) one-hot + e / V``.
         z_loss: adds ``z_loss * logsumexp(logits)^2`` to every row.
-        teacher: ``(hidden, weight, bias or None)`` of a teacher over the same M rows and V entries; no gradient.
-        distillation: a in [0, 1]: a row's loss is ``(1 - a) CE(target) + a t^2 CE(softmax(teacher / t), logits / t)``.
+        teacher: ``(hidden, weight, bias or None)`` of a teacher over the same M rows and V entries; no
+            gradient.
+        distillation: a in [0, 1]: a row's loss is ``(1 - a) CE(target) + a t^2 CE(softmax(teacher / t),
+            logits / t)``.
         temperature: t > 0.
         reduction: "mean" over rows that are not ignored (0 when all are), "sum" or "none" ([M]).
         impl: "auto", "torch" or "reference".
@@ -57,12 +60,16 @@ def linear_cross_entropy(
     Returns:
         The loss in float32 (float64 for float64 inputs).
 
-    Gradients: to hidden, weight and bias; with "mean" and "sum" computed in the forward, when anything requires them, so that each logit
-    is computed once; with "none" the logits are computed again in the backward.
-    Numerics: losses, and gradients of weight and bias over all rows, accumulate in float32 (float64 for float64).
+    Gradients: to hidden, weight and bias; with "mean" and "sum" computed in the forward, when anything
+    requires them, so that each logit is computed once; with "none" the logits are computed again in the
+    backward.
+    Numerics: losses, and gradients of weight and bias over all rows, accumulate in float32 (float64 for
+    float64).
     Memory: one chunk of 2^25 logits, and the gradients.
-    Errors: ``ValueError`` for shapes, dtypes, ranges, and targets outside [0, V) on a CPU (a device-side assertion on a GPU).
-    Source: Hsu et al. 2024 (Liger) for gradients in the forward; Li et al. 2021 (ALBEF), Sanh et al. 2019 for the teacher.
+    Errors: ``ValueError`` for shapes, dtypes, ranges, and targets outside [0, V) on a CPU (a device-side
+    assertion on a GPU).
+    Source: Hsu et al. 2024 (Liger) for gradients in the forward; Li et al. 2021 (ALBEF), Sanh et al. 2019 for
+    the teacher.
     """
     _check(hidden, weight, targets, bias, label_smoothing, z_loss, distillation, temperature, reduction)
     _check_teacher(teacher, distillation, hidden, weight)
@@ -85,7 +92,9 @@ def linear_cross_entropy(
             reduction=reduction,
         )
     teachers = (None, None, None) if teacher is None or distillation == 0 else teacher
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
     options = (ignore_index, float(label_smoothing), float(z_loss), float(distillation), float(temperature))
     in_forward = gradient and reduction != "none"
     return _loss(hidden, weight, bias, targets, *teachers, *options, reduction, in_forward, chosen)[0]
@@ -141,7 +150,9 @@ def _check_teacher(teacher: Teacher | None, distillation: float, hidden: Tensor,
     if of_bias is not None:
         checks.check_shape("the teacher's bias", of_bias, "[V]", (weight.shape[0],))
         checks.check_floating("the teacher's bias", of_bias)
-    checks.check_same_device(hidden=hidden, teacher_hidden=of_hidden, teacher_weight=of_weight, teacher_bias=of_bias)
+    checks.check_same_device(
+        hidden=hidden, teacher_hidden=of_hidden, teacher_weight=of_weight, teacher_bias=of_bias
+    )
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,17 +172,21 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: An
     return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
 
 
-def _fake_backward(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+def _fake_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
     return _fake_gradients(hidden, weight, bias)
 
 
 _ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? teacher_hidden, Tensor? teacher_weight, "
-    "Tensor? teacher_bias, int ignore_index, float label_smoothing, float z_loss, float distillation, float temperature"
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? teacher_hidden, "
+    "Tensor? teacher_weight, Tensor? teacher_bias, int ignore_index, float label_smoothing, float z_loss, "
+    "float distillation, float temperature"
 )
 
 _forward = library.define(
-    f"linear_cross_entropy({_ARGUMENTS}, str reduction, bool gradient, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy({_ARGUMENTS}, str reduction, bool gradient, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     kernels={"torch": torch_kernels.forward},
 )

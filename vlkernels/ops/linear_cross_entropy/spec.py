@@ -14,7 +14,9 @@ from vlkernels.ops.linear_cross_entropy import functional, reference
 IGNORED = -100
 
 
-def _rows(fill: InputMaker, rows: int, width: int, entries: int, ignored: float = 0.3, **options: Any) -> Arguments:
+def _rows(
+    fill: InputMaker, rows: int, width: int, entries: int, ignored: float = 0.3, **options: Any
+) -> Arguments:
     targets = fill.integers(0, entries, (rows,))
     dropped = fill.integers(0, 100, (rows,)) < 100 * ignored
     return {
@@ -41,7 +43,11 @@ def _confident(fill: InputMaker) -> Arguments:
 
 
 def _taught(fill: InputMaker, **options: Any) -> Arguments:
-    teacher = (fill.normal(24, 12, grad=False), fill.normal(50, 12, grad=False, scale=0.5), fill.normal(50, grad=False))
+    teacher = (
+        fill.normal(24, 12, grad=False),
+        fill.normal(50, 12, grad=False, scale=0.5),
+        fill.normal(50, grad=False),
+    )
     return _rows(fill, 24, 16, 50) | {"teacher": teacher} | options
 
 
@@ -55,7 +61,10 @@ CASES = (
     Case("z_loss", lambda fill: _rows(fill, 30, 16, 70, z_loss=1e-2, label_smoothing=0.05)),
     Case("z_loss_none", lambda fill: _rows(fill, 30, 16, 70, z_loss=1e-2, reduction="none")),
     Case("taught", lambda fill: _taught(fill, distillation=0.4)),
-    Case("taught_softly", lambda fill: _taught(fill, distillation=0.7, temperature=2.0, z_loss=1e-3, label_smoothing=0.1)),
+    Case(
+        "taught_softly",
+        lambda fill: _taught(fill, distillation=0.7, temperature=2.0, z_loss=1e-3, label_smoothing=0.1),
+    ),
     Case("taught_none", lambda fill: _taught(fill, distillation=1.0, temperature=2.0, reduction="none")),
     Case("all_ignored", lambda fill: _rows(fill, 9, 8, 20, ignored=1.0)),
     Case("one_entry", lambda fill: _rows(fill, 5, 8, 1)),
@@ -67,7 +76,9 @@ CASES = (
 def _cost(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Cost:
     product = 2 * hidden.shape[0] * weight.numel()
     moved = (hidden.numel() + weight.numel()) * hidden.element_size()
-    return Cost(forward_bytes=moved, backward_bytes=2 * moved, forward_flops=product, backward_flops=2 * product)
+    return Cost(
+        forward_bytes=moved, backward_bytes=2 * moved, forward_flops=product, backward_flops=2 * product
+    )
 
 
 def _plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The linear cross-entropy over chunks of rows: never all logits at once, and gradients come with the value."""
+"""The linear cross-entropy over chunks of rows: never all logits, and gradients come with the value."""
 
 from __future__ import annotations
 
@@ -44,11 +44,15 @@ def forward(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradient of hidden, of weight, of bias), the gradients empty when not wanted."""
-    problem = Problem(weight, bias, teacher_weight, teacher_bias, label_smoothing, z_loss, distillation, temperature)
+    problem = Problem(
+        weight, bias, teacher_weight, teacher_bias, label_smoothing, z_loss, distillation, temperature
+    )
     live = (targets != ignore_index).to(_wide(hidden))
     factor = live.sum().clamp_min(1).reciprocal() if reduction == "mean" else live.new_ones(())
     cotangents = live * factor
-    losses, *gradients = _visit(problem, hidden, targets, teacher_hidden, live, cotangents if gradient else None)
+    losses, *gradients = _visit(
+        problem, hidden, targets, teacher_hidden, live, cotangents if gradient else None
+    )
     loss = losses if reduction == "none" else losses.sum() * factor
     return loss, *gradients
 
@@ -69,13 +73,20 @@ def backward(
     temperature: float,
 ) -> Gradients:
     """Gradients for one cotangent per row; the logits are computed once more."""
-    problem = Problem(weight, bias, teacher_weight, teacher_bias, label_smoothing, z_loss, distillation, temperature)
+    problem = Problem(
+        weight, bias, teacher_weight, teacher_bias, label_smoothing, z_loss, distillation, temperature
+    )
     live = (targets != ignore_index).to(_wide(hidden))
     return _visit(problem, hidden, targets, teacher_hidden, live, live * grad)[1:]
 
 
 def _visit(
-    problem: Problem, hidden: Tensor, targets: Tensor, teacher_hidden: Tensor | None, live: Tensor, cotangents: Tensor | None
+    problem: Problem,
+    hidden: Tensor,
+    targets: Tensor,
+    teacher_hidden: Tensor | None,
+    live: Tensor,
+    cotangents: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses of all rows and, with cotangents, the three gradients: one chunk of logits at a time."""
     weight = problem.weight.to(_product_dtype(hidden))
@@ -90,7 +101,9 @@ def _visit(
         logits = _logits(inputs, weight, problem.bias, workspace[: len(inputs)])
         taught = None
         if teacher_hidden is not None and problem.teacher_weight is not None:
-            taught = _logits(teacher_hidden[rows], problem.teacher_weight, problem.teacher_bias, torch.empty_like(logits))
+            taught = _logits(
+                teacher_hidden[rows], problem.teacher_weight, problem.teacher_bias, torch.empty_like(logits)
+            )
         # Targets of ignored rows may be any number; their losses and cotangents are zero.
         wanted = torch.where(live[rows] > 0, targets[rows], 0).long()
         scale = None if cotangents is None else cotangents[rows]
@@ -110,7 +123,7 @@ def _visit(
 def _losses_and_slopes(
     problem: Problem, logits: Tensor, taught: Tensor | None, targets: Tensor, cotangents: Tensor | None
 ) -> Tensor:
-    """Losses of the rows of a chunk; with cotangents its logits turn into the gradient of the loss by them."""
+    """Losses of the rows of a chunk; with cotangents its logits turn into the gradient by them."""
     smoothing, distillation = problem.label_smoothing, problem.distillation
     if taught is not None:
         soft_losses, soft_slopes = _soften(logits, taught, problem.temperature)
@@ -147,14 +160,16 @@ def _soften(logits: Tensor, taught: Tensor, temperature: float) -> tuple[Tensor,
 
 def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     if weight.dtype != out.dtype:
-        return out.copy_(torch.nn.functional.linear(inputs, weight, None if bias is None else bias.to(weight.dtype)))
+        return out.copy_(
+            torch.nn.functional.linear(inputs, weight, None if bias is None else bias.to(weight.dtype))
+        )
     if bias is None:
         return torch.mm(inputs, weight.T, out=out)
     return torch.addmm(bias.to(out.dtype), inputs, weight.T, out=out)
 
 
 def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    """``total + left right``: one chunk alone in the dtype of the product, the sum of several in the wide one."""
+    """``total + left right``: one chunk alone in the dtype of the product, several in the wide one."""
     if total is None:
         return left @ right
     if left.dtype == wide:

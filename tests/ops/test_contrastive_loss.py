@@ -1,0 +1,214 @@
+"""What is special to the contrastive loss: tiles, ALBEF's targets, memory, who serves, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import vlkernels as vk
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlkernels.core import dispatch
+from vlkernels.core.spec import InputMaker
+from vlkernels.ops.contrastive_loss import torch_kernels
+from vlkernels.ops.contrastive_loss.spec import SPECS
+
+OPTIONS = {
+    "plain": {},
+    "labels": {"labels": (0, 5), "label_smoothing": 0.1},
+    "keys": {"queue": 21},
+    "distilled": {"queue": 0, "distillation": 0.3, "label_smoothing": 0.1},
+    "distilled_labels": {"queue": 21, "labels": (0, 6), "distillation": 0.6},
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that little inputs have many, some kept for the gradients and some computed again."""
+    monkeypatch.setattr(torch_kernels, "TILE", 8)
+    monkeypatch.setattr(torch_kernels, "KEPT_TILES", 5)
+
+
+def inputs(option, pairs=37, width=6, dtype=torch.float64):
+    fill = InputMaker(dtype)
+    chosen = dict(OPTIONS[option])
+    arguments = {
+        "image_features": fill.normal(pairs, width),
+        "text_features": fill.normal(pairs, width),
+        "logit_scale": torch.tensor([2.5], dtype=dtype, requires_grad=True),
+    }
+    keys = pairs
+    if "queue" in chosen:
+        keys += chosen.pop("queue")
+        arguments |= {name: fill.normal(keys, width, grad=False) for name in ("image_keys", "text_keys")}
+    if "labels" in chosen:
+        arguments["labels"] = fill.integers(*chosen.pop("labels"), (keys,))
+    return arguments | chosen
+
+
+def value_and_gradients(arguments, impl):
+    tensors = [arguments[name] for name in ("image_features", "text_features", "logit_scale")]
+    loss = vk.contrastive_loss(**arguments, impl=impl)
+    return loss.detach(), *torch.autograd.grad(loss * 3, tensors)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_many_tiles_give_what_the_whole_matrix_gives(option, small_tiles):
+    mine = value_and_gradients(inputs(option), "torch")
+    for tensor, true in zip(mine, value_and_gradients(inputs(option), "reference"), strict=True):
+        torch.testing.assert_close(tensor, true, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_value_without_gradients_is_the_same(option, small_tiles):
+    arguments = inputs(option)
+    with torch.no_grad():
+        alone = vk.contrastive_loss(**arguments, impl="torch")
+    torch.testing.assert_close(alone, value_and_gradients(arguments, "torch")[0], rtol=1e-14, atol=0)
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_tensor_is_larger_than_the_features(option, small_tiles):
+    arguments = inputs(option, pairs=150)
+    scale, *rest = (
+        arguments.pop(name, None) for name in ("logit_scale", "image_keys", "text_keys", "labels")
+    )
+    options = (
+        arguments.pop("distillation", 0.0),
+        arguments.pop("label_smoothing", 0.0),
+        "",
+        None,
+        "mean",
+        True,
+    )
+    with LargestTensor() as largest, torch.no_grad():
+        torch_kernels.contrastive_loss(
+            arguments["image_features"], arguments["text_features"], scale, *rest, *options
+        )
+    assert largest.numel <= (150 + 21) * 6
+
+
+def test_distillation_is_albef_s():
+    pairs, queue, share = 9, 14, 0.4
+    fill = InputMaker(torch.float64)
+    image, text = F.normalize(fill.normal(pairs, 8), dim=1), F.normalize(fill.normal(pairs, 8), dim=1)
+    image_keys, text_keys = (F.normalize(fill.normal(pairs + queue, 8, grad=False), dim=1) for _ in range(2))
+    temperature = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        one_hot = torch.zeros(pairs, pairs + queue, dtype=torch.float64).fill_diagonal_(1)
+        image_goal = (
+            share * F.softmax(image_keys[:pairs] @ text_keys.T / temperature, dim=1) + (1 - share) * one_hot
+        )
+        text_goal = (
+            share * F.softmax(text_keys[:pairs] @ image_keys.T / temperature, dim=1) + (1 - share) * one_hot
+        )
+    of_images = -torch.sum(F.log_softmax(image @ text_keys.T / temperature, dim=1) * image_goal, dim=1).mean()
+    of_texts = -torch.sum(F.log_softmax(text @ image_keys.T / temperature, dim=1) * text_goal, dim=1).mean()
+    true = (of_images + of_texts) / 2
+    for impl in ("torch", "reference"):
+        loss = vk.contrastive_loss(
+            image,
+            text,
+            1 / temperature,
+            image_keys=image_keys,
+            text_keys=text_keys,
+            distillation=share,
+            impl=impl,
+        )
+        torch.testing.assert_close(loss, true, rtol=1e-12, atol=0)
+        mine = torch.autograd.grad(loss, (image, text, temperature), retain_graph=True)
+        for gradient, expected in zip(
+            mine, torch.autograd.grad(true, (image, text, temperature), retain_graph=True)
+        ):
+            torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_keys_get_no_gradient(impl):
+    arguments = inputs("keys")
+    keys = arguments["image_keys"].requires_grad_(), arguments["text_keys"].requires_grad_()
+    vk.contrastive_loss(**arguments, impl=impl).backward()
+    assert keys[0].grad is None and keys[1].grad is None
+
+
+def test_float16_gradients_survive_until_the_loss_scale():
+    images, texts = torch.randn(2, 600, 64)
+    spread = [(0.01 * x).half().requires_grad_() for x in (images, texts)]
+    (vk.contrastive_loss(*spread, 1.0, impl="torch") * 2.0**16).backward()
+    exact = [x.detach().double().requires_grad_() for x in spread]
+    (vk.contrastive_loss(*exact, 1.0, impl="reference") * 2.0**16).backward()
+    for mine, true in zip(spread, exact):
+        assert (mine.grad.double() - true.grad).abs().max() < 2e-3 * true.grad.abs().max()
+
+
+def test_auto_takes_tiles_for_many_logits_and_the_matrix_for_few():
+    for pairs, expected in ((128, "reference"), (1024, "torch")):
+        features = torch.randn(pairs, 2)
+        with dispatch.recorded() as served:
+            vk.contrastive_loss(features, features, 1.0)
+        assert served == [("contrastive_loss", expected)]
+
+
+def test_one_graph_serves_every_number_of_pairs():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda *a: vk.contrastive_loss(*a, impl="torch"), fullgraph=True, backend=backend
+    )
+    for pairs in (5, 9, 13, 30):
+        image, text = torch.randn(2, pairs, 4)
+        torch.testing.assert_close(compiled(image, text, 3.0), vk.contrastive_loss(image, text, 3.0))
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text_features": torch.zeros(5, 3)}, r"text_features must be \[N, D\] = \[4, 3\], got \[5, 3\]"),
+        ({"text_features": torch.zeros(4, 3).half()}, "text_features must be one of float32, got float16"),
+        (
+            {"logit_scale": torch.ones(2)},
+            r"logit_scale must be a number or have shape \(\) or \(1,\), got \[2\]",
+        ),
+        ({"image_keys": torch.zeros(6, 3)}, "image_keys and text_keys must be given together"),
+        ({"image_keys": torch.zeros(3, 3), "text_keys": torch.zeros(3, 3)}, "at least N = 4 rows, got 3"),
+        ({"distillation": 0.5}, "distillation = 0.5 needs image_keys and text_keys"),
+        ({"distillation": 1.5}, r"distillation must be in \[0, 1\], got 1.5"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be \[N\] = \[4\], got \[3\]"),
+        ({"labels": torch.zeros(4)}, "labels must be one of int64, int32, got float32"),
+        ({"rank_counts": (2, 2)}, r"rank_counts must hold one count for each of 1 ranks, got \[2, 2\]"),
+        ({"rank_counts": (3,)}, r"rank_counts must be 4 at rank 0, the rows it has, got \[3\]"),
+        ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
+        (
+            {"group": "world"},
+            "group must be a torch.distributed process group that holds this rank, got 'world'",
+        ),
+    ],
+)
+def test_mistakes_are_one_clear_line(change, message):
+    arguments = {"image_features": torch.zeros(4, 3), "text_features": torch.zeros(4, 3), "logit_scale": 1.0}
+    with pytest.raises(ValueError, match=message):
+        vk.contrastive_loss(**arguments | change)
+
+
+def test_benchmarks_and_peer_compute_the_same():
+    arguments = SPECS[0].benchmarks["quickstart_n128_d64"](InputMaker(torch.float32))
+    torch.testing.assert_close(
+        SPECS[0].peers["torch"](**arguments), vk.contrastive_loss(**arguments, impl="torch")
+    )

@@ -1,0 +1,195 @@
+"""What is special to the linear cross-entropy: chunks, ignored rows, teachers, memory, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import vlkernels as vk
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlkernels.core import dispatch
+from vlkernels.core.spec import InputMaker
+from vlkernels.ops.linear_cross_entropy import torch_kernels
+from vlkernels.ops.linear_cross_entropy.spec import SPECS
+
+SPEC = SPECS[0]
+ROWS, WIDTH, ENTRIES = 25, 8, 60
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(torch_kernels, "CHUNK_LOGITS", 4 * ENTRIES)
+
+
+def problem(dtype=torch.float64, ignored=True):
+    fill = InputMaker(dtype)
+    targets = fill.integers(0, ENTRIES, (ROWS,))
+    if ignored:
+        targets[::3] = -100
+    return fill.normal(ROWS, WIDTH), fill.normal(ENTRIES, WIDTH), targets, fill.normal(ENTRIES)
+
+
+OPTIONS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.2, "z_loss": 1e-2},
+    "taught": {"distillation": 0.4, "temperature": 2.0},
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("ignored", [True, False])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_chunks_give_what_all_logits_give(option, ignored, reduction, small_chunks):
+    results = []
+    for impl in ("torch", "reference"):
+        hidden, weight, targets, bias = problem(ignored=ignored)
+        fill = InputMaker(torch.float64, seed=1)
+        teacher = (fill.normal(ROWS, 5, grad=False), fill.normal(ENTRIES, 5, grad=False), None)
+        options = OPTIONS[option] | ({"teacher": teacher} if option == "taught" else {})
+        loss = vk.linear_cross_entropy(
+            hidden, weight, targets, bias=bias, reduction=reduction, impl=impl, **options
+        )
+        along = torch.linspace(1, 2, ROWS, dtype=torch.float64) if reduction == "none" else None
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias), along)))
+    for mine, true in zip(*results, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13)
+
+
+def test_weight_gradients_of_bfloat16_chunks_add_up_in_float32(monkeypatch):
+    monkeypatch.setattr(torch_kernels, "CHUNK_LOGITS", 2 * 16)
+    fill = InputMaker(torch.bfloat16)
+    hidden, weight, targets = fill.normal(512, 8), fill.normal(16, 8), fill.integers(0, 16, (512,))
+    mine = torch.autograd.grad(vk.linear_cross_entropy(hidden, weight, targets, impl="torch"), weight)[0]
+    exact = hidden.detach().double(), weight.detach().double().requires_grad_()
+    true = torch.autograd.grad(vk.linear_cross_entropy(*exact, targets, impl="reference"), exact[1])[0]
+    eager = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), weight)[0]
+    assert (mine.double() - true).abs().max() <= 2 * (eager.double() - true).abs().max()
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_no_tensor_has_the_logits_of_all_rows(small_chunks):
+    hidden, weight, targets, bias = (t.detach() for t in problem(ignored=False))
+    with LargestTensor() as largest:
+        torch_kernels.forward(
+            hidden, weight, bias, targets, None, None, None, -100, 0.1, 0.1, 0.0, 1.0, "mean", True
+        )  # fmt: skip
+    assert largest.numel == ENTRIES * WIDTH < ROWS * ENTRIES
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_all_targets_ignored_is_a_loss_of_zero(impl):
+    hidden, weight, targets, bias = problem()
+    loss = vk.linear_cross_entropy(
+        hidden, weight, torch.full_like(targets, -100), bias=bias, z_loss=1.0, impl=impl
+    )
+    loss.backward()
+    assert loss == 0 and not any(t.grad.any() for t in (hidden, weight, bias))
+
+
+def test_ignored_rows_are_not_even_read():
+    hidden, weight, targets, _ = problem(torch.float32)
+    hidden.data[::3] = torch.nan
+    loss = vk.linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert loss.isfinite() and weight.grad.isfinite().all() and not hidden.grad[::3].any()
+
+
+def test_another_ignore_index_may_lie_inside_the_vocabulary():
+    hidden, weight, targets, bias = problem(torch.float32, ignored=False)
+    mine = vk.linear_cross_entropy(hidden, weight, targets, bias=bias, ignore_index=int(targets[0]))
+    true = F.cross_entropy(F.linear(hidden, weight, bias), targets, ignore_index=int(targets[0]))
+    torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_distillation_is_that_of_albef_and_of_distilbert(impl):
+    hidden, weight, targets, bias = problem(ignored=False)
+    fill = InputMaker(torch.float64, seed=1)
+    teacher = tuple(fill.normal(*shape).requires_grad_() for shape in ((ROWS, 5), (ENTRIES, 5), (ENTRIES,)))
+    logits, taught = F.linear(hidden, weight, bias), F.linear(*teacher)
+    soft = -(F.log_softmax(logits, dim=1) * F.softmax(taught, dim=1)).sum(1).mean()
+    albef = 0.6 * F.cross_entropy(logits, targets) + 0.4 * soft
+    mine = vk.linear_cross_entropy(
+        hidden, weight, targets, bias=bias, teacher=teacher, distillation=0.4, impl=impl
+    )
+    torch.testing.assert_close(mine, albef, rtol=1e-12, atol=0)
+
+    def softened(x):
+        return F.log_softmax(x / 3, dim=1)
+
+    divergence = F.kl_div(softened(logits), softened(taught), reduction="batchmean", log_target=True) * 9
+    mine = vk.linear_cross_entropy(
+        hidden, weight, targets, bias=bias, teacher=teacher, distillation=1.0, temperature=3.0, impl=impl
+    )
+    for gradient, true in zip(
+        torch.autograd.grad(mine, (hidden, bias)), torch.autograd.grad(divergence, (hidden, bias))
+    ):
+        torch.testing.assert_close(gradient, true, rtol=1e-10, atol=1e-14)
+    assert all(t.grad is None for t in teacher)
+
+
+def test_float16_gradients_survive_until_the_loss_scale():
+    fill = InputMaker(torch.float16)
+    hidden, weight, targets = (
+        fill.normal(2000, 4, scale=0.1),
+        fill.normal(300, 4, scale=0.1),
+        fill.integers(0, 300, (2000,)),
+    )
+    (vk.linear_cross_entropy(hidden, weight, targets) * 2.0**14).backward()
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    (vk.linear_cross_entropy(*exact, targets, impl="reference") * 2.0**14).backward()
+    for mine, true in zip((hidden, weight), exact):
+        assert (mine.grad.double() - true.grad).abs().max() < 2e-3 * true.grad.abs().max()
+
+
+def test_auto_never_takes_the_reference():
+    hidden, weight, targets, _ = problem(torch.float32)
+    with dispatch.recorded() as served:
+        vk.linear_cross_entropy(hidden, weight, targets)
+    assert served == [("linear_cross_entropy", "torch")]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weight": torch.zeros(9, 4)}, r"weight must be \[V, D\] = \[any, 3\], got \[9, 4\]"),
+        ({"weight": torch.zeros(0, 3)}, r"weight must have at least one row, got \[0, 3\]"),
+        ({"weight": torch.zeros(9, 3).half()}, "weight must be one of float32, got float16"),
+        (
+            {"targets": torch.tensor([0, 9])},
+            r"targets \(ignore_index aside\) must lie in \[0, 9\), got values from 0 to 9",
+        ),
+        ({"targets": torch.tensor([-1, 3])}, r"must lie in \[0, 9\), got values from -1 to 3"),
+        ({"targets": torch.zeros(2)}, "targets must be one of int64, int32, got float32"),
+        ({"bias": torch.zeros(8)}, r"bias must be \[V\] = \[9\], got \[8\]"),
+        ({"reduction": "max"}, 'reduction must be "mean", "sum" or "none", got "max"'),
+        ({"z_loss": -1.0}, "z_loss must be at least 0, got -1.0"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"distillation": 0.5}, r"distillation = 0.5 needs a teacher: \(hidden, weight, bias or None\)"),
+        (
+            {"distillation": 0.5, "teacher": (torch.zeros(2, 5), torch.zeros(8, 5), None)},
+            r"the teacher's weight must be \[V, any\] = \[9, 5\], got \[8, 5\]",
+        ),
+    ],
+)
+def test_mistakes_are_one_clear_line(change, message):
+    arguments = {
+        "hidden": torch.zeros(2, 3),
+        "weight": torch.zeros(9, 3),
+        "targets": torch.zeros(2, dtype=torch.int64),
+    }
+    with pytest.raises(ValueError, match=message):
+        vk.linear_cross_entropy(**arguments | change)
+
+
+def test_benchmarks_and_peer_compute_the_same():
+    arguments = SPEC.benchmarks["quickstart_m300_v2000_d128"](InputMaker(torch.float32))
+    torch.testing.assert_close(SPEC.peers["torch"](**arguments), vk.linear_cross_entropy(**arguments))
