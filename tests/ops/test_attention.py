@@ -203,6 +203,14 @@ def test_samples_longer_than_a_step():
     torch.testing.assert_close(*(torch.autograd.grad(out, inputs, cotangent) for out in outs), atol=1e-4, rtol=1e-4)
 
 
+def test_blocks_of_one_shape_keep_their_own_masks():
+    layout, keys = vk.SegmentLayout([[5], [5]]), vk.SegmentLayout([[0, 5], [2, 3]])
+    q, k, v = torch.randn(3, 10, 2, 8).unbind()
+    mask = vk.SegmentMask([["full", "causal"]])
+    outs = [vk.attention(q, k, v, layout=layout, kv_layout=keys, mask=mask, impl=impl) for impl in ("torch", "reference")]
+    torch.testing.assert_close(*outs)
+
+
 def test_lse_joins_disjoint_keys():
     layout = vk.SegmentLayout([[3, 9], [2, 5]])
     q, k, v = torch.randn(3, 19, 2, 8, dtype=torch.float64, requires_grad=True).unbind()
@@ -273,6 +281,15 @@ def test_auto_takes_torch_on_a_cpu():
     with dispatch.recorded() as served:
         vk.attention_qkvpacked(torch.randn(4, 3, 1, 8), layout=vk.SegmentLayout([[4]]))
     assert served == [("attention_qkvpacked", "torch")]
+
+
+def test_a_plan_made_in_inference_mode_serves_training():
+    layout, qkv = vk.SegmentLayout([[11], [23]]), torch.randn(34, 3, 2, 8)
+    with torch.inference_mode(), torch.device("meta"):
+        expected = vk.attention_qkvpacked(qkv, layout=layout)
+    out = vk.attention_qkvpacked(qkv.requires_grad_(), layout=layout)
+    assert torch.equal(out, expected)
+    assert torch.autograd.grad(out.sum(), qkv)[0].isfinite().all()
 
 
 def test_second_derivatives_are_refused():

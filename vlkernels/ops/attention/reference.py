@@ -88,7 +88,7 @@ def _visible(layout: SegmentLayout, keys: SegmentLayout, samples: Tensor, mask: 
 
 
 def _segments(layout: SegmentLayout) -> tuple[Tensor, Tensor]:
-    """int64 ``[B, max_seqlen]``: the segment of each position (-1 past the end), and the tokens from it to that segment's end."""
+    """int64 ``[B, max_seqlen]``: the segment of each position (-1 past the end) and the tokens from it to the segment's end."""
     ends = layout.lengths.long().cumsum(1)
     position = torch.arange(layout.max_seqlen, device=ends.device).repeat(layout.num_samples, 1)
     segment = torch.searchsorted(ends, position, right=True)

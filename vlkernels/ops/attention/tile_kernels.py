@@ -97,7 +97,7 @@ class Products:
     def _scores(self, tile: Tile, rows: slice, q: Tensor, k: Tensor) -> Tensor:
         scores = q[:, :, rows] @ k.transpose(-1, -2)
         if tile.causal:
-            visible = torch.ones(tile.queries, tile.keys, dtype=torch.bool).tril_()[rows]
+            visible = torch.ones(tile.queries, tile.keys, dtype=torch.bool, device=q.device).tril_()[rows]
             scores.masked_fill_(~visible, -torch.inf)
         elif tile.mask is not None:
             scores += tile.mask[:, :, rows] if tile.mask.shape[2] > 1 else tile.mask
@@ -108,19 +108,22 @@ class Products:
 
     def _kept(self, tile: Tile, rows: slice, heads: int) -> Tensor:
         """What dropout keeps of ``[n, heads, rows, keys]``: 1 or 0, drawn again in each direction."""
-        first_query, first_key, sample = torch.tensor([(i.block.query, i.block.key, i.sample) for i in tile.instances]).T
-        query = first_query[:, None, None] + torch.arange(rows.start, rows.stop)
+        device = self.rng_state.device
+        origins = torch.tensor([(i.block.query, i.block.key, i.sample) for i in tile.instances], device=device)
+        first_query, first_key, sample = origins.T
+        query = first_query[:, None, None] + torch.arange(rows.start, rows.stop, device=device)
+        head = torch.arange(heads, device=device)[:, None]
         columns = int(first_key.max()) + tile.keys
         sample_id = self.sample_ids[sample][:, None, None]
-        kept = keep_columns(self.rng_state, self.stream, sample_id, query, columns, self.dropout_p, torch.arange(heads)[:, None])
+        kept = keep_columns(self.rng_state, self.stream, sample_id, query, columns, self.dropout_p, head)
         if bool((first_key == first_key[0]).all()):
             return kept[..., int(first_key[0]) :]
-        window = first_key[:, None, None, None] + torch.arange(tile.keys)
+        window = first_key[:, None, None, None] + torch.arange(tile.keys, device=device)
         return kept.gather(-1, window.expand(*kept.shape[:-1], -1))
 
 
 def _mask_like(tile: Tile, q: Tensor) -> Tensor | None:
-    """The fused kernel reads a mask as the dtype of q, whatever its own: a float32 mask beside float64 gives wrong numbers."""
+    """The fused kernel reads a mask in the dtype of q: a float32 mask beside float64 gives wrong numbers without an error."""
     return None if tile.mask is None else tile.mask.to(q.dtype)
 
 

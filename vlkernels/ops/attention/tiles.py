@@ -64,9 +64,10 @@ class Instance(NamedTuple):
 class Tile:
     """Blocks of like shape, each padded to ``queries`` x ``keys`` by repeating its last row.
 
-    ``query_rows`` and ``key_rows`` name the packed rows, a slice where they follow each other. ``statistic_rows`` are the query rows
-    with one past the end for padding. ``mask`` is added to the scores and broadcasts to ``[n, H, queries, keys]``: 0 where a
-    query sees a key, -inf elsewhere. ``mask`` is ``None`` when all is seen, or what the plain ``causal`` triangle shows.
+    ``query_rows`` and ``key_rows`` name the packed rows, a slice where they follow each other. ``statistic_rows`` are the
+    query rows with one past the end for padding. ``mask`` is added to the scores and broadcasts to
+    ``[n, H, queries, keys]``: 0 where a query sees a key, -inf elsewhere; ``None`` when all is seen, or what the plain
+    ``causal`` triangle shows.
     """
 
     instances: tuple[Instance, ...]
@@ -83,8 +84,8 @@ class Tile:
 class Side:
     """Where the rows of the tiles, laid end to end, come from and go to.
 
-    ``rows`` is the packed row of each; ``places``, of each packed row where it stands, one past the end if nowhere, and ``None``
-    when a packed row stands in several places. ``identity`` says that the tiles hold the packed rows in their order.
+    ``rows`` is the packed row of each. ``places`` is where each packed row stands, one past the end if nowhere; ``None`` when
+    one stands in several places. ``identity`` says that the tiles hold the packed rows in their order.
     """
 
     tokens: int
@@ -157,15 +158,22 @@ def make_plan(
 
     A tile of several blocks holds at most ``most_scores`` scores.
     """
-    instances = _instances(q_starts, q_lengths, k_starts, k_lengths, kv_index, table, segments)
+    # A plan outlives the call that made it: whatever the caller's default device or inference mode, these are plain CPU tensors.
+    with torch.device("cpu"), torch.inference_mode(False):
+        return _plan_tiles(
+            _instances(q_starts, q_lengths, k_starts, k_lengths, kv_index, table, segments), tokens, heads, most_scores
+        )
+
+
+def _plan_tiles(instances: list[Instance], tokens: tuple[int, int], heads: int, most_scores: int) -> Plan:
     tiles, q_parts, k_parts = [], [], []
     for group in _groups(instances, heads, most_scores):
         queries, keys = max(i.block.queries for i in group), max(i.block.keys for i in group)
         keys = keys if all(i.block.keys == keys for i in group) else _rounded(keys)
         q_rows, q_real = _rows([(i.query_row, i.block.queries) for i in group], queries)
         k_rows, k_real = _rows([(i.key_row, i.block.keys) for i in group], keys)
-        first = group[0].block
-        causal = first.cells == ((CAUSAL, queries),) and bool(q_real.all()) and bool(k_real.all())
+        aligned = bool(q_real.all()) and bool(k_real.all())
+        causal = aligned and all(i.block.cells == ((CAUSAL, queries),) for i in group)
         tiles.append(
             Tile(
                 tuple(group),
@@ -184,7 +192,13 @@ def make_plan(
 
 
 def _instances(
-    q_starts: Ints, q_lengths: Ints, k_starts: Ints, k_lengths: Ints, kv_index: Ints | None, table: Ints, segments: tuple[int, int]
+    q_starts: Ints,
+    q_lengths: Ints,
+    k_starts: Ints,
+    k_lengths: Ints,
+    kv_index: Ints | None,
+    table: Ints,
+    segments: tuple[int, int],
 ) -> list[Instance]:
     sq, sk = segments
     blocks = functools.cache(visible_blocks)

@@ -1,7 +1,7 @@
 """impl "torch": a ragged batch becomes a few calls over tiles of samples of like length, forward and explicit backward.
 
-Rows are gathered into tiles (views where they follow each other) and the results are put back in one pass, so nothing is padded to the
-longest sample. The backward computes the probabilities again from lse. Half types are computed in float32.
+Rows are gathered into tiles (views where they follow each other) and the results are put back in one pass, so nothing is
+padded to the longest sample. The backward computes the probabilities again from lse. Half types are computed in float32.
 """
 
 from __future__ import annotations
