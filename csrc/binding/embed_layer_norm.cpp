@@ -10,8 +10,8 @@ struct SumArguments {
     EmbeddingSum sum{};
     std::vector<const void*> pointers;
 
-    SumArguments(const Tensor& like, int64_t rows, const OptionalTensor& ids, const std::vector<Tensor>& tables,
-                 const OptionalTensor& dense) {
+    SumArguments(const Tensor& like, int64_t rows, const OptionalTensor& ids,
+                 const std::vector<Tensor>& tables, const OptionalTensor& dense) {
         const int64_t width = like.size(like.dim() - 1), count = static_cast<int64_t>(tables.size());
         for (const Tensor& table : tables) {
             check_type(table, like.scalar_type(), "tables");
@@ -38,15 +38,18 @@ struct SumArguments {
 
     void check_ids(int64_t table, int64_t table_rows) const {
         int32_t largest = -1;
-        for (int64_t row = 0; row < sum.rows; ++row) largest = std::max(largest, sum.ids[row * sum.num_tables + table]);
-        STD_TORCH_CHECK(largest < table_rows, "ids[:, ", table, "] must be below ", table_rows, ", got ", largest);
+        for (int64_t row = 0; row < sum.rows; ++row)
+            largest = std::max(largest, sum.ids[row * sum.num_tables + table]);
+        STD_TORCH_CHECK(largest < table_rows, "ids[:, ", table, "] must be below ", table_rows, ", got ",
+                        largest);
     }
 };
 
-std::tuple<Tensor, Tensor, Tensor> forward(const OptionalTensor& ids, const std::vector<Tensor>& tables, const OptionalTensor& dense,
-                                           const OptionalTensor& weight, const OptionalTensor& bias,
-                                           const OptionalTensor& rng_state, const OptionalTensor& keys, int64_t stream,
-                                           int64_t threshold, double eps) {
+std::tuple<Tensor, Tensor, Tensor> forward(const OptionalTensor& ids, const std::vector<Tensor>& tables,
+                                           const OptionalTensor& dense, const OptionalTensor& weight,
+                                           const OptionalTensor& bias, const OptionalTensor& rng_state,
+                                           const OptionalTensor& keys, int64_t stream, int64_t threshold,
+                                           double eps) {
     STD_TORCH_CHECK(dense.has_value() || !tables.empty(), "there must be a table or a dense term");
     const Tensor& like = dense ? *dense : tables[0];
     const int64_t rows = dense ? dense->size(0) : ids->size(0);
@@ -64,15 +67,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const OptionalTensor& ids, const std:
     op.mean = static_cast<float*>(mean.mutable_data_ptr());
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
     parallel_rows(rows, 16 * width,
-                  [&, kernel = VLK_CPU(embed_layer_norm_forward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
+                  [&, kernel = VLK_CPU(embed_layer_norm_forward)](int64_t begin, int64_t end) {
+                      kernel(op, begin, end);
+                  });
     return {y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& mean, const Tensor& rstd, const OptionalTensor& ids,
-                                            const std::vector<Tensor>& tables, const OptionalTensor& dense,
-                                            const OptionalTensor& weight, const OptionalTensor& bias,
-                                            const OptionalTensor& rng_state, const OptionalTensor& keys, int64_t stream,
-                                            int64_t threshold) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& mean, const Tensor& rstd,
+                                            const OptionalTensor& ids, const std::vector<Tensor>& tables,
+                                            const OptionalTensor& dense, const OptionalTensor& weight,
+                                            const OptionalTensor& bias, const OptionalTensor& rng_state,
+                                            const OptionalTensor& keys, int64_t stream, int64_t threshold) {
     check_contiguous(dy, "dy");
     const int64_t rows = dy.size(0);
     const SumArguments arguments(dy, rows, ids, tables, dense);
@@ -91,12 +96,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& mean
     op.partials = partials.data();
     const int64_t chunk_bytes = 16 * width * std::max<int64_t>(1, rows / partials.chunks);
     parallel_rows(partials.chunks, chunk_bytes,
-                  [&, kernel = VLK_CPU(embed_layer_norm_backward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
+                  [&, kernel = VLK_CPU(embed_layer_norm_backward)](int64_t begin, int64_t end) {
+                      kernel(op, begin, end);
+                  });
     return {dz, partials.sum(0, weight), partials.sum(1, bias)};
 }
 
-// The rows of `ids[:, column]` in the order of their ids, equal ids in the order of the rows (a counting sort).
-void sort_rows(const int32_t* ids, int64_t rows, int64_t stride, int64_t num_ids, std::vector<int32_t>& first, std::vector<int32_t>& order) {
+// The rows of `ids[:, column]` in the order of their ids, equal ids in the order of the rows (a counting
+// sort).
+void sort_rows(const int32_t* ids, int64_t rows, int64_t stride, int64_t num_ids, std::vector<int32_t>& first,
+               std::vector<int32_t>& order) {
     first.assign(num_ids + 1, 0);
     order.resize(rows);
     for (int64_t row = 0; row < rows; ++row) {
@@ -120,12 +129,14 @@ Tensor scatter_to_table(const Tensor& gradient, const Tensor& ids, int64_t colum
     std::vector<int32_t> first, order;
     sort_rows(all_ids + column, rows, stride, table_rows, first, order);
     Tensor table = torch::stable::new_empty(gradient, {table_rows, width});
-    const TableGradient op{dtype_of(gradient, "gradient"), width, gradient.const_data_ptr(), first.data(), order.data(),
-                           table.mutable_data_ptr()};
+    const TableGradient op{
+        dtype_of(gradient, "gradient"), width, gradient.const_data_ptr(), first.data(), order.data(),
+        table.mutable_data_ptr()};
     const int64_t blocks = table_rows * ((width + table_block_columns - 1) / table_block_columns);
     const int64_t block_bytes = 8 * table_block_columns * (1 + rows / std::max<int64_t>(1, table_rows));
-    parallel_rows(blocks, block_bytes,
-                  [&, kernel = VLK_CPU(table_gradient)](int64_t begin, int64_t end) { kernel(op, begin, end); });
+    parallel_rows(blocks, block_bytes, [&, kernel = VLK_CPU(table_gradient)](int64_t begin, int64_t end) {
+        kernel(op, begin, end);
+    });
     return table;
 }
 

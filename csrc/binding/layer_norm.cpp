@@ -5,13 +5,24 @@
 namespace vlk {
 namespace {
 
+// Rows that fill whole cache lines of a tensor larger than the caches can be written past them.
+bool can_stream(const Tensor& tensor) {
+    constexpr int64_t larger_than_caches = 16 << 20;
+    const int64_t row_bytes = tensor.size(tensor.dim() - 1) * static_cast<int64_t>(tensor.element_size());
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 64 == 0 && row_bytes % 64 == 0;
+    return aligned && tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= larger_than_caches;
+}
+
 int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& linear_bias,
-                                                   const OptionalTensor& row_scale, const OptionalTensor& weight,
-                                                   const OptionalTensor& bias, const OptionalTensor& rng_state,
-                                                   const OptionalTensor& keys, int64_t stream, int64_t threshold, double eps,
-                                                   bool keep_sum) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& residual,
+                                                   const OptionalTensor& linear_bias,
+                                                   const OptionalTensor& row_scale,
+                                                   const OptionalTensor& weight, const OptionalTensor& bias,
+                                                   const OptionalTensor& rng_state,
+                                                   const OptionalTensor& keys, int64_t stream,
+                                                   int64_t threshold, double eps, bool keep_sum) {
     check_contiguous(x, "x");
     const int64_t width = width_of(x), rows = width ? x.numel() / width : 0;
     LayerNormForward op{};
@@ -31,17 +42,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
     Tensor mean = new_float(x, {rows}), rstd = new_float(x, {rows});
     op.y = y.mutable_data_ptr();
     op.z = is_fused(op) && keep_sum ? z.mutable_data_ptr() : nullptr;
+    op.stream_z = op.z && can_stream(z);
     op.mean = static_cast<float*>(mean.mutable_data_ptr());
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-    parallel_rows(rows, 16 * width, [&, kernel = VLK_CPU(layer_norm_forward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
+    parallel_rows(rows, 16 * width, [&, kernel = VLK_CPU(layer_norm_forward)](int64_t begin, int64_t end) {
+        kernel(op, begin, end);
+    });
     return {y, z, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, const OptionalTensor& dsum, const Tensor& z,
-                                                            const Tensor& mean, const Tensor& rstd, const OptionalTensor& linear_bias,
-                                                            const OptionalTensor& row_scale, const OptionalTensor& weight,
-                                                            const OptionalTensor& bias, const OptionalTensor& rng_state,
-                                                            const OptionalTensor& keys, int64_t stream, int64_t threshold) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy, const OptionalTensor& dsum, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+    const OptionalTensor& linear_bias, const OptionalTensor& row_scale, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& rng_state, const OptionalTensor& keys, int64_t stream,
+    int64_t threshold) {
     check_contiguous(z, "z");
     const int64_t width = width_of(z), rows = width ? z.numel() / width : 0;
     const PartialRows partials(z, rows, 3, width);
@@ -67,8 +81,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy, co
     op.dz = dz.mutable_data_ptr();
     op.dx = dx_differs ? dx.mutable_data_ptr() : nullptr;
     const int64_t chunk_bytes = 16 * width * std::max<int64_t>(1, rows / partials.chunks);
-    parallel_rows(partials.chunks, chunk_bytes,
-                  [&, kernel = VLK_CPU(layer_norm_backward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
+    parallel_rows(
+        partials.chunks, chunk_bytes,
+        [&, kernel = VLK_CPU(layer_norm_backward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
     return {dz, dx, partials.sum(0, weight), partials.sum(1, bias), partials.sum(2, linear_bias)};
 }
 

@@ -29,12 +29,15 @@ inline const float* row_statistics(const Tensor& tensor, int64_t rows, const cha
     return read<float>(tensor, ScalarType::Float, name);
 }
 
-inline Dropout dropout_of(const OptionalTensor& state, const OptionalTensor& keys, int64_t stream, int64_t threshold, int64_t rows) {
+inline Dropout dropout_of(const OptionalTensor& state, const OptionalTensor& keys, int64_t stream,
+                          int64_t threshold, int64_t rows) {
     if (threshold == 0) return {};
-    STD_TORCH_CHECK(state.has_value() && threshold < 256, "dropout needs a random state and a threshold below 256");
+    STD_TORCH_CHECK(state.has_value() && threshold < 256,
+                    "dropout needs a random state and a threshold below 256");
     check_numel(*state, 2, "rng_state");
     if (keys) check_numel(*keys, 2 * rows, "keys");
-    return {read<int64_t>(*state, ScalarType::Long, "rng_state"), keys ? read<int32_t>(*keys, ScalarType::Int, "keys") : nullptr, stream,
+    return {read<int64_t>(*state, ScalarType::Long, "rng_state"),
+            keys ? read<int32_t>(*keys, ScalarType::Int, "keys") : nullptr, stream,
             static_cast<int32_t>(threshold)};
 }
 
@@ -42,7 +45,10 @@ inline Dropout dropout_of(const OptionalTensor& state, const OptionalTensor& key
 class PartialRows {
   public:
     PartialRows(const Tensor& like, int64_t rows, int64_t parts, int64_t width)
-        : chunks(num_row_chunks(rows)), parts_(parts), width_(width), memory_(new_float(like, {chunks, parts, width})) {}
+        : chunks(num_row_chunks(rows)),
+          parts_(parts),
+          width_(width),
+          memory_(new_float(like, {chunks, parts, width})) {}
 
     float* data() const { return static_cast<float*>(memory_.mutable_data_ptr()); }
 
@@ -53,9 +59,10 @@ class PartialRows {
         const float* partials = data() + part * width_;
         void* out = gradient.mutable_data_ptr();
         const Dtype dtype = dtype_of(gradient, "parameter");
-        parallel_rows(width_, chunks * 4, [&, kernel = VLK_CPU(sum_partial_rows)](int64_t begin, int64_t end) {
-            kernel(partials, chunks, parts_ * width_, dtype, out, begin, end);
-        });
+        parallel_rows(width_, chunks * 4,
+                      [&, kernel = VLK_CPU(sum_partial_rows)](int64_t begin, int64_t end) {
+                          kernel(partials, chunks, parts_ * width_, dtype, out, begin, end);
+                      });
         return gradient;
     }
 

@@ -54,7 +54,8 @@ void forward_rows(const EmbedLayerNormForward& op, int64_t first_row, int64_t la
         if (op.dropout.threshold) dropped.draw(row);
         T* y = static_cast<T*>(op.y) + row * width;
         for_chunks(width, [&](int64_t column, auto chunk, int) {
-            Floats value = normalised(load(z.get() + column, chunk), m, weight.get(), bias.get(), column, chunk);
+            Floats value =
+                normalised(load(z.get() + column, chunk), m, weight.get(), bias.get(), column, chunk);
             if (op.dropout.threshold) value = dropped.apply(value, column) * scale;
             store(y + column, value, chunk);
         });
@@ -62,8 +63,8 @@ void forward_rows(const EmbedLayerNormForward& op, int64_t first_row, int64_t la
 }
 
 template <typename T>
-void backward_row(const EmbedLayerNormBackward& op, const float* weight, DropoutRow& dropped, RowTerms<T>& terms, int64_t row,
-                  float* z, float* dy, float* dweight, float* dbias) {
+void backward_row(const EmbedLayerNormBackward& op, const float* weight, DropoutRow& dropped,
+                  RowTerms<T>& terms, int64_t row, float* z, float* dy, float* dweight, float* dbias) {
     const int64_t width = op.sum.width;
     const float scale = keep_scale(op.dropout);
     const T* upstream = static_cast<const T*>(op.dy) + row * width;
@@ -78,7 +79,9 @@ void backward_row(const EmbedLayerNormBackward& op, const float* weight, Dropout
     const Projection p = project(dy, z, m, weight, dweight, dbias, width);
     T* dz = static_cast<T*>(op.dz) + row * width;
     for_chunks(width, [&](int64_t column, auto chunk, int) {
-        store(dz + column, norm_gradient(load(dy + column, chunk), load(z + column, chunk), m, p, weight, column, chunk), chunk);
+        store(dz + column,
+              norm_gradient(load(dy + column, chunk), load(z + column, chunk), m, p, weight, column, chunk),
+              chunk);
     });
 }
 
@@ -94,7 +97,8 @@ void backward_chunks(const EmbedLayerNormBackward& op, int64_t first_chunk, int6
         std::memset(dweight, 0, 2 * width * sizeof(float));
         const int64_t last_row = chunk_start(chunk + 1, op.num_chunks, op.sum.rows);
         for (int64_t row = chunk_start(chunk, op.num_chunks, op.sum.rows); row < last_row; ++row) {
-            backward_row<T>(op, weight.get(), dropped, terms, row, z.get(), dy.get(), dweight, dweight + width);
+            backward_row<T>(op, weight.get(), dropped, terms, row, z.get(), dy.get(), dweight,
+                            dweight + width);
         }
     }
 }
@@ -118,7 +122,9 @@ void table_blocks(const TableGradient& op, int64_t first_block, int64_t last_blo
                 store(sum + column, load(sum + column, chunk) + load(from + column, chunk), chunk);
             });
         }
-        for_chunks(width, [&](int64_t column, auto chunk, int) { store(to + column, load(sum + column, chunk), chunk); });
+        for_chunks(width, [&](int64_t column, auto chunk, int) {
+            store(to + column, load(sum + column, chunk), chunk);
+        });
     }
 }
 
@@ -129,7 +135,8 @@ void embed_layer_norm_forward(const EmbedLayerNormForward& op, int64_t first_row
 }
 
 void embed_layer_norm_backward(const EmbedLayerNormBackward& op, int64_t first_chunk, int64_t last_chunk) {
-    visit(op.sum.dtype, [&](auto element) { backward_chunks<decltype(element)>(op, first_chunk, last_chunk); });
+    visit(op.sum.dtype,
+          [&](auto element) { backward_chunks<decltype(element)>(op, first_chunk, last_chunk); });
 }
 
 void table_gradient(const TableGradient& op, int64_t first_block, int64_t last_block) {

@@ -4,7 +4,8 @@
 
 namespace vlk {
 
-// z = sum_c tables[c][ids[:, c]] + dense, in float; y = dropout(LN(z)). Tables, dense, y and gradients share `dtype`.
+// z = sum_c tables[c][ids[:, c]] + dense, in float; y = dropout(LN(z)).
+// Tables, dense, y and gradients share `dtype`.
 struct EmbeddingSum {
     Dtype dtype;
     int64_t width, rows, num_tables;
@@ -36,7 +37,7 @@ struct EmbedLayerNormBackward {
     float* partials;            // [num_chunks, 2, width]: dweight, dbias
 };
 
-// The gradient of a table: row v is the sum of the gradient's rows `order[first[v] : first[v + 1]]`, in that order.
+// The gradient of a table: row v is the sum of the rows order[first[v] : first[v + 1]] of dz, in that order.
 struct TableGradient {
     Dtype dtype;
     int64_t width;
@@ -46,13 +47,14 @@ struct TableGradient {
     void* table;
 };
 
-// A table's rows are cut into blocks of this many columns, so that tables of two rows occupy many threads too.
+// Table rows are cut into blocks of this many columns, so that tables of two rows occupy many threads too.
 constexpr int64_t table_block_columns = 128;
 
 }  // namespace vlk
 
 VLK_DECLARE_CPU(
     void embed_layer_norm_forward(const vlk::EmbedLayerNormForward& op, int64_t first_row, int64_t last_row);
-    void embed_layer_norm_backward(const vlk::EmbedLayerNormBackward& op, int64_t first_chunk, int64_t last_chunk);
+    void embed_layer_norm_backward(const vlk::EmbedLayerNormBackward& op, int64_t first_chunk,
+                                   int64_t last_chunk);
     void table_gradient(const vlk::TableGradient& op, int64_t first_block, int64_t last_block);
 )

@@ -5,9 +5,11 @@
 namespace vlk::VLK_ISA {
 namespace {
 
-// Writes the row of z, rounded as it is stored, and returns the sum of what was written: y is the LayerNorm of exactly that z.
+// Writes the row of z, rounded as it is stored, and returns the sum of what was written: y is the LayerNorm
+// of exactly that z.
 template <typename T>
-float write_sum_row(const LayerNormForward& op, const float* linear_bias, const DropoutRow& dropped, int64_t row, T* z) {
+float write_sum_row(const LayerNormForward& op, const float* linear_bias, const DropoutRow& dropped,
+                    int64_t row, T* z) {
     const T* x = static_cast<const T*>(op.x) + row * op.width;
     const T* residual = op.residual ? static_cast<const T*>(op.residual) + row * op.width : nullptr;
     const float scale = keep_scale(op.dropout) * (op.row_scale ? op.row_scale[row] : 1.0f);
@@ -25,17 +27,21 @@ float write_sum_row(const LayerNormForward& op, const float* linear_bias, const 
 
 template <typename T>
 void forward_rows(const LayerNormForward& op, int64_t first_row, int64_t last_row) {
-    const FloatParameter weight(op.weight, op.width), bias(op.bias, op.width), linear_bias(op.linear_bias, op.width);
+    const FloatParameter weight(op.weight, op.width), bias(op.bias, op.width),
+        linear_bias(op.linear_bias, op.width);
     DropoutRow dropped(op.dropout, op.width);
     const bool fused = is_fused(op);
-    Scratch<T> unkept(fused && !op.z ? op.width : 0);
+    const bool in_place = op.z && !op.stream_z;
+    Scratch<T> apart(fused && !in_place ? op.width : 0);
     for (int64_t row = first_row; row < last_row; ++row) {
         const T* z = static_cast<const T*>(op.x) + row * op.width;
         float sum;
         if (fused) {
             if (op.dropout.threshold) dropped.draw(row);
-            T* written = op.z ? static_cast<T*>(op.z) + row * op.width : unkept.get();
+            T* kept = op.z ? static_cast<T*>(op.z) + row * op.width : nullptr;
+            T* written = in_place ? kept : apart.get();
             sum = write_sum_row(op, linear_bias.get(), dropped, row, written);
+            if (op.stream_z) stream(kept, written, op.width * sizeof(T));
             z = written;
         } else {
             sum = row_sum(z, op.width);
@@ -45,15 +51,17 @@ void forward_rows(const LayerNormForward& op, int64_t first_row, int64_t last_ro
         op.rstd[row] = m.rstd;
         T* y = static_cast<T*>(op.y) + row * op.width;
         for_chunks(op.width, [&](int64_t column, auto chunk, int) {
-            store(y + column, normalised(load(z + column, chunk), m, weight.get(), bias.get(), column, chunk), chunk);
+            store(y + column, normalised(load(z + column, chunk), m, weight.get(), bias.get(), column, chunk),
+                  chunk);
         });
     }
+    if (op.stream_z) finish_streams();
 }
 
 // Writes the rows of dz and dx; adds dx to the partial row of dlinear_bias.
 template <typename T>
-void write_gradient_row(const LayerNormBackward& op, const float* weight, const DropoutRow& dropped, int64_t row, Projection p,
-                        float* dlinear_bias) {
+void write_gradient_row(const LayerNormBackward& op, const float* weight, const DropoutRow& dropped,
+                        int64_t row, Projection p, float* dlinear_bias) {
     const int64_t start = row * op.width;
     const T* dy = static_cast<const T*>(op.dy) + start;
     const T* z = static_cast<const T*>(op.z) + start;
@@ -63,7 +71,8 @@ void write_gradient_row(const LayerNormBackward& op, const float* weight, const 
     const Moments m{op.mean[row], op.rstd[row]};
     const float scale = keep_scale(op.dropout) * (op.row_scale ? op.row_scale[row] : 1.0f);
     for_chunks(op.width, [&](int64_t column, auto chunk, int) {
-        Floats gradient = norm_gradient(load(dy + column, chunk), load(z + column, chunk), m, p, weight, column, chunk);
+        Floats gradient =
+            norm_gradient(load(dy + column, chunk), load(z + column, chunk), m, p, weight, column, chunk);
         if (dsum) gradient += load(dsum + column, chunk);
         store(dz + column, gradient, chunk);
         if (dx) {

@@ -4,7 +4,8 @@
 
 namespace vlk {
 
-// z = residual + row_scale * dropout(x + linear_bias), y = LN(z). x, residual, z, y and their gradients share `dtype`.
+// z = residual + row_scale * dropout(x + linear_bias), y = LN(z).
+// x, residual, z, y and their gradients share `dtype`.
 struct LayerNormForward {
     Dtype dtype;
     int64_t width;
@@ -16,6 +17,7 @@ struct LayerNormForward {
     Dropout dropout;
     void* y;
     void* z;                  // null: not kept
+    bool stream_z;            // z is too large to be in a cache still when the backward reads it
     float* mean;
     float* rstd;
 };

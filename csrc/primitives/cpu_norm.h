@@ -1,5 +1,5 @@
-// The row code LayerNorm kernels share: moments, normalisation, its gradient, dropout bytes, column sums of the partial rows.
-// Include from *_cpu.cpp files only (see cpu_isa.h).
+// The row code LayerNorm kernels share: moments, normalisation, its gradient, dropout bytes, column sums of
+// the partial rows. Include from *_cpu.cpp files only (see cpu_isa.h).
 #pragma once
 #include "primitives/cpu_vector.h"
 #include "primitives/norm.h"
@@ -7,9 +7,12 @@
 
 namespace vlk::VLK_ISA {
 
-struct Moments { float mean, rstd; };
+struct Moments {
+    float mean, rstd;
+};
 
-// A parameter as floats: its own memory when it is float32 already, a converted copy otherwise, null when absent.
+// A parameter as floats: its own memory when it is float32 already, a converted copy otherwise, null when
+// absent.
 class FloatParameter {
   public:
     FloatParameter(Parameter parameter, int64_t width) : copy_(needs_copy(parameter) ? width : 0) {
@@ -24,12 +27,15 @@ class FloatParameter {
     const float* get() const { return values_; }
 
   private:
-    static bool needs_copy(Parameter parameter) { return parameter.data && parameter.dtype != Dtype::float32; }
+    static bool needs_copy(Parameter parameter) {
+        return parameter.data && parameter.dtype != Dtype::float32;
+    }
     Scratch<float> copy_;
     const float* values_;
 };
 
-// The dropout decisions of one row: a byte per column, drawn sixteen columns at a time, many draws side by side.
+// The dropout decisions of one row: a byte per column, drawn sixteen columns at a time, many draws side by
+// side.
 class DropoutRow {
   public:
     DropoutRow(const Dropout& dropout, int64_t width)
@@ -69,7 +75,8 @@ class DropoutRow {
 template <typename T>
 inline float row_sum(const T* row, int64_t width) {
     RowSum sum;
-    for_chunks(width, [&](int64_t column, auto chunk, int k) { sum.partial[k] += load(row + column, chunk); });
+    for_chunks(width,
+               [&](int64_t column, auto chunk, int k) { sum.partial[k] += load(row + column, chunk); });
     return sum.total();
 }
 
@@ -87,18 +94,23 @@ inline Moments moments(const T* row, float sum, int64_t width, float eps) {
 
 // (z - mean) * rstd * weight + bias of one chunk; weight and bias may be null.
 template <typename Chunk>
-inline Floats normalised(Floats z, Moments m, const float* weight, const float* bias, int64_t column, Chunk chunk) {
+inline Floats normalised(Floats z, Moments m, const float* weight, const float* bias, int64_t column,
+                         Chunk chunk) {
     Floats y = (z - m.mean) * m.rstd;
     if (weight) y *= load(weight + column, chunk);
     if (bias) y += load(bias + column, chunk);
     return y;
 }
 
-// The two row means the gradient of a LayerNorm needs; adds the row's share to the partial rows of dweight and dbias.
-struct Projection { float gradient, slope; };  // mean(g) and mean(g * xhat) of g = dy * weight
+// The two row means the gradient of a LayerNorm needs; adds the row's share to the partial rows of dweight
+// and dbias.
+struct Projection {
+    float gradient, slope;
+};  // mean(g) and mean(g * xhat) of g = dy * weight
 
 template <typename G, typename Z>
-inline Projection project(const G* dy, const Z* z, Moments m, const float* weight, float* dweight, float* dbias, int64_t width) {
+inline Projection project(const G* dy, const Z* z, Moments m, const float* weight, float* dweight,
+                          float* dbias, int64_t width) {
     RowSum gradient, slope;
     for_chunks(width, [&](int64_t column, auto chunk, int k) {
         const Floats upstream = load(dy + column, chunk);
@@ -114,7 +126,8 @@ inline Projection project(const G* dy, const Z* z, Moments m, const float* weigh
 
 // The gradient of one chunk of z.
 template <typename Chunk>
-inline Floats norm_gradient(Floats dy, Floats z, Moments m, Projection p, const float* weight, int64_t column, Chunk chunk) {
+inline Floats norm_gradient(Floats dy, Floats z, Moments m, Projection p, const float* weight, int64_t column,
+                            Chunk chunk) {
     const Floats g = weight ? dy * load(weight + column, chunk) : dy;
     const Floats xhat = (z - m.mean) * m.rstd;
     return (g - p.gradient - xhat * p.slope) * m.rstd;

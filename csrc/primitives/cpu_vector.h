@@ -1,13 +1,13 @@
-// One register of floats at a time, for the row kernels: GCC and Clang vector types at the width of the instruction set being
-// compiled, because reductions and dtype conversions written as plain loops come out several times slower.
-// Include from *_cpu.cpp files only (see cpu_isa.h).
+// One register of floats at a time, for the row kernels: GCC and Clang vector types at the width of the
+// instruction set being compiled, because reductions and dtype conversions written as plain loops come out
+// several times slower. Include from *_cpu.cpp files only (see cpu_isa.h).
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 #include "primitives/cpu_scalar.h"
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -28,8 +28,12 @@ typedef uint16_t Shorts __attribute__((vector_size(2 * lanes)));
 typedef uint8_t Bytes __attribute__((vector_size(lanes)));
 
 // How much of a register a chunk of a row fills.
-struct Whole { static constexpr int count = lanes; };
-struct Part { int count; };
+struct Whole {
+    static constexpr int count = lanes;
+};
+struct Part {
+    int count;
+};
 
 template <typename To, typename From>
 inline To cast_bits(From from) {
@@ -49,23 +53,37 @@ inline Vector load_as(const T* from) {
 // Compilers split these conversions into several shuffles, so x86 gets its instructions by name.
 #if defined(__AVX512F__)
 constexpr __mmask16 all_lanes = 0xffff;  // GCC 12 warns about the forms without a mask
-inline Words widen(Shorts from) { return cast_bits<Words>(_mm512_maskz_cvtepu16_epi32(all_lanes, cast_bits<__m256i>(from))); }
-inline Words widen(Bytes from) { return cast_bits<Words>(_mm512_maskz_cvtepu8_epi32(all_lanes, cast_bits<__m128i>(from))); }
-inline Shorts narrow(Words from) { return cast_bits<Shorts>(_mm512_maskz_cvtepi32_epi16(all_lanes, cast_bits<__m512i>(from))); }
-inline Floats float_of_half(Shorts from) { return cast_bits<Floats>(_mm512_maskz_cvtph_ps(all_lanes, cast_bits<__m256i>(from))); }
+inline Words widen(Shorts from) {
+    return cast_bits<Words>(_mm512_maskz_cvtepu16_epi32(all_lanes, cast_bits<__m256i>(from)));
+}
+inline Words widen(Bytes from) {
+    return cast_bits<Words>(_mm512_maskz_cvtepu8_epi32(all_lanes, cast_bits<__m128i>(from)));
+}
+inline Shorts narrow(Words from) {
+    return cast_bits<Shorts>(_mm512_maskz_cvtepi32_epi16(all_lanes, cast_bits<__m512i>(from)));
+}
+inline Floats float_of_half(Shorts from) {
+    return cast_bits<Floats>(_mm512_maskz_cvtph_ps(all_lanes, cast_bits<__m256i>(from)));
+}
 inline Shorts half_of_float(Floats from) {
-    return cast_bits<Shorts>(_mm512_maskz_cvtps_ph(all_lanes, cast_bits<__m512>(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return cast_bits<Shorts>(_mm512_maskz_cvtps_ph(all_lanes, cast_bits<__m512>(from),
+                                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__AVX2__)
 inline Words widen(Shorts from) { return cast_bits<Words>(_mm256_cvtepu16_epi32(cast_bits<__m128i>(from))); }
-inline Words widen(Bytes from) { return cast_bits<Words>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(cast_bits<int64_t>(from)))); }
+inline Words widen(Bytes from) {
+    return cast_bits<Words>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(cast_bits<int64_t>(from))));
+}
 inline Shorts narrow(Words from) {  // every word fits 16 bits
     const __m256i packed = _mm256_packus_epi32(cast_bits<__m256i>(from), _mm256_setzero_si256());
     return cast_bits<Shorts>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
-inline Floats float_of_half(Shorts from) { return cast_bits<Floats>(_mm256_cvtph_ps(cast_bits<__m128i>(from))); }
+inline Floats float_of_half(Shorts from) {
+    return cast_bits<Floats>(_mm256_cvtph_ps(cast_bits<__m128i>(from)));
+}
 inline Shorts half_of_float(Floats from) {
-    return cast_bits<Shorts>(_mm256_cvtps_ph(cast_bits<__m256>(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return cast_bits<Shorts>(
+        _mm256_cvtps_ph(cast_bits<__m256>(from), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
 inline Words widen(Shorts from) { return __builtin_convertvector(from, Words); }
@@ -131,7 +149,8 @@ inline Floats store(T* to, Floats value, Part part) {
     return zero_past_end(stored, part);
 }
 
-// body(column, chunk, k) over a row; k = 0..3 is a constant in the unrolled loop, so that sums can run in four registers.
+// body(column, chunk, k) over a row; k = 0..3 is a constant in the unrolled loop, so that sums can run in
+// four registers.
 template <typename Body>
 inline void for_chunks(int64_t width, const Body& body) {
     int64_t column = 0;
@@ -157,18 +176,51 @@ struct RowSum {
     }
 };
 
-// Memory of one kernel call on one thread, with room for a whole register past the end.
+constexpr int64_t stream_alignment = 64;
+
+// Copies past the caches, which saves reading the target first. Both sides are aligned to `stream_alignment`,
+// bytes is a multiple of it; finish_streams() makes the copies visible to other threads.
+inline void stream(void* to, const void* from, int64_t bytes) {
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+    typedef __m512i Line;
+    const auto write = [](Line* target, Line value) { _mm512_stream_si512(target, value); };
+#elif defined(__AVX2__)
+    typedef __m256i Line;
+    const auto write = [](Line* target, Line value) { _mm256_stream_si256(target, value); };
+#else
+    typedef __m128i Line;
+    const auto write = [](Line* target, Line value) { _mm_stream_si128(target, value); };
+#endif
+    for (int64_t line = 0; line < bytes / static_cast<int64_t>(sizeof(Line)); ++line) {
+        write(static_cast<Line*>(to) + line, static_cast<const Line*>(from)[line]);
+    }
+#else
+    std::memcpy(to, from, bytes);
+#endif
+}
+
+inline void finish_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+// Memory of one kernel call on one thread, aligned for streams, with room for a register past the end.
 template <typename T>
 class Scratch {
   public:
-    explicit Scratch(int64_t count) : data_(count > 0 ? static_cast<T*>(__builtin_malloc(count * sizeof(T) + sizeof(Floats))) : nullptr) {}
-    ~Scratch() { __builtin_free(data_); }
+    explicit Scratch(int64_t count)
+        : memory_(count > 0 ? __builtin_malloc(count * sizeof(T) + 128) : nullptr) {}
+    ~Scratch() { __builtin_free(memory_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
-    T* get() const { return data_; }
+    T* get() const {
+        return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
+    }
 
   private:
-    T* data_;
+    void* memory_;
 };
 
 }  // namespace vlk::VLK_ISA

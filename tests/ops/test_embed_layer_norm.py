@@ -7,7 +7,9 @@ import vlkernels as vk
 from vlkernels.core import native
 from vlkernels.core.random import dropout_scale, keep_mask
 
-needs_kernel = pytest.mark.skipif(native.missing("embed_layer_norm_forward", "CPU") is not None, reason="no compiled library")
+needs_kernel = pytest.mark.skipif(
+    native.missing("embed_layer_norm_forward", "CPU") is not None, reason="no compiled library"
+)
 IMPLS = ["reference", pytest.param("cpp", marks=needs_kernel)]
 
 
@@ -37,7 +39,9 @@ def test_a_token_that_fills_the_batch_loses_nothing_in_half_precision():
     y = vk.embed_layer_norm(ids, [table], None, eps=1e-5, impl="cpp")
     cotangent = torch.randn(width).expand(rows, width).bfloat16()
     (gradient,) = torch.autograd.grad(y, table, cotangent)
-    one = torch.autograd.grad(vk.embed_layer_norm(ids[:1], [table], None, eps=1e-5, impl="cpp"), table, cotangent[:1])[0]
+    one = torch.autograd.grad(
+        vk.embed_layer_norm(ids[:1], [table], None, eps=1e-5, impl="cpp"), table, cotangent[:1]
+    )[0]
     torch.testing.assert_close(gradient[0].float(), rows * one[0].float(), rtol=0.005, atol=0)
     assert not gradient[1:].any()
 
@@ -79,25 +83,40 @@ def test_compiles_without_a_graph_break():
         traced, eager = (f(ids, tables, weight, vk.Rng(2)) for f in (compiled, embed))
         torch.testing.assert_close(traced, eager)
         wanted = (*tables, weight)
-        torch.testing.assert_close(torch.autograd.grad(traced.sum(), wanted), torch.autograd.grad(eager.sum(), wanted))
+        torch.testing.assert_close(
+            torch.autograd.grad(traced.sum(), wanted), torch.autograd.grad(eager.sum(), wanted)
+        )
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"ids": torch.tensor([[3, 0], [4, 1]])}, r"ids\[:, 0\] \(rows of tables\[0\], or -1\) must lie in \[-1, 4\), got values from 3 to 4"),
-        ({"ids": torch.tensor([[0, -2], [1, 1]])}, r"ids\[:, 1\] .* must lie in \[-1, 2\), got values from -2 to 1"),
+        (
+            {"ids": torch.tensor([[3, 0], [4, 1]])},
+            r"ids\[:, 0\] \(rows of tables\[0\], or -1\) must lie in \[-1, 4\), got values from 3 to 4",
+        ),
+        (
+            {"ids": torch.tensor([[0, -2], [1, 1]])},
+            r"ids\[:, 1\] .* must lie in \[-1, 2\), got values from -2 to 1",
+        ),
         ({"ids": torch.tensor([[0], [1]])}, r"ids must be \[T, C\] = \[2, 2\], got \[2, 1\]"),
         ({"ids": None}, r"2 tables need ids \[T, 2\], got None"),
         ({"ids": torch.zeros(2, 2)}, "ids must be one of int64, int32, got float32"),
         ({"ids": None, "tables": []}, "nothing to embed"),
-        ({"tables": [torch.ones(4, 8), torch.ones(2, 9)]}, r"tables\[1\] must be \[V, D\] = \[any, 8\], got \[2, 9\]"),
+        (
+            {"tables": [torch.ones(4, 8), torch.ones(2, 9)]},
+            r"tables\[1\] must be \[V, D\] = \[any, 8\], got \[2, 9\]",
+        ),
         ({"dense": torch.ones(3, 8)}, r"dense must be \[T, D\] = \[2, 8\], got \[3, 8\]"),
         ({"layout": vk.SegmentLayout([[5]])}, "must have layout.num_tokens = 5 rows, got 2"),
     ],
 )
 def test_errors_name_the_argument_and_the_values(change, message):
-    arguments = {"ids": torch.tensor([[0, 0], [3, 1]]), "tables": [torch.ones(4, 8), torch.ones(2, 8)], "weight": None} | change
+    arguments = {
+        "ids": torch.tensor([[0, 0], [3, 1]]),
+        "tables": [torch.ones(4, 8), torch.ones(2, 8)],
+        "weight": None,
+    } | change
     with pytest.raises(ValueError, match=message):
         vk.embed_layer_norm(**arguments)
 
@@ -105,6 +124,17 @@ def test_errors_name_the_argument_and_the_values(change, message):
 @needs_kernel
 def test_the_kernel_itself_refuses_an_id_past_the_table():
     """Compiled graphs skip the checks of values, and must not read foreign memory."""
-    arguments = (torch.tensor([[7]], dtype=torch.int32), [torch.ones(4, 8)], None, None, None, None, None, 0, 0, 1e-5)
+    arguments = (
+        torch.tensor([[7]], dtype=torch.int32),
+        [torch.ones(4, 8)],
+        None,
+        None,
+        None,
+        None,
+        None,
+        0,
+        0,
+        1e-5,
+    )
     with pytest.raises(RuntimeError, match=r"ids\[:, 0\] must be below 4, got 7"):
         torch.ops.vlkernels.embed_layer_norm_forward(*arguments)

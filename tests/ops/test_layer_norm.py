@@ -10,12 +10,16 @@ from vlkernels.core.random import dropout_scale, keep_mask
 from vlkernels.ops.layer_norm.functional import FEWEST_ELEMENTS_TO_TRAIN
 from vlkernels.testing.error_rule import assert_close
 
-needs_kernel = pytest.mark.skipif(native.missing("layer_norm_forward", "CPU") is not None, reason="no compiled library")
+needs_kernel = pytest.mark.skipif(
+    native.missing("layer_norm_forward", "CPU") is not None, reason="no compiled library"
+)
 IMPLS = ["reference", pytest.param("cpp", marks=needs_kernel)]
 
 
 def grads(loss_output, *inputs, retain=True):
-    cotangent = torch.randn(loss_output.shape, generator=torch.Generator().manual_seed(1)).to(loss_output.dtype)
+    cotangent = torch.randn(loss_output.shape, generator=torch.Generator().manual_seed(1)).to(
+        loss_output.dtype
+    )
     return torch.autograd.grad(loss_output, inputs, cotangent, retain_graph=retain)
 
 
@@ -41,7 +45,9 @@ def test_dropout_follows_the_sample_and_not_its_place(impl):
     one = vk.SegmentLayout([[5], [7]], sample_ids=[40, 50])
     other = vk.SegmentLayout([[7], [5]], sample_ids=[50, 40])
     first, second = (
-        vk.layer_norm(x, None, None, dropout_p=0.5, rng=vk.Rng(1), layout=layout, return_sum=True, impl=impl)[1]
+        vk.layer_norm(x, None, None, dropout_p=0.5, rng=vk.Rng(1), layout=layout, return_sum=True, impl=impl)[
+            1
+        ]
         for layout in (one, other)
     )
     torch.testing.assert_close(first[:5], second[7:], rtol=0, atol=0)
@@ -55,9 +61,13 @@ def test_any_width(width):
     options = {"residual": residual, "dropout_p": 0.2, "rng": vk.Rng(3)}
     outputs = [vk.layer_norm(x, weight, bias, impl=impl, **options) for impl in ("cpp", "reference")]
     wide = [t.double().detach().requires_grad_() for t in (x, residual, weight, bias)]
-    truth = vk.layer_norm(wide[0], *wide[2:], residual=wide[1], dropout_p=0.2, rng=vk.Rng(3), impl="reference")
+    truth = vk.layer_norm(
+        wide[0], *wide[2:], residual=wide[1], dropout_p=0.2, rng=vk.Rng(3), impl="reference"
+    )
     assert_close("y", outputs[0], outputs[1], truth)
-    all_grads = [grads(output, x, residual, weight, bias) for output in outputs] + [grads(truth.float(), *wide)]
+    all_grads = [grads(output, x, residual, weight, bias) for output in outputs] + [
+        grads(truth.float(), *wide)
+    ]
     for mine, eager, true in zip(*all_grads):
         assert_close("gradient", mine, eager, true)
 
@@ -90,7 +100,9 @@ def test_every_instruction_set(dtype):
             torch.ops.vlkernels.limit_cpu_isa(isa)
             y = vk.layer_norm(x, weight, None, **options, impl="cpp")
             assert_close(isa, y, eager, truth)
-            for mine, plain, true in zip(grads(y, x, weight), grads(eager, x, weight), grads(truth.to(dtype), wide[0], wide[2])):
+            for mine, plain, true in zip(
+                grads(y, x, weight), grads(eager, x, weight), grads(truth.to(dtype), wide[0], wide[2])
+            ):
                 assert_close(f"gradient, {isa}", mine, plain, true)
     finally:
         torch.ops.vlkernels.limit_cpu_isa("avx512")
@@ -99,12 +111,21 @@ def test_every_instruction_set(dtype):
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_rounding_is_pytorchs(dtype):
-    """The stored sum equals PyTorch's addition bit for bit: ties, subnormals, overflow, infinities and NaN."""
+    """The stored sum is PyTorch's addition bit for bit: ties, subnormals, overflow, infinities and NaN."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 64)
     for shift in (1, 1023, 30000):
         other = bits.flatten().roll(shift).view(-1, 64).contiguous()
         _, z = vk.layer_norm(bits, None, None, residual=other, return_sum=True, impl="cpp")
         torch.testing.assert_close(z, other + bits, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernel
+def test_a_sum_larger_than_the_caches():
+    """Such a sum is written past the caches, by another road."""
+    x, residual = torch.randn(66_000, 64), torch.randn(66_000, 64)
+    y, z = vk.layer_norm(x, None, None, residual=residual, return_sum=True, impl="cpp")
+    torch.testing.assert_close(z, x + residual, rtol=0, atol=0)
+    torch.testing.assert_close(y, F.layer_norm(z, (64,)))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -198,7 +219,9 @@ def test_module_replaces_pytorchs(shape, options):
     mine.load_state_dict(theirs.state_dict())
     (x,) = leaves((5, *shape))
     torch.testing.assert_close(mine(x), theirs(x))
-    torch.testing.assert_close(grads(mine(x), x, *mine.parameters()), grads(theirs(x), x, *theirs.parameters()))
+    torch.testing.assert_close(
+        grads(mine(x), x, *mine.parameters()), grads(theirs(x), x, *theirs.parameters())
+    )
     y, z = mine(x, residual=x, return_sum=True)
     torch.testing.assert_close((y, z), (theirs(x + x), x + x))
     assert repr(mine) == repr(theirs).replace("LayerNorm", "FusedLayerNorm")

@@ -61,36 +61,55 @@ def embed_layer_norm(
         >>> torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (32,), weight, bias))
 
     Args:
-        ids: ``[T, C]`` int32 or int64, a column per table; -1: that table adds nothing to the row. ``None`` without tables.
-        tables: C tensors ``[V_c, D]`` of one dtype: float32, bfloat16 or float16 (float64 on the reference). May be empty.
+        ids: ``[T, C]`` int32 or int64, a column per table; -1: that table adds nothing to the row. ``None``
+            without tables.
+        tables: C tensors ``[V_c, D]`` of one dtype: float32, bfloat16 or float16 (float64 on the reference).
+            May be empty.
         weight, bias: ``[D]`` in the dtype of the tables or float32, or ``None`` (one and zero).
         dense: ``[T, D]`` in the dtype of the tables: projected patches or regions, rows of zeros elsewhere.
         eps: added to the variance.
-        dropout_p: probability that an element is dropped after the norm, as in BERT; rounded to 1/256. No mask is stored.
-        layout: the rows are its tokens; dropout is keyed by sample id and position in the sample. Without it by sample 0 and
-            the index of the row.
-        rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the backward.
+        dropout_p: probability that an element is dropped after the norm, as in BERT; rounded to 1/256. No
+            mask is stored.
+        layout: the rows are its tokens; dropout is keyed by sample id and position in the sample. Without it
+            by sample 0 and the index of the row.
+        rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the
+            backward.
         stream: constant of this call site: different streams drop different elements.
         impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
-        ``[T, D]`` in the dtype of the tables. The sum, the statistics (two-pass variance) and the norm are float32.
+        ``[T, D]`` in the dtype of the tables. The sum, the statistics (two-pass variance) and the norm are
+        float32.
 
-    Gradients to the tables (dense), ``dense``, ``weight`` and ``bias``, the same bits in every run and for any number of
-    threads: every row of a table adds its tokens in packed order, in float32. The sum is not kept but built again, so the
-    backward stores mean and 1/sigma only; it has no derivative of its own except on the reference.
+    Gradients to the tables (dense), ``dense``, ``weight`` and ``bias``, the same bits in every run and for
+    any number of threads: every row of a table adds its tokens in packed order, in float32. The sum is not
+    kept but built again, so the backward stores mean and 1/sigma only; it has no derivative of its own except
+    on the reference.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; on the CPU an id outside [-1, V_c).
 
-    Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018 (the embedding layer).
+    Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018 (the embedding
+    layer).
     """
     tables = list(tables)
     _check(ids, tables, weight, bias, dense, dropout_p, layout)
     like = tables[0] if tables else dense
-    if dispatch.resolve("embed_layer_norm", impl, IMPLEMENTATIONS, like.device, {"dtype": like.dtype}) == "reference":
+    if (
+        dispatch.resolve("embed_layer_norm", impl, IMPLEMENTATIONS, like.device, {"dtype": like.dtype})
+        == "reference"
+    ):
         return reference.embed_layer_norm(
-            ids, tables, weight, bias=bias, dense=dense, eps=eps, dropout_p=dropout_p, layout=layout, rng=rng, stream=stream
+            ids,
+            tables,
+            weight,
+            bias=bias,
+            dense=dense,
+            eps=eps,
+            dropout_p=dropout_p,
+            layout=layout,
+            rng=rng,
+            stream=stream,
         )
     threshold = dropout_threshold(dropout_p)
     return _differentiable(
@@ -139,14 +158,16 @@ def _check(
     named = {f"tables[{c}]": table for c, table in enumerate(tables)}
     checks.check_same_device(**named, ids=ids if tables else None, dense=dense, weight=weight, bias=bias)
     for c in _suspicious_columns(ids, tables):
-        checks.check_values_between(f"ids[:, {c}] (rows of tables[{c}], or -1)", ids[:, c], -1, tables[c].shape[0])
+        checks.check_values_between(
+            f"ids[:, {c}] (rows of tables[{c}], or -1)", ids[:, c], -1, tables[c].shape[0]
+        )
     checks.check_probability("dropout_p", dropout_p)
     if layout is not None and rows != layout.num_tokens:
         raise ValueError(f"ids and dense must have layout.num_tokens = {layout.num_tokens} rows, got {rows}")
 
 
 def _suspicious_columns(ids: Tensor | None, tables: list[Tensor]) -> Sequence[int]:
-    """The columns of ``ids`` whose values must be looked at one by one: on the CPU one pass clears them all."""
+    """The columns of ``ids`` to be looked at one by one: on the CPU one pass clears them all."""
     if not tables or ids.numel() == 0 or torch.compiler.is_compiling():
         return ()
     if ids.device.type != "cpu":
@@ -173,20 +194,30 @@ def _forward_fake(
     return like.new_empty((rows, like.shape[1])), mean, torch.empty_like(mean)
 
 
-def _backward_fake(dy: Tensor, mean: Tensor, rstd: Tensor, ids: Tensor | None, tables: list[Tensor], dense: Tensor | None,
-                   weight: Tensor | None, bias: Tensor | None, *_: Any) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward_fake(
+    dy: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    ids: Tensor | None,
+    tables: list[Tensor],
+    dense: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     sums = (mean.new_empty((0,)) if p is None else torch.empty_like(p) for p in (weight, bias))
     return torch.empty_like(dy), *sums
 
 
 _forward = library.define(
-    "embed_layer_norm_forward(Tensor? ids, Tensor[] tables, Tensor? dense, Tensor? weight, Tensor? bias, Tensor? rng_state, "
-    "Tensor? keys, SymInt stream, int threshold, float eps) -> (Tensor, Tensor, Tensor)",
+    "embed_layer_norm_forward(Tensor? ids, Tensor[] tables, Tensor? dense, Tensor? weight, Tensor? bias, "
+    "Tensor? rng_state, Tensor? keys, SymInt stream, int threshold, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
 )
 _backward = library.define_backward(
-    "embed_layer_norm_backward(Tensor dy, Tensor mean, Tensor rstd, Tensor? ids, Tensor[] tables, Tensor? dense, Tensor? weight, "
-    "Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, int threshold) -> (Tensor, Tensor, Tensor)",
+    "embed_layer_norm_backward(Tensor dy, Tensor mean, Tensor rstd, Tensor? ids, Tensor[] tables, "
+    "Tensor? dense, Tensor? weight, Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, "
+    "int threshold) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
 _table_gradient = library.define_backward(
@@ -206,7 +237,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     mean, rstd, ids, dense, weight, bias, rng_state, keys, *tables = ctx.saved_tensors
     dz, dweight, dbias = _backward(
-        dy.contiguous(), mean, rstd, ids, tables, dense, weight, bias, rng_state, keys, ctx.stream, ctx.threshold
+        dy.contiguous(),
+        mean,
+        rstd,
+        ids,
+        tables,
+        dense,
+        weight,
+        bias,
+        rng_state,
+        keys,
+        ctx.stream,
+        ctx.threshold,
     )
     _, wants_tables, wants_dense, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     dtables = [

@@ -28,7 +28,7 @@ def _bert(fill: InputMaker) -> Arguments:
 
 
 def _mixed(fill: InputMaker) -> Arguments:
-    """Text rows and region rows in one stream: ids are -1 where a term is absent; dropout keyed by the layout."""
+    """Text and region rows in one stream: ids are -1 where a term is absent; the layout keys the dropout."""
     layout = fill.layout([[5, 3], [0, 7], [4, 0]], capacity=24, sample_ids=[11, 3, 500])
     sizes, width = (20, 9), 77
     return {
@@ -45,8 +45,15 @@ def _mixed(fill: InputMaker) -> Arguments:
 
 
 def _dense_only(fill: InputMaker) -> Arguments:
-    return {"ids": None, "tables": [], "weight": fill.normal(130), "dense": fill.normal(9, 130), "eps": 1e-6, "dropout_p": 0.1,
-            "rng": fill.rng()}  # fmt: skip
+    return {
+        "ids": None,
+        "tables": [],
+        "weight": fill.normal(130),
+        "dense": fill.normal(9, 130),
+        "eps": 1e-6,
+        "dropout_p": 0.1,
+        "rng": fill.rng(),
+    }
 
 
 def _frozen_table(fill: InputMaker) -> Arguments:
@@ -58,12 +65,20 @@ def _benchmark(rows: int, width: int, **options: float) -> Callable[[InputMaker]
     def make(fill: InputMaker) -> Arguments:
         sizes = (30522, 512, 2)
         tables = [fill.normal(size, width) for size in sizes]
-        return {"ids": _ids(fill, rows, sizes), "tables": tables, "weight": fill.normal(width), "bias": fill.normal(width), **options}
+        return {
+            "ids": _ids(fill, rows, sizes),
+            "tables": tables,
+            "weight": fill.normal(width),
+            "bias": fill.normal(width),
+            **options,
+        }
 
     return make
 
 
-def _eager(ids: Tensor, tables: Sequence[Tensor], weight: Tensor, bias: Tensor, dropout_p: float = 0.0, **_: Any) -> Tensor:
+def _eager(
+    ids: Tensor, tables: Sequence[Tensor], weight: Tensor, bias: Tensor, dropout_p: float = 0.0, **_: Any
+) -> Tensor:
     """The same in plain PyTorch, with PyTorch's own dropout."""
     z = sum(F.embedding(ids[:, c], table) for c, table in enumerate(tables))
     return F.dropout(F.layer_norm(z, z.shape[1:], weight, bias, 1e-12), dropout_p)

@@ -15,7 +15,7 @@ from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
 from vlkernels.ops.layer_norm import reference
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Below this many elements the host time of a training call through Python outweighs what the kernel saves (MATH.md).
+# Below this many elements the host time of a training call outweighs what the kernel saves (MATH.md).
 FEWEST_ELEMENTS_TO_TRAIN = 200_000
 
 
@@ -70,25 +70,28 @@ def layer_norm(
         eps: added to the variance.
         residual: like ``x``.
         linear_bias: ``[D]``, the bias of the projection that made ``x``, in the dtype of ``x`` or float32.
-        dropout_p: probability that an element of ``x + linear_bias`` is dropped, rounded to 1/256; kept ones are scaled so
-            that the expectation stays. No mask is stored: the backward draws it again.
+        dropout_p: probability that an element of ``x + linear_bias`` is dropped, rounded to 1/256; kept ones
+            are scaled so that the expectation stays. No mask is stored: the backward draws it again.
         row_scale: ``[...]`` or ``[rows]``, a constant factor per row (stochastic depth). It gets no gradient.
-        rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the backward.
+        rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the
+            backward.
         stream: constant of this call site: different streams drop different elements.
-        layout: the rows of ``x`` are its tokens; dropout is then keyed by sample id and position in the sample. Without it by
-            sample 0 and the index of the row.
+        layout: the rows of ``x`` are its tokens; dropout is then keyed by sample id and position in the
+            sample. Without it by sample 0 and the index of the row.
         return_sum: also return ``z``; its gradient adds to that of the norm.
         impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``y`` like ``x``, or ``(y, z)``. ``y`` is the LayerNorm of ``z`` as rounded to the dtype of ``x``.
 
-    Gradients to ``x``, ``residual``, ``linear_bias``, ``weight`` and ``bias``, the same bits in every run and for any number
-    of threads. Statistics and sums over rows are float32 (two-pass variance). The backward keeps ``z`` (``x`` when nothing is
-    fused), mean and 1/sigma, and has no derivative of its own except on the reference.
+    Gradients to ``x``, ``residual``, ``linear_bias``, ``weight`` and ``bias``, the same bits in every run and
+    for any number of threads. Statistics and sums over rows are float32 (two-pass variance). The backward
+    keeps ``z`` (``x`` when nothing is fused), mean and 1/sigma, and has no derivative of its own except on
+    the reference.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; ``dropout_p`` outside [0, 1); ``row_scale`` requiring a gradient.
+        ValueError: shapes, dtypes or devices that do not fit; ``dropout_p`` outside [0, 1); ``row_scale``
+            requiring a gradient.
 
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
@@ -97,9 +100,19 @@ def layer_norm(
     facts = {"dtype": x.dtype, "too_few": impl == "auto" and barely_fused and _too_few_to_train(x)}
     if dispatch.resolve("layer_norm", impl, IMPLEMENTATIONS, x.device, facts) == "reference":
         return reference.layer_norm(
-            x, weight, bias, eps=eps, residual=residual, linear_bias=linear_bias, dropout_p=dropout_p, row_scale=row_scale,
-            rng=rng, stream=stream, layout=layout, return_sum=return_sum,
-        )  # fmt: skip
+            x,
+            weight,
+            bias,
+            eps=eps,
+            residual=residual,
+            linear_bias=linear_bias,
+            dropout_p=dropout_p,
+            row_scale=row_scale,
+            rng=rng,
+            stream=stream,
+            layout=layout,
+            return_sum=return_sum,
+        )
     threshold = dropout_threshold(dropout_p)
     y, z, _, _ = _differentiable(
         x.contiguous(),
@@ -126,7 +139,9 @@ def _too_few_to_train(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() < FEWEST_ELEMENTS_TO_TRAIN
 
 
-def _fused(residual: Tensor | None, linear_bias: Tensor | None, row_scale: Tensor | None, threshold: int) -> bool:
+def _fused(
+    residual: Tensor | None, linear_bias: Tensor | None, row_scale: Tensor | None, threshold: int
+) -> bool:
     return residual is not None or linear_bias is not None or row_scale is not None or threshold > 0
 
 
@@ -191,7 +206,12 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kept = keep_sum and _fused(residual, linear_bias, row_scale, threshold)
     statistics = x.new_empty((x.shape[:-1].numel(),), dtype=torch.float32)
-    return torch.empty_like(x), torch.empty_like(x) if kept else x.new_empty((0,)), statistics, torch.empty_like(statistics)
+    return (
+        torch.empty_like(x),
+        torch.empty_like(x) if kept else x.new_empty((0,)),
+        statistics,
+        torch.empty_like(statistics),
+    )
 
 
 def _backward_fake(
@@ -210,19 +230,23 @@ def _backward_fake(
     threshold: int,
 ) -> tuple[Tensor, ...]:
     dx_differs = row_scale is not None or threshold > 0
-    sums = (z.new_empty((0,), dtype=torch.float32) if p is None else torch.empty_like(p) for p in (weight, bias, linear_bias))
+    sums = (
+        z.new_empty((0,), dtype=torch.float32) if p is None else torch.empty_like(p)
+        for p in (weight, bias, linear_bias)
+    )
     return torch.empty_like(z), torch.empty_like(z) if dx_differs else z.new_empty((0,)), *sums
 
 
 _forward = library.define(
-    "layer_norm_forward(Tensor x, Tensor? residual, Tensor? linear_bias, Tensor? row_scale, Tensor? weight, Tensor? bias, "
-    "Tensor? rng_state, Tensor? keys, SymInt stream, int threshold, float eps, bool keep_sum) -> (Tensor, Tensor, Tensor, Tensor)",
+    "layer_norm_forward(Tensor x, Tensor? residual, Tensor? linear_bias, Tensor? row_scale, Tensor? weight, "
+    "Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, int threshold, float eps, bool keep_sum) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_forward_fake,
 )
 _backward = library.define_backward(
-    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor z, Tensor mean, Tensor rstd, Tensor? linear_bias, Tensor? row_scale, "
-    "Tensor? weight, Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, int threshold) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor z, Tensor mean, Tensor rstd, Tensor? linear_bias, "
+    "Tensor? row_scale, Tensor? weight, Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, "
+    "int threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
 
@@ -239,9 +263,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     z, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys = ctx.saved_tensors
     dy = torch.zeros_like(z) if dy is None else dy.contiguous()
-    dsum = dsum.contiguous() if dsum is not None and dsum.shape == z.shape else None  # without a sum: an empty tensor's
+    dsum = (
+        dsum.contiguous() if dsum is not None and dsum.shape == z.shape else None
+    )  # without a sum: an empty tensor's
     dz, dx, dweight, dbias, dlinear_bias = _backward(
-        dy, dsum, z, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys, ctx.stream, ctx.threshold
+        dy,
+        dsum,
+        z,
+        mean,
+        rstd,
+        linear_bias,
+        row_scale,
+        weight,
+        bias,
+        rng_state,
+        keys,
+        ctx.stream,
+        ctx.threshold,
     )
     wants = ctx.needs_input_grad
     return (

@@ -11,7 +11,7 @@ from vlkernels.ops.layer_norm.functional import layer_norm
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` (constructor, state dict, autocast) whose call also takes what :func:`vk.layer_norm` fuses.
+    """``nn.LayerNorm`` (constructor, state dict, autocast); its call also takes what ``vk.layer_norm`` fuses.
 
     Example::
 
@@ -21,7 +21,7 @@ class FusedLayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: Tensor, **fused: Any) -> Tensor | tuple[Tensor, Tensor]:
-        """LayerNorm over the dimensions of ``normalized_shape``; ``fused`` are the keyword arguments of ``layer_norm``."""
+        """LayerNorm over ``normalized_shape``; ``fused`` are the keyword arguments of ``vk.layer_norm``."""
         shape = self.normalized_shape
         if x.shape[-len(shape) :] != shape:
             raise ValueError(f"x must be [..., {', '.join(map(str, shape))}], got {list(x.shape)}")
@@ -29,8 +29,10 @@ class FusedLayerNorm(nn.LayerNorm):
         x = _as_autocast_does({"x": x})["x"]
         if len(shape) == 1:
             return layer_norm(x, self.weight, self.bias, **fused)
-        flat = {name: _flatten(value, len(shape)) if name in ("x", "residual", "linear_bias") else value
-                for name, value in {"x": x, **fused}.items()}  # fmt: skip
+        flat = {
+            name: _flatten(value, len(shape)) if name in ("x", "residual", "linear_bias") else value
+            for name, value in {"x": x, **fused}.items()
+        }
         weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
         output = layer_norm(weight=weight, bias=bias, **flat)
         return tuple(t.view(x.shape) for t in output) if isinstance(output, tuple) else output.view(x.shape)
@@ -45,6 +47,8 @@ def _as_autocast_does(arguments: dict[str, Any]) -> dict[str, Any]:
     if not torch.is_autocast_enabled("cuda"):
         return arguments
     return {
-        name: value.float() if isinstance(value, Tensor) and value.is_cuda and value.is_floating_point() else value
+        name: value.float()
+        if isinstance(value, Tensor) and value.is_cuda and value.is_floating_point()
+        else value
         for name, value in arguments.items()
     }
