@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from engine.config import Config
 from engine.data import ImageTransform, Tokenizer, image_transform, load_tokenizer
@@ -34,7 +35,7 @@ def export(folder: str | Path, model: VisionLanguageModel, config: Config, token
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drafts = {name: folder / f"{name}.draft" for name in (WEIGHTS, CONFIG, TOKENIZER)}
-    save_model(model, str(drafts[WEIGHTS]))
+    save_file(distinct_tensors(model), str(drafts[WEIGHTS]))
     drafts[CONFIG].write_text(json.dumps(config.as_dict(), indent=1) + "\n")
     tokenizer.save(drafts[TOKENIZER])
     for name, draft in drafts.items():
@@ -50,8 +51,20 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
     config = rebuild(Config, json.loads((folder / CONFIG).read_text()))
     tokenizer = load_tokenizer(folder / TOKENIZER)
     model = build_model(config, tokenizer.vocab_size)
-    load_model(model, str(folder / WEIGHTS))
+    weights, wanted = load_file(folder / WEIGHTS), distinct_tensors(model)
+    differing = sorted(weights.keys() ^ wanted.keys())
+    if differing:
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model of {CONFIG}: {', '.join(differing)}")
+    model.load_state_dict(weights, strict=False)
     return Loaded(model.to(device).eval(), tokenizer, image_transform(config))
+
+
+def distinct_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """The model's tensors by name, tied ones once. Copies: DeepSpeed keeps weights as views of one flat buffer."""
+    distinct: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        distinct.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), (name, tensor))
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in distinct.values()}
 
 
 def rebuild(section: type[Section], values: dict[str, Any]) -> Section:

@@ -27,6 +27,7 @@ from engine.data import (
     training_stream,
 )
 from engine.evaluation import describe, evaluate
+from engine.export import export
 from engine.models import build_model
 from engine.objectives import PretrainingModule, build_objectives
 from engine.training import zero
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         interruption = trainer.train(stream)
         if progress.step == config.train.total_steps:
+            export_model(config, ranks, engine, tokenizer)
             results = evaluation(sheet=Path(config.folder) / "retrievals.png")
             telemetry.finished(progress, results, describe(results))
         else:
@@ -115,6 +117,14 @@ def held_out_evaluation(
         return results
 
     return evaluation
+
+
+def export_model(config: Config, ranks: zero.Ranks, engine: zero.Engine, tokenizer: Tokenizer) -> None:
+    """Write what `engine.load` reads beside the checkpoints; on every rank."""
+    with engine.whole_module() as module:
+        if ranks.is_main:
+            export(config.folder, module.model, config, tokenizer)
+    ranks.barrier()
 
 
 def opening_line(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from random_batch import GRID, PATCH, random_batch, small_config, small_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Model
 from tokenizers import models, pre_tokenizers
 
@@ -158,6 +159,28 @@ def test_a_run_folder_loads_back(tmp_path):
     patches, positions = transform(Image.new("RGB", (20, 20), "white"))
     assert patches.shape[1] == 3 * PATCH**2 and positions.shape == (len(patches), 2)
     assert rebuild(Config, json.loads((tmp_path / "config.json").read_text())) == config
+
+
+def test_views_of_one_buffer_and_tied_weights_are_written_once(tmp_path):
+    """As ZeRO keeps them; and the masked-language decoder tied to itself under a second name."""
+    model, config = small_model(), make_config()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(flat, model.parameters())
+    model.tied = model.masked_language_head.transform
+    export(tmp_path, model, config, make_tokenizer())
+    assert load_file(tmp_path / "model.safetensors").keys() == expected.keys()
+    for name, tensor in engine.load(tmp_path).model.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    export(tmp_path, small_model(), make_config(), make_tokenizer())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["surplus"] = weights.pop("logit_scale")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit the model of config.json: logit_scale, surplus"):
+        engine.load(tmp_path)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
