@@ -51,8 +51,8 @@ def embed_layer_norm(
 ) -> Tensor:
     """``y = dropout(LN(sum_c tables[c][ids[:, c]] + dense))``, rows in packed order, in one pass over memory.
 
-    Example::
-
+    Example:
+        >>> import torch, vlkernels as vk
         >>> words, positions = torch.randn(50, 32), torch.randn(9, 32)
         >>> ids = torch.tensor([[7, 0], [49, 1], [3, 2], [-1, 3]])
         >>> weight, bias = torch.randn(32), torch.randn(32)
@@ -78,19 +78,15 @@ def embed_layer_norm(
         impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
-        ``[T, D]`` in the dtype of the tables. The sum, the statistics (two-pass variance) and the norm are
-        float32.
+        ``[T, D]`` in the dtype of the tables.
 
-    Gradients to the tables (dense), ``dense``, ``weight`` and ``bias``, the same bits in every run and for
-    any number of threads: every row of a table adds its tokens in packed order, in float32. The sum is not
-    kept but built again, so the backward stores mean and 1/sigma only; it has no derivative of its own except
-    on the reference.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit; on the CPU an id outside [-1, V_c).
-
-    Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018 (the embedding
-    layer).
+    Gradients: to the tables (dense), ``dense``, ``weight`` and ``bias``; the same bits in every run and for
+        any number of threads: a table row adds its tokens in packed order. The kernel's backward has no
+        derivative of its own.
+    Numerics: the sum, the statistics (two-pass variance), the norm and the tables' sums in float32.
+    Memory: the backward keeps two floats per row and sums the embeddings again; dropout keeps nothing.
+    Errors: ``ValueError`` where shapes, dtypes or devices disagree, and on the CPU for an id outside [-1, V_c).
+    Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018.
     """
     tables = list(tables)
     _check(ids, tables, weight, bias, dense, dropout_p, layout)

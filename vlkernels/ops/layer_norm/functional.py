@@ -56,8 +56,8 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``y = LN(z)`` with ``z = residual + row_scale * dropout(x + linear_bias)``, in one pass over memory.
 
-    Example::
-
+    Example:
+        >>> import torch, vlkernels as vk
         >>> x, residual = torch.randn(4, 7, 32), torch.randn(4, 7, 32)
         >>> weight, bias = torch.randn(32), torch.randn(32)
         >>> y, z = vk.layer_norm(x, weight, bias, residual=residual, return_sum=True)
@@ -84,15 +84,12 @@ def layer_norm(
     Returns:
         ``y`` like ``x``, or ``(y, z)``. ``y`` is the LayerNorm of ``z`` as rounded to the dtype of ``x``.
 
-    Gradients to ``x``, ``residual``, ``linear_bias``, ``weight`` and ``bias``, the same bits in every run and
-    for any number of threads. Statistics and sums over rows are float32 (two-pass variance). The backward
-    keeps ``z`` (``x`` when nothing is fused), mean and 1/sigma, and has no derivative of its own except on
-    the reference.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit; ``dropout_p`` outside [0, 1); ``row_scale``
-            requiring a gradient.
-
+    Gradients: to ``x``, ``residual``, ``linear_bias``, ``weight`` and ``bias``; the same bits in every run
+        and for any number of threads. The kernel's backward has no derivative of its own.
+    Numerics: statistics (two-pass variance), products and sums over rows in float32.
+    Memory: the backward keeps ``z`` (``x`` when nothing is fused) and two floats per row; dropout keeps nothing.
+    Errors: ``ValueError`` where shapes, dtypes or devices disagree, for ``dropout_p`` outside [0, 1), and for
+        a ``row_scale`` that requires a gradient.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
     _check(x, weight, bias, residual, linear_bias, dropout_p, row_scale, layout)

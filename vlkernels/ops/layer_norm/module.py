@@ -13,8 +13,8 @@ from vlkernels.ops.layer_norm.functional import layer_norm
 class FusedLayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` (constructor, state dict, autocast); its call also takes what ``vk.layer_norm`` fuses.
 
-    Example::
-
+    Example:
+        >>> import torch, vlkernels as vk
         >>> norm = vk.FusedLayerNorm(32)
         >>> x, residual = torch.randn(5, 32), torch.randn(5, 32)
         >>> torch.testing.assert_close(norm(x, residual=residual), torch.nn.LayerNorm(32)(x + residual))
