@@ -85,7 +85,7 @@ def embed_layer_norm(
         derivative of its own.
     Numerics: the sum, the statistics (two-pass variance), the norm and the tables' sums in float32.
     Memory: the backward keeps two floats per row and sums the embeddings again; dropout keeps nothing.
-    Errors: ``ValueError`` where shapes, dtypes or devices disagree, and on the CPU for an id outside [-1, V_c).
+    Errors: ``ValueError`` where shapes, dtypes or devices disagree; on the CPU for an id outside [-1, V_c).
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018.
     """
     tables = list(tables)

@@ -87,7 +87,7 @@ def layer_norm(
     Gradients: to ``x``, ``residual``, ``linear_bias``, ``weight`` and ``bias``; the same bits in every run
         and for any number of threads. The kernel's backward has no derivative of its own.
     Numerics: statistics (two-pass variance), products and sums over rows in float32.
-    Memory: the backward keeps ``z`` (``x`` when nothing is fused) and two floats per row; dropout keeps nothing.
+    Memory: the backward keeps ``z`` (``x`` when nothing is fused) and two floats per row, and no mask.
     Errors: ``ValueError`` where shapes, dtypes or devices disagree, for ``dropout_p`` outside [0, 1), and for
         a ``row_scale`` that requires a gradient.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
