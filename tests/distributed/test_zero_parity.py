@@ -1,63 +1,67 @@
 """1 and 2 processes x ZeRO 0-3: gradients and losses are those of plain PyTorch on the concatenated batch."""
 
-import json
 from pathlib import Path
 
 import pytest
+import quickstart_curves
+import standin_curves
 import torch
 from launch import run
-from standin import StandInModule, small_config, stream
-
-from engine.training.step import normalizers
+from process_group import process_group_of_one
+from zero_worker import STAGES, curves
 
 WORKER = Path(__file__).with_name("zero_worker.py")
-STEPS = 4
-KINDS = {
-    "whole": {"accumulation": 1, "alternate": False},
-    "accumulated": {"accumulation": 2, "alternate": False},
-    "alternating": {"accumulation": 1, "alternate": True},
-}
-CASES = {
-    f"{stage} {kind}": {"stage": stage, "steps": STEPS, **options}
-    for stage in range(4)
-    for kind, options in KINDS.items()
-}
-
-
-def plain_curve(alternate: bool) -> list[dict]:
-    """The definition: one process, one batch, torch's SGD."""
-    config = small_config()
-    module = StandInModule()
-    optimizer = torch.optim.SGD(module.parameters(), lr=config.optimizer.lr)
-    points = []
-    windows = stream(config, alternate=alternate)
-    for _ in range(STEPS):
-        (batch,) = next(windows)
-        batch.normalizers = normalizers(batch.counts, 1, torch.device("cpu"))
-        loss, _, _ = module(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm()
-        optimizer.step()
-        module.model.rng.advance()
-        weights = {name: p.flatten().tolist() for name, p in module.named_parameters()}
-        points.append({"loss": loss.item(), "weights": weights, "gradient_norm": norm.item()})
-    return points
+__all__ = ["process_group_of_one"]
+WORLDS = (1, 2)
+LOSSES = {"loss", "contrastive", "matching", "masked_language"}
 
 
 @pytest.fixture(scope="module")
-def curves():
-    """Every case on 1 and on 2 ranks, all in one start of the processes."""
-    command = [WORKER, json.dumps(CASES)]
-    return {world: [rank.result() for rank in run(command, world, timeout=120)] for world in (1, 2)}
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("case", CASES)
-def test_every_step_is_the_single_process_step(curves, world, case):
-    expected = plain_curve(CASES[case]["alternate"])
+@pytest.fixture(scope="module")
+def plain_quickstart(cache) -> list[dict]:
+    return quickstart_curves.plain_curve(cache)
+
+
+@pytest.fixture(scope="module")
+def by_world(cache, plain_quickstart) -> dict[int, list[dict]]:
+    """The curves of every rank: one process is this one, two are started."""
+    two = [rank.result() for rank in run([WORKER, cache], world=2, timeout=150)]
+    return {1: [curves(cache)], 2: two}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_quickstart_learns_as_one_process_without_deepspeed(plain_quickstart, by_world, world, stage):
+    """All three losses, global negatives, dropout everywhere, ragged batches."""
     for rank in range(world):
-        for step, (point, truth) in enumerate(zip(curves[world][rank][case], expected, strict=True)):
+        points = by_world[world][rank]["quickstart"][str(stage)]
+        for step, (truth, point) in enumerate(zip(plain_quickstart, points, strict=True)):
+            assert set(point["losses"]) == LOSSES
+            assert point["losses"] == pytest.approx(truth["losses"], rel=1e-5), (rank, step)
+        gradients = {name: torch.tensor(values) for name, values in plain_quickstart[-1]["changes"].items()}
+        largest = max(gradient.abs().max().item() for gradient in gradients.values())
+        for name, gradient in gradients.items():
+            error = (torch.tensor(points[-1]["changes"][name]) - gradient).abs().max().item()
+            assert error < 1e-4 * gradient.abs().max().item() + 1e-6 * largest, (rank, name, error / largest)
+
+
+def test_every_part_of_the_quickstart_has_a_gradient(plain_quickstart):
+    assert [name for name, change in plain_quickstart[-1]["changes"].items() if not any(change)] == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("kind", standin_curves.KINDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_and_branches_that_are_left_out(by_world, world, kind, stage):
+    """Counts differ between ranks and micro-steps; a branch without a gradient keeps its weights."""
+    expected = standin_curves.plain_curve(standin_curves.KINDS[kind]["alternate"])
+    for rank in range(world):
+        points = by_world[world][rank]["standin"][f"{stage} {kind}"]
+        for step, (point, truth) in enumerate(zip(points, expected, strict=True)):
             assert point["loss"] == pytest.approx(truth["loss"], rel=1e-6), (rank, step)
             assert point["gradient_norm"] == pytest.approx(truth["gradient_norm"], rel=1e-5), (rank, step)
             for name, weights in truth["weights"].items():

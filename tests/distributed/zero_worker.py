@@ -1,39 +1,29 @@
-"""One rank of test_zero_parity: SGD under each ZeRO stage; prints losses and the weights after every step."""
+"""One rank of test_zero_parity: prints the curves of quickstart and stand-in under every stage."""
 
 import json
 import sys
 
-import torch
-from standin import StandInModule, small_config, stream
+import quickstart_curves
+import standin_curves
 
 from engine.training import zero
-from engine.training.step import agree, run_window
+
+STAGES = (0, 1, 2, 3)
 
 
-def curve(stage: int, accumulation: int, alternate: bool, steps: int) -> list[dict]:
-    """Mean loss and whole weights after each step."""
-    config = small_config(stage, accumulation=accumulation, global_batch=8)
-    ranks = zero.join(config)
-    module = StandInModule()
-    optimizer = torch.optim.SGD(module.parameters(), lr=config.optimizer.lr)
-    engine = zero.Engine(config, module, optimizer, ranks)
-    windows = stream(config, ranks.rank, ranks.world, alternate=alternate)
-    points = []
-    for _ in range(steps):
-        window = next(windows)
-        agreement = agree(window, ranks, stop=False)
-        result = run_window(engine, window, agreement.counts, ranks, engine.module.model.rng)
-        assert result.applied, (stage, accumulation, alternate, engine.gradient_norm)
-        loss = ranks.mean(result.values["loss"].clone()).item()
-        with engine.whole_module() as whole:
-            weights = {name: p.flatten().tolist() for name, p in whole.named_parameters()}
-        points.append({"loss": loss, "weights": weights, "gradient_norm": engine.gradient_norm})
-    return points
+def curves(cache: str) -> dict:
+    """By name, so that they survive JSON."""
+    quickstart = {f"{stage}": quickstart_curves.zero_curve(cache, stage) for stage in STAGES}
+    standin = {
+        f"{stage} {kind}": standin_curves.zero_curve(stage, **options)
+        for stage in STAGES
+        for kind, options in standin_curves.KINDS.items()
+    }
+    return {"quickstart": quickstart, "standin": standin}
 
 
 def main() -> int:
-    cases = json.loads(sys.argv[1])
-    print(json.dumps({name: curve(**case) for name, case in cases.items()}))
+    print(json.dumps(curves(sys.argv[1])))
     return 0
 
 

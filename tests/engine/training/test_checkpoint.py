@@ -1,6 +1,7 @@
 """Resume is exact; a damaged or unfinished checkpoint costs only itself."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -174,9 +175,10 @@ def die_at(patch, moment: str, death: type[BaseException]) -> None:
 def test_two_ranks_resume_exactly_after_kill_9(tmp_path):
     """Stage 2, two processes, one of them killed: what the survivors saved is taken up where it was."""
     options = {"stage": 2, "output": str(tmp_path), "max_steps": 5, "save_every": 2}
-    straight = [r.result() for r in run([WORKER, json.dumps({**options, "name": "straight"})], 2)]
-    killed = run([WORKER, json.dumps({**options, "kill_at": 3})], 2)
+    both = [json.dumps({**options, "name": "straight"}), json.dumps({**options, "kill_at": 3})]
+    killed = run([WORKER, *both], 2)
     assert [finished.code for finished in killed] == [-signal.SIGKILL] * 2
+    straight = [json.loads(re.search(r"^{.*}$", finished.out, re.MULTILINE)[0]) for finished in killed]
     resumed = [r.result() for r in run([WORKER, json.dumps(options)], 2)]
     assert resumed == straight
     assert losses(tmp_path) == losses(tmp_path, "straight")

@@ -121,8 +121,8 @@ def test_ranks_of_a_host_share_its_cores(monkeypatch):
 def test_large_blocks_are_reused():
     """64 MiB, again and again: with glibc's defaults every page of every block faults anew."""
     script = (
-        "import resource, sys, torch\nfrom engine.training import zero\n"
-        "if sys.argv[1] == 'keep': zero.keep_large_blocks()\n"
+        "import resource, sys, torch\nfrom engine.training.host_memory import keep_large_blocks\n"
+        "if sys.argv[1] == 'keep': keep_large_blocks()\n"
         "torch.ones(1 << 24)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(8): torch.ones(1 << 24)\n"

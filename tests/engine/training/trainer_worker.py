@@ -74,8 +74,10 @@ def run(**options) -> tuple[int, dict]:
 
 
 def main() -> int:
-    code, result = run(**json.loads(sys.argv[1]))
-    print(json.dumps(result))
+    """One run after another; each prints what it left."""
+    for options in sys.argv[1:]:
+        code, result = run(**json.loads(options))
+        print(json.dumps(result), flush=True)
     return code
 
 
