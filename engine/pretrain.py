@@ -53,15 +53,14 @@ def main(argv: list[str] | None = None) -> int:
 
     telemetry = Telemetry(config, ranks, progress.step)
     telemetry.say(opening_line(config, ranks, engine, len(source), progress))
-    evaluation = held_out_evaluation(config, ranks, engine, held_out, tokenizer)
+    evaluation = held_out_evaluation(config, ranks, engine, held_out, tokenizer, telemetry)
     trainer = Trainer(config, ranks, engine, rng, learning_rate, checkpoints, telemetry, progress, evaluation)
     stream = training_stream(config, source, tokenizer, ranks.rank, ranks.world, progress.samples_seen)
     try:
         interruption = trainer.train(stream)
         if progress.step == config.train.total_steps:
             export_model(config, ranks, engine, tokenizer)
-            results = evaluation(sheet=Path(config.folder) / "retrievals.png")
-            telemetry.finished(progress, results, describe(results))
+            telemetry.finished(progress, evaluation(sheet=Path(config.folder) / "retrievals.png"))
         else:
             telemetry.say(f"stopped and saved at step {progress.step}; the same command goes on from there")
         return interruption.exit_code
@@ -103,8 +102,13 @@ def build_engine(config: Config, ranks: zero.Ranks, vocab_size: int) -> tuple[ze
 
 
 def held_out_evaluation(
-    config: Config, ranks: zero.Ranks, engine: zero.Engine, held_out: Source, tokenizer: Tokenizer
-) -> Callable[[], dict[str, Any]]:
+    config: Config,
+    ranks: zero.Ranks,
+    engine: zero.Engine,
+    held_out: Source,
+    tokenizer: Tokenizer,
+    telemetry: Telemetry,
+) -> Callable[..., dict[str, Any]]:
     """An evaluation to call on every rank: rank 0 computes, the others wait. Training draws do not notice."""
 
     def evaluation(sheet: Path | None = None) -> dict[str, Any]:
@@ -113,6 +117,7 @@ def held_out_evaluation(
             if ranks.is_main:
                 batches = held_out_batches(config, held_out, tokenizer, config.evaluation.batch)
                 results = evaluate(module.model, batches, config, tokenizer=tokenizer, sheet=sheet)
+                telemetry.say(describe(results))
         ranks.barrier()
         return results
 

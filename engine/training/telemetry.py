@@ -103,14 +103,13 @@ class Telemetry:
             for line in lines:
                 self.say(f"step {step}: {kind}: {line}")
 
-    def finished(self, progress: Progress, results: dict[str, Any], description: str) -> None:
-        """summary.json, the curves as a picture, and the results for a reader."""
+    def finished(self, progress: Progress, results: dict[str, Any]) -> None:
+        """summary.json and the curves as a picture."""
         if self.active:
             self.evaluated(progress.step, results)
             speed = progress.samples_seen / max(progress.seconds, 1e-9)
             summary = {**asdict(progress), "samples_per_s": speed, "evaluation": results}
             write_whole(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-            self.say(description)
             draw_curves(read_metrics(self.folder / "metrics.jsonl"), self.curves, self.folder / "curves.png")
 
     def close(self) -> None:

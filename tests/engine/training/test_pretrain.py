@@ -1,0 +1,79 @@
+"""The whole road, shrunk: `engine/pretrain.py` on the built-in records."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import ROOT, run
+
+from engine.pretrain import main
+from engine.training.command_line import parse
+from engine.training.telemetry import read_metrics
+
+SCRIPT = ROOT / "engine" / "pretrain.py"
+FILES = {
+    "checkpoints", "config.json", "config.yaml", "curves.png", "metrics.jsonl", "model.safetensors",
+    "retrievals.png", "summary.json", "tensorboard", "tokenizer.json",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def arguments(output: Path, cache: Path, *more: str) -> list[str]:
+    recipe = str(ROOT / "engine" / "recipes" / "quickstart.yaml")
+    where = [f"--output={output}", f"--data.cache={cache}", "--device=cpu"]
+    return ["--config", recipe, "--tiny=true", *where, "--train.max_steps=4", "--train.save_every=2", *more]
+
+
+def test_a_run_leaves_its_folder_and_its_result(tmp_path, cache, capsys):
+    argv = arguments(tmp_path, cache, "--train.evaluate_every", "2")
+    assert main(argv) == 0
+    folder = tmp_path / "quickstart"
+    assert {path.name for path in folder.iterdir()} == FILES
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if row.get("event") == "evaluation"] == [2, 4]
+    assert rows[0]["implementations"].keys() >= {"attention", "layer_norm", "contrastive_loss"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["step"] == 4 and summary["evaluation"]["contrastive"]["chance_recall@1"] > 0
+    assert "held-out pairs" in capsys.readouterr().out
+    assert parse(["--config", str(folder / "config.yaml")]) == parse(argv)
+
+    assert main(argv) == 0
+    assert "steps 4-4 of 16 pairs" in capsys.readouterr().out
+    assert json.loads((folder / "summary.json").read_text())["evaluation"] == summary["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--data.source", "nowhere/{00..03}.tar"], "nowhere/00.tar"),
+        (["--train.resume", "nowhere"], "train.resume: nowhere holds no checkpoint"),
+        (["--tokenizer.path", "nowhere.json"], "tokenizer file nowhere.json does not exist"),
+        (["--optimizer.lr_multipliers.tower", "0.5"], "optimizer.lr_multipliers: no parameter"),
+        (["--model.fusion.width", "16"], "model.fusion.width must be model.text.width = 32"),
+    ],
+)
+def test_a_mistake_found_later_is_one_line_too(tmp_path, cache, capsys, argv, line):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(tmp_path, cache, *argv))
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and line in err and err.count("\n") == 1, err
+
+
+def test_two_processes_under_zero_3_in_bf16(tmp_path, cache):
+    options = ["--local_rank=0", "--zero.stage", "3", "--precision", "bf16"]
+    main_rank, other = run([SCRIPT, *arguments(tmp_path, cache, *options)], world=2)
+    assert main_rank.code == 0, main_rank.err
+    assert (other.code, other.out) == (0, ""), other.err
+    assert {path.name for path in (tmp_path / "quickstart").iterdir()} == FILES
+
+
+def test_two_processes_share_one_line_about_a_mistake(tmp_path, cache):
+    command = [SCRIPT, *arguments(tmp_path, cache, "--data.source", "nowhere/0.tar")]
+    main_rank, other = run(command, world=2)
+    assert (main_rank.code, other.code) == (2, 2)
+    assert main_rank.err.count("\n") == 1 and "nowhere/0.tar" in main_rank.err
+    assert other.err == ""
