@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 
 import vlkernels as vk
-from vlkernels.core import dispatch, random as generator
+from vlkernels.core import dispatch, native, random as generator
 from vlkernels.core.mask import CODES
 from vlkernels.ops.attention import reference
 from vlkernels.ops.attention.tiles import visible_blocks
 from vlkernels.testing.error_rule import assert_close
 
 CELLS = tuple(CODES)
+compiled = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
 
 
 def draw_lengths(draw, samples, segments, longest):
@@ -76,9 +77,10 @@ def test_random_tables_obey_the_error_rule(seed, dtype):
     tensors = {name: t.bfloat16().double() for name, t in tensors.items()}
     truth = results(reference.attention, tensors, options, torch.float64)
     eager = results(reference.attention, tensors, options, dtype)
-    actual = results(vk.attention, tensors, options, dtype, impl="torch")
-    for name, tensor in actual.items():
-        assert_close(name, tensor, eager[name], truth[name])
+    for impl in ("torch", "cpp") if native.load() is None and "bias" not in tensors else ("torch",):
+        actual = results(vk.attention, tensors, options, dtype, impl=impl)
+        for name, tensor in actual.items():
+            assert_close(f"{impl}: {name}", tensor, eager[name], truth[name])
     exact = results(vk.attention, tensors, options, torch.float64, impl="torch")
     for name, tensor in exact.items():
         torch.testing.assert_close(tensor, truth[name], rtol=1e-11, atol=1e-11)
@@ -120,25 +122,28 @@ def test_agrees_with_sdpa_sample_by_sample(name):
     torch.testing.assert_close(torch.autograd.grad(out, (q, k, v), cotangent), wanted)
 
 
-@pytest.mark.parametrize("impl", ("torch", "reference"))
+@pytest.mark.parametrize("impl", ("torch", "reference", pytest.param("cpp", marks=compiled)))
 def test_rows_that_see_nothing_are_zero_and_have_zero_gradients(impl):
     layout, keys = vk.SegmentLayout([[5], [3], [2]], capacity=12), vk.SegmentLayout([[2], [0], [3]])
     q = torch.randn(12, 2, 8, requires_grad=True)
     k, v = (torch.randn(5, 2, 8, requires_grad=True) for _ in range(2))
-    bias = torch.zeros(3, 1, 5, 3)
-    bias[2, :, 1] = -torch.inf
-    bias.requires_grad_()
+    bias = torch.zeros(3, 1, 5, 3) if impl != "cpp" else None
+    inputs = q, k, v
+    if bias is not None:
+        bias[2, :, 1] = -torch.inf
+        inputs = *inputs, bias.requires_grad_()
     causal = vk.SegmentMask([["causal"]])
     out, lse = vk.attention(q, k, v, layout=layout, kv_layout=keys, mask=causal, bias=bias, return_lse=True, impl=impl)
-    blind = torch.tensor([1, 1, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1]).bool()
+    blind = torch.tensor([1, 1, 1, 0, 0, 1, 1, 1, 0, bias is not None, 1, 1]).bool()
     assert (out[blind] == 0).all() and (out[~blind] != 0).all()
     assert (lse[:, blind] == -torch.inf).all() and lse[:, ~blind].isfinite().all()
-    grads = torch.autograd.grad((out.exp().sum(), lse), (q, k, v, bias), (torch.ones(()), torch.randn_like(lse)))
+    grads = torch.autograd.grad((out.exp().sum(), lse), inputs, (torch.ones(()), torch.randn_like(lse)))
     assert all(g.isfinite().all() for g in grads)
     assert (grads[0][blind] == 0).all() and (grads[0][~blind] != 0).any()
 
 
-def test_nan_stays_in_its_own_sample():
+@pytest.mark.parametrize("impl", ("torch", pytest.param("cpp", marks=compiled)))
+def test_nan_stays_in_its_own_sample(impl):
     layout = vk.SegmentLayout([[5], [3], [16]], capacity=30)
     clean = torch.randn(30, 3, 2, 8)
     spoiled = clean.clone()
@@ -146,12 +151,13 @@ def test_nan_stays_in_its_own_sample():
     found = []
     for values in (clean, spoiled):
         qkv = values.clone().requires_grad_()
-        out = vk.attention_qkvpacked(qkv, layout=layout)
+        out = vk.attention_qkvpacked(qkv, layout=layout, impl=impl)
         found.append((out, torch.autograd.grad(out, qkv, torch.ones_like(out))[0]))
     elsewhere = torch.cat([torch.arange(5), torch.arange(8, 24)])
     for a, b in zip(*found):
         torch.testing.assert_close(a[elsewhere], b[elsewhere])
     assert (found[1][0][24:] == 0).all() and (found[1][1][24:] == 0).all()
+    assert found[1][0][5:8].isnan().all()
 
 
 def test_packed_form_gives_one_gradient_and_reads_views_in_place():
@@ -166,6 +172,40 @@ def test_packed_form_gives_one_gradient_and_reads_views_in_place():
     packed, split, copied = (torch.autograd.grad(x, qkv, cotangent)[0] for x in (out, views, copies))
     for a, b in ((out, views), (out, copies), (packed, split), (packed, copied)):
         torch.testing.assert_close(a, b)
+
+
+@compiled
+@pytest.mark.parametrize("level", native.CPU_ISA_LEVELS)
+@pytest.mark.parametrize("width", (5, 32, 72))
+def test_every_instruction_set_gives_the_same_result(level, width):
+    layout = vk.SegmentLayout([[16, 5], [16, 15], [0, 1], [7, 33]])
+    tensors = dict(zip("qkv", torch.randn(3, layout.num_tokens, 2, width, dtype=torch.float64)))
+    options = {"layout": layout, "mask": vk.SegmentMask.prefix_lm(), "dropout_p": 0.2, "stream": 1}
+    truth = results(reference.attention, tensors, options, torch.float64)
+    eager = results(reference.attention, tensors, options, torch.float32)
+    native.limit_cpu_isa(level)
+    try:
+        actual = results(vk.attention, tensors, options, torch.float32, impl="cpp")
+    finally:
+        native.limit_cpu_isa(native.CPU_ISA_LEVELS[-1])
+    for name, tensor in actual.items():
+        assert_close(name, tensor, eager[name], truth[name])
+
+
+@compiled
+def test_the_number_of_threads_changes_no_bit():
+    layout, keys = vk.SegmentLayout([[n % 9 + 1, n % 5] for n in range(60)]), vk.SegmentLayout([[16]] * 11)
+    rows = (layout.num_tokens, 4), (keys.num_tokens, 2), (keys.num_tokens, 2)
+    tensors = dict(zip("qkv", (torch.randn(*shape, 16) for shape in rows)))
+    options = {"layout": layout, "kv_layout": keys, "kv_index": torch.arange(60) * 7 % 11, "dropout_p": 0.1}
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(results(vk.attention, tensors, options, torch.float32, impl="cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*(each.values() for each in found)))
 
 
 def test_shared_keys_sum_their_gradients():

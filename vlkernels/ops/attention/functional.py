@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlkernels.core import checks, dispatch, library
+from vlkernels.core import checks, dispatch, library, native
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import SegmentMask
 from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
-from vlkernels.ops.attention import reference, torch_kernels
+from vlkernels.ops.attention import cpp_kernels, reference, torch_kernels
 
 IMPLEMENTATIONS = (
     # It reads the lengths on the host, which only on a CPU costs nothing.
     Implementation("torch", devices=("cpu",)),
+    Implementation(
+        "cpp",
+        devices=("cpu",),
+        available=functools.partial(native.missing, "attention_cpp_forward", "CPU"),
+        supports=cpp_kernels.refusal,
+    ),
     Implementation("reference"),
 )
 
@@ -71,7 +78,7 @@ def attention(
         deterministic: the same bits in every run. Every implementation here is; ``False`` lets a faster one serve.
         return_lse: also return ``lse [H, Tq]``, the natural logarithm of the sum of exponentials, float32 (float64 for
             float64), differentiable: partial results over disjoint keys combine through it.
-        impl: ``"auto"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``out`` like ``q``, or ``(out, lse)``. A query that sees nothing, or a row that belongs to nobody, gives out 0,
@@ -174,30 +181,33 @@ def _attend(
     if dropout_p:
         checks.check_probability("dropout_p", dropout_p)
     op = "attention" if len(qkv) == 3 else "attention_qkvpacked"
-    facts = {"dtype": q.dtype, "head_dim": q.shape[2], "deterministic": deterministic}
+    facts = {
+        "dtype": q.dtype,
+        "head_dim": q.shape[2],
+        "queries": layout.max_seqlen,
+        "keys": keys.max_seqlen,
+        "bias": bias is not None,
+        "deterministic": deterministic,
+    }
     impl = dispatch.resolve(op, impl, IMPLEMENTATIONS, q.device, facts)
     if impl == "reference":
         return reference.attention(
             *torch_kernels.split(qkv), layout=layout, mask=mask, kv_layout=kv_layout, kv_index=kv_index, bias=bias,
             softmax_scale=softmax_scale, dropout_p=dropout_p, rng=rng, stream=stream, return_lse=return_lse,
         )  # fmt: skip
-    table = SegmentMask([["full"] * keys.num_segments] * layout.num_segments) if mask is None else mask
-    out, lse = _differentiable(
-        qkv,
-        layout.starts,
-        layout.lengths,
-        None if kv_layout is None else kv_layout.starts,
-        None if kv_layout is None else kv_layout.lengths,
-        kv_index,
-        table.table(q.device),
-        bias,
-        layout.sample_ids,
-        resolve_rng(rng, q.device) if dropout_threshold(dropout_p) else None,
-        q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale,
-        dropout_p,
-        stream,
-        impl,
-    )
+    mask = SegmentMask([["full"] * keys.num_segments] * layout.num_segments) if mask is None else mask
+    table = mask.table(q.device)
+    state = resolve_rng(rng, q.device) if dropout_threshold(dropout_p) else None
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    kv_starts, kv_lengths = (None, None) if kv_layout is None else (kv_layout.starts, kv_layout.lengths)
+    rows = qkv, layout.starts, layout.lengths, kv_starts, kv_lengths, kv_index
+    if impl == "cpp":
+        threshold = dropout_threshold(dropout_p)
+        out, lse = cpp_kernels.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
+    else:
+        out, lse = _differentiable(
+            *rows, table, bias, layout.sample_ids, state, scale, dropout_p, stream, impl
+        )
     return (out, lse) if return_lse else out
 
 

@@ -1,0 +1,72 @@
+"""impl "cpp": the compiled CPU kernels for short samples, as one op in each direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlkernels.core import library
+from vlkernels.ops.attention.torch_kernels import split
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The scores of a head are held at once, twice in the backward: they must stay in the caches of a core.
+MOST_SCORES = 2**16
+
+
+def refusal(facts: Mapping[str, Any]) -> str | None:
+    """Why these kernels cannot serve a call; ``None`` when they can."""
+    if facts["dtype"] not in DTYPES:
+        return f"it computes in float32, the inputs are {str(facts['dtype']).removeprefix('torch.')}"
+    if facts["bias"]:
+        return "it takes no bias"
+    if facts["queries"] * facts["keys"] > MOST_SCORES:
+        return f"the longest samples have {facts['queries']} x {facts['keys']} scores, it holds {MOST_SCORES}"
+    return None
+
+
+def _forward_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    q = split(qkv)[0]
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, qkv: list[Tensor], *_: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in qkv]
+
+
+_INPUTS = (
+    "Tensor[] qkv, Tensor starts, Tensor lengths, Tensor? kv_starts, Tensor? kv_lengths, Tensor? kv_index, "
+    "Tensor table, Tensor sample_ids, Tensor? rng_state"
+)
+_OPTIONS = "float softmax_scale, int dropout_threshold, SymInt stream"
+_forward = library.define(
+    f"attention_cpp_forward({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)", fake=_forward_fake
+)
+_backward = library.define_backward(
+    f"attention_cpp_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor lse, {_OPTIONS}) -> Tensor[]",
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, *tensors = inputs[:9]
+    ctx.save_for_backward(*qkv, *tensors, output[1])
+    ctx.members = len(qkv)
+    ctx.options = inputs[9:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    qkv, tensors, lse = list(saved[: ctx.members]), saved[ctx.members : -1], saved[-1]
+    if grad_out is None:
+        grad_out = torch.zeros_like(split(qkv)[0])
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grads = _backward(grad_out, grad_lse, qkv, *tensors, lse, *ctx.options)
+    return (list(grads), *[None] * 11)
+
+
+attend = library.differentiable(_forward, setup_context=_setup_context, backward=_differentiate)
