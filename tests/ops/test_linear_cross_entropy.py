@@ -54,6 +54,19 @@ def test_chunks_give_what_all_logits_give(option, ignored, reduction, small_chun
         torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_that_cannot_be_counted_are_carried_along_with_weight_zero(reduction, small_chunks, monkeypatch):
+    monkeypatch.setattr(torch_kernels, "_may_count", lambda targets: False)
+    results = []
+    for impl in ("torch", "reference"):
+        hidden, weight, targets, bias = problem()
+        loss = vk.linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction, impl=impl)
+        along = torch.linspace(1, 2, ROWS, dtype=torch.float64) if reduction == "none" else None
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias), along)))
+    for mine, true in zip(*results, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-13)
+
+
 def test_weight_gradients_of_bfloat16_chunks_add_up_in_float32(monkeypatch):
     monkeypatch.setattr(torch_kernels, "CHUNK_LOGITS", 2 * 16)
     fill = InputMaker(torch.bfloat16)

@@ -12,7 +12,7 @@ from vlkernels.core.collectives import Rows
 from vlkernels.ops.contrastive_loss.reference import gather_keys
 
 TILE = 1024
-KEPT_TILES = 16
+KEPT_TILES = 64
 
 Pair = tuple[Tensor, Tensor]
 
@@ -107,8 +107,8 @@ def _directions(
     pairs = [(i, j) for i in own for j in own + others] + [(i, j) for i in others for j in own]
     for i, j in pairs:
         tile = logits.tile(i, j)
-        gradient = of_images.softmax(i, tile, 1)
-        gradient += of_texts.softmax(j, tile, 0)
+        gradient = of_images.exponentials(i, tile, 1).mul_(of_images.reciprocal(i)[:, None])
+        gradient.addcmul_(of_texts.exponentials(j, tile, 0), of_texts.reciprocal(j))
         positives.subtract(gradient, i, j, 2 * hard)
         if i in own:
             _add_product(toward_image[_within(i, rows)], gradient, texts[j])
@@ -192,7 +192,7 @@ class _Logits:
             return self._kept[place]
         queries, keys = self.queries[i].to(self.scale.dtype), self.keys[j].to(self.scale.dtype)
         out = self._memory(len(queries), len(keys))
-        torch.mm(queries, keys.T, out=out).mul_(self.scale)
+        torch.mm(self.scale * queries, keys.T, out=out)
         if len(self._kept) < self._keep:
             self._kept[place] = out
         return out
@@ -253,19 +253,17 @@ class _Statistics:
         """Take one tile in; returns its exponentials and the factor by which earlier ones shrank."""
         largest = torch.maximum(self.largest[span], logits.amax(dim))
         shrink = (self.largest[span] - largest).exp_()
-        exponentials = self._exponentials(logits, largest, dim)
-        self.total[span] = self.total[span] * shrink + exponentials.sum(dim)
         self.largest[span] = largest
+        exponentials = self.exponentials(span, logits, dim)
+        self.total[span] = self.total[span] * shrink + exponentials.sum(dim)
         if positive is not None:
             self.positive[span] += positive
         return exponentials, shrink
 
-    def softmax(self, span: slice, logits: Tensor, dim: int) -> Tensor:
-        return self._exponentials(logits, self.largest[span], dim).mul_(self.reciprocal(span).unsqueeze(dim))
-
-    def _exponentials(self, logits: Tensor, largest: Tensor, dim: int) -> Tensor:
+    def exponentials(self, span: slice, logits: Tensor, dim: int) -> Tensor:
+        """Exponentials of a tile relative to the largest logits, in memory that the next tile takes over."""
         out = self._workspace[: logits.numel()].view_as(logits)
-        return torch.sub(logits, largest.unsqueeze(dim), out=out).exp_()
+        return torch.sub(logits, self.largest[span].unsqueeze(dim), out=out).exp_()
 
     def losses(self, span: slice, hard: float) -> Tensor:
         """Log-sum-exp minus ``hard`` positive logits; large equal numbers cancel before small ones join."""

@@ -168,8 +168,8 @@ def _fake_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: An
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(hidden.shape[:1] if reduction == "none" else (), dtype=wide)
     if gradient:
-        return loss, *_fake_gradients(hidden, weight, bias)
-    return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
+        return loss, *_fake_gradients(hidden, weight, bias), loss.new_empty(())
+    return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0), loss.new_empty(())
 
 
 def _fake_backward(
@@ -186,7 +186,7 @@ _ARGUMENTS = (
 
 _forward = library.define(
     f"linear_cross_entropy({_ARGUMENTS}, str reduction, bool gradient, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
     kernels={"torch": torch_kernels.forward},
 )
@@ -210,7 +210,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if grad is None:
         return (None,) * 15
     if ctx.options is None:
-        gradients = tuple(grad * saved for saved in ctx.saved_tensors)
+        *of_the_sum, factor = ctx.saved_tensors
+        gradients = tuple(grad * factor * saved for saved in of_the_sum)
     else:
         gradients = _backward(grad, *ctx.saved_tensors, *ctx.options)
     wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
