@@ -29,7 +29,12 @@ class SegmentMask:
         if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
             raise ValueError(f"mask rows must be non-empty and equally long, got lengths {[len(r) for r in rows]}")
         self.codes = tuple(tuple(CODES[cell] for cell in row) for row in rows)
+        # Known before a graph is traced: a graph that looked at the codes would serve this table only.
+        self._causal_off_diagonal = next(
+            ((q, k) for q, row in enumerate(self.codes) for k, code in enumerate(row) if code == CAUSAL and q != k), None
+        )
         self._tables: dict[torch.device, Tensor] = {}
+        self.table("cpu")
 
     @classmethod
     def full(cls, num_segments: int = 1) -> SegmentMask:
@@ -76,11 +81,9 @@ class SegmentMask:
                 f"mask must be [Sq, Sk] = [{layout.num_segments}, {keys.num_segments}], "
                 f"got [{self.num_query_segments}, {self.num_key_segments}]"
             )
-        if kv_layout is None:
-            for q, row in enumerate(self.codes):
-                for k, code in enumerate(row):
-                    if code == CAUSAL and q != k:
-                        raise ValueError(f"within one stream only the diagonal may be causal, got causal at [{q}, {k}]")
+        if kv_layout is None and self._causal_off_diagonal is not None:
+            q, k = self._causal_off_diagonal
+            raise ValueError(f"within one stream only the diagonal may be causal, got causal at [{q}, {k}]")
 
     def dense(self, layout: SegmentLayout, kv_layout: SegmentLayout | None = None, kv_index: Tensor | None = None) -> Tensor:
         """bool ``[Tq, Tk]``: may packed row q see packed row k? Built for references and tests only."""
@@ -94,6 +97,14 @@ class SegmentMask:
         code = table[q_segment.clamp(min=0)[:, None], k_segment.clamp(min=0)[None]]
         return same & ((code == FULL) | ((code == CAUSAL) & _before_the_end(layout, keys)))
 
+    def copy(self) -> SegmentMask:
+        """The same table without what was cached for other devices."""
+        return SegmentMask(self._rows())
+
+    def _rows(self) -> list[list[str]]:
+        names = {code: name for name, code in CODES.items()}
+        return [[names[code] for code in row] for row in self.codes]
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SegmentMask) and self.codes == other.codes
 
@@ -101,8 +112,7 @@ class SegmentMask:
         return hash(self.codes)
 
     def __repr__(self) -> str:
-        names = {code: name for name, code in CODES.items()}
-        return f"SegmentMask({[[names[code] for code in row] for row in self.codes]})"
+        return f"SegmentMask({self._rows()})"
 
     def __str__(self) -> str:
         """The table drawn: full block, lower triangle for causal, dot for none."""

@@ -24,9 +24,7 @@ def map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
         moved.state = move(value.state)
         return moved
     if isinstance(value, SegmentMask):
-        fresh = SegmentMask.__new__(SegmentMask)
-        fresh.codes, fresh._tables = value.codes, {}
-        return fresh
+        return value.copy()
     if isinstance(value, dict):
         return {key: map_tensors(item, move) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

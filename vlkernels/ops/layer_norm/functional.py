@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -173,14 +174,14 @@ def _check(
         _check_row_scale(row_scale, x)
     if dropout_p:
         checks.check_probability("dropout_p", dropout_p)
-    if layout is not None and shape[:-1].numel() != layout.num_tokens:
+    if layout is not None and math.prod(shape[:-1]) != layout.num_tokens:
         raise ValueError(f"x must have layout.num_tokens = {layout.num_tokens} rows, got {list(shape)}")
 
 
 def _check_row_scale(row_scale: Tensor, x: Tensor) -> None:
     checks.check_floating("row_scale", row_scale)
     checks.check_same_device(x=x, row_scale=row_scale)
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])
     if row_scale.shape != x.shape[:-1] and row_scale.shape != (rows,):
         checks.check_shape("row_scale", row_scale, "[rows]", (rows,))
     if row_scale.requires_grad:
@@ -202,7 +203,7 @@ def _forward_fake(
     keep_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kept = keep_sum and _fused(residual, linear_bias, row_scale, threshold)
-    statistics = x.new_empty((x.shape[:-1].numel(),), dtype=torch.float32)
+    statistics = x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.float32)
     return (
         torch.empty_like(x),
         torch.empty_like(x) if kept else x.new_empty((0,)),
