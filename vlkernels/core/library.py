@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("vlkernels", "FRAGMENT")
 
@@ -67,7 +67,7 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
             return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
-        @once_differentiable
+        @_refuse_twice
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             # Unpacked outside the guard: under activation checkpointing this runs the forward again, with autograd.
             context = _NestedContext(ctx, ctx.saved_tensors)
@@ -90,6 +90,24 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
         return Eager.apply(spans, *_flatten(arguments, spans))
 
     return call
+
+
+def _refuse_twice(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Gradients that raise when differentiated. PyTorch's ``once_differentiable`` lets them pass as constants
+    where the cotangent is one (a gradient penalty), which is silently wrong."""
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return gradients
+        refuse = torch._C._functions.DelayedError(
+            'cannot differentiate twice, there is no second derivative: use impl="reference"', len(gradients)
+        )
+        return refuse(*[None if g is None else g.detach().requires_grad_() for g in gradients])
+
+    return guarded
 
 
 class _NestedContext:
