@@ -317,10 +317,21 @@ def test_few_graphs_over_many_layouts():
     assert len(graphs) <= 2
 
 
-def test_auto_takes_torch_on_a_cpu():
+@compiled
+@pytest.mark.parametrize(
+    "length, change, expected",
+    (
+        (4, {}, "cpp"),
+        (4, {"bias": torch.zeros(1, 1, 4, 4)}, "torch"),
+        (4, {"qkv": torch.randn(4, 3, 1, 8).double()}, "torch"),
+        (257, {}, "torch"),
+    ),
+)
+def test_auto_takes_the_compiled_kernels_for_short_samples(length, change, expected):
+    arguments = {"qkv": torch.randn(length, 3, 1, 8), "layout": vk.SegmentLayout([[length]])} | change
     with dispatch.recorded() as served:
-        vk.attention_qkvpacked(torch.randn(4, 3, 1, 8), layout=vk.SegmentLayout([[4]]))
-    assert served == [("attention_qkvpacked", "torch")]
+        vk.attention_qkvpacked(**arguments)
+    assert served == [("attention_qkvpacked", expected)]
 
 
 def test_a_plan_made_in_inference_mode_serves_training():

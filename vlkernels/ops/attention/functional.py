@@ -16,14 +16,14 @@ from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
 from vlkernels.ops.attention import cpp_kernels, reference, torch_kernels
 
 IMPLEMENTATIONS = (
-    # It reads the lengths on the host, which only on a CPU costs nothing.
-    Implementation("torch", devices=("cpu",)),
     Implementation(
         "cpp",
         devices=("cpu",),
         available=functools.partial(native.missing, "attention_cpp_forward", "CPU"),
         supports=cpp_kernels.refusal,
     ),
+    # It reads the lengths on the host, which only on a CPU costs nothing.
+    Implementation("torch", devices=("cpu",)),
     Implementation("reference"),
 )
 
