@@ -5,7 +5,8 @@ with.
 
 Same sizes, weights, losses and hard negatives; `scaled_dot_product_attention` on padded batches,
 `F.layer_norm`, `F.cross_entropy`, image keys and values projected once per image. Whole steps with AdamW take
-turns in one process. """
+turns in one process.
+"""
 
 from __future__ import annotations
 

@@ -234,6 +234,12 @@ class Matching:
     """Factor in the total loss."""
     negatives: Literal["global", "local"] = "global"
     """Where hard negatives are drawn from."""
+    hardness: float = 1.0
+    """Factor on the contrastive scores that negatives are drawn by. 1: as often as the contrastive softmax confuses
+    them, so the loss has nothing to learn until fusion knows more than the towers; 0: all alike."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "objectives.matching", "hardness")
 
 
 @dataclass

@@ -32,7 +32,8 @@ def evaluate(
 
     The model holds whole weights (`Engine.whole_module` under ZeRO-3). Nothing is exchanged between ranks:
     one rank may evaluate alone. `tokenizer` is needed for zero-shot classification and for the sheet of
-    retrievals. """
+    retrievals.
+    """
     was_training = model.training
     model.eval()
     try:

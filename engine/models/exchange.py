@@ -17,7 +17,8 @@ def gather_tokens(tokens: Tokens, group: dist.ProcessGroup) -> Tokens:
     """The samples of every rank as one stream, in rank order; each rank brings equally many samples.
 
     The gradient of a row is the sum of what all ranks send back for it. With losses scaled for a mean over
-    ranks (DDP, ZeRO) every parameter's gradient is then that of one process on the concatenated batch. """
+    ranks (DDP, ZeRO) every parameter's gradient is then that of one process on the concatenated batch.
+    """
     lengths = _gather_equal(tokens.layout.lengths, group)
     host_lengths = lengths.cpu()
     rows = host_lengths.view(dist.get_world_size(group), -1).sum(1).tolist()

@@ -1,7 +1,8 @@
 """The packed transformer: pre- or post-LayerNorm, any mask table, optional cross-attention.
 
 Tokens are one packed `[num_tokens, D]` tensor without padding. Every sub-layer leaves its output bias, the
-dropout, the residual sum and the LayerNorm that follows to one fused call. """
+dropout, the residual sum and the LayerNorm that follows to one fused call.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Source:
     """What cross-attention reads: keys and values of every cross layer `[Tk, 2, H, K]`, projected once.
 
     `index[b]` is the source sample that query sample `b` reads (default: sample `b`); many may read the same
-    one. """
+    one.
+    """
 
     keys_values: Sequence[Tensor]
     layout: vk.SegmentLayout

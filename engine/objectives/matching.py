@@ -25,16 +25,18 @@ class MatchingObjective:
     """Two-way cross-entropy on three pairs per sample: its own, its image with a hard text, its text with a
     hard image.
 
-    Negatives are drawn with the probability the contrastive score gives them, from all ranks ("global") or
-    from this rank ("local"), and never with the label of the sample itself. """
+    Negatives are drawn with the softmax of `hardness` times the contrastive scores, from all ranks ("global") or
+    from this rank ("local"), and never with the label of the sample itself.
+    """
 
     negatives: str = "global"
+    hardness: float = 1.0
 
     def __call__(
         self, model: VisionLanguageModel, batch: Batch
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         group = negatives_group(self.negatives)
-        hard_texts, hard_images = draw_negatives(model, batch, group)
+        hard_texts, hard_images = draw_negatives(model, batch, group, self.hardness)
         texts, images = pair_up(model, batch, hard_texts.clamp(min=0), hard_images.clamp(min=0), group)
         logits = model.matching_logits(model.fuse(texts, images))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -49,14 +51,14 @@ class MatchingObjective:
 
 
 def draw_negatives(
-    model: VisionLanguageModel, batch: Batch, group: dist.ProcessGroup | None
+    model: VisionLanguageModel, batch: Batch, group: dist.ProcessGroup | None, hardness: float
 ) -> tuple[Tensor, Tensor]:
     """A hard text per image and a hard image per text: rows of the batch of all ranks in the group, -1 for
     none."""
     return vk.hard_negatives(
         model.image_features(batch),
         model.text_features(batch),
-        model.scale(),
+        hardness * model.scale(),
         labels=batch.labels,
         rng=model.rng,
         stream=model.negatives_stream,

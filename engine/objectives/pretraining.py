@@ -27,7 +27,8 @@ def build_objectives(sections: Objectives) -> dict[str, tuple[float, Objective]]
             ContrastiveObjective(sections.contrastive.negatives),
         )
     if sections.matching is not None:
-        built["matching"] = sections.matching.weight, MatchingObjective(sections.matching.negatives)
+        matching = sections.matching
+        built["matching"] = matching.weight, MatchingObjective(matching.negatives, matching.hardness)
     if sections.masked_language is not None:
         built["masked_language"] = sections.masked_language.weight, MaskedLanguageObjective()
     return built

@@ -52,7 +52,7 @@ def test_negatives_never_have_the_label_of_the_sample():
     drawn = set()
     for _ in range(60):
         model.rng.advance()
-        texts, images = draw_negatives(model, batch, None)
+        texts, images = draw_negatives(model, batch, None, 1.0)
         for index in (texts, images):
             assert (batch.labels[index] != batch.labels).all()
             drawn |= {(i, int(j)) for i, j in enumerate(index)}
@@ -77,3 +77,16 @@ def test_no_masked_words_give_zero_and_zero_gradients():
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_hardness_chooses_between_uniform_and_the_hardest():
+    """At 0 every other sample is drawn equally often, far above 1 always the one the towers confuse most."""
+    model, batch = small_model(), random_batch(range(5))
+    hardest = (model.image_features(batch) @ model.text_features(batch).T).fill_diagonal_(-2).argmax(1)
+    assert torch.equal(draw_negatives(model, batch, None, 1e4)[0], hardest)
+    counts = torch.zeros(5, 5)
+    for _ in range(400):
+        model.rng.advance()
+        counts[torch.arange(5), draw_negatives(model, batch, None, 0.0)[0]] += 1
+    assert counts.diagonal().sum() == 0
+    assert (counts[~torch.eye(5, dtype=torch.bool)] - 100).abs().max() < 45
