@@ -16,7 +16,7 @@ from vlkernels.ops.contrastive_loss import reference, torch_kernels
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
 # Below so many logits a CPU is faster with the whole matrix: tiles cost more than they save.
-FEW_LOGITS = 2**20
+FEW_LOGITS = {8: 2**21, 4: 2**21, 2: 2**24}  # by the bytes of a feature
 
 
 def contrastive_loss(
@@ -75,7 +75,7 @@ def contrastive_loss(
     single process's, so that averaged parameter gradients equal it; the scale's averages (or adds up) to it.
     Numerics: similarities and normalisers are float32 (float64 for float64), also for half types; products
     of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32.
-    Memory: O(N D) and at most 67 tiles of 1024 x 1024 (281 MB). Gradients are computed in the forward, when
+    Memory: O(N D) and at most 19 tiles of 2048 x 2048 (319 MB). Gradients are computed in the forward, when
     anything requires them.
     Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ.
     Source: Radford et al. 2021 (CLIP); Li et al. 2021 (ALBEF) for keys and distillation.
@@ -93,7 +93,7 @@ def contrastive_loss(
     collectives.check_group(image_features.shape[0], group, rank_counts)
     collectives.check_rank_reduction(rank_reduction)
     keys = text_features if text_keys is None else text_keys
-    few = image_features.shape[0] * keys.shape[0] < FEW_LOGITS
+    few = image_features.shape[0] * keys.shape[0] < FEW_LOGITS[image_features.element_size()]
     order = IMPLEMENTATIONS[::-1] if few and image_features.device.type == "cpu" else IMPLEMENTATIONS
     chosen = dispatch.resolve("contrastive_loss", impl, order, image_features.device)
     if chosen == "reference":

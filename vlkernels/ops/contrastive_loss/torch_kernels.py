@@ -11,8 +11,8 @@ from vlkernels.core import collectives
 from vlkernels.core.collectives import Rows
 from vlkernels.ops.contrastive_loss.reference import gather_keys
 
-TILE = 1024
-KEPT_TILES = 64
+TILE = 2048
+KEPT_TILES = 16
 
 Pair = tuple[Tensor, Tensor]
 
