@@ -19,33 +19,45 @@ Span span_of(const Samples& samples, int64_t sample) {
     return {samples.starts[at], length};
 }
 
-// What one query sample sees of its keys, the same for all heads.
+// Consecutive queries of one sample and its keys, the same for all heads. Long samples are taken in steps of
+// queries, so that the scores of one step and head stay in the caches. The steps change no result: products
+// continue the sums that earlier steps have left.
 struct Pair {
-    int64_t query_sample, key_sample;
+    int64_t query_sample, first;  // `first` is the position in the sample of the first query
     Span queries, keys;
     int64_t columns;  // queries in whole registers: the row length of transposed matrices
     bool masked;
 };
 
-// A byte per (key, query), 1 where the table lets the query see the key.
-bool fill_mask(const Attention& op, const Pair& pair, uint8_t* mask) {
+constexpr int64_t step_scores = 1 << 14;
+
+int64_t queries_per_step(const Attention& op) {
+    const int64_t most = step_scores / (op.longest_key + 1) / lanes * lanes;
+    const int64_t needed = round_up(op.longest_query, lanes);
+    return most < lanes ? lanes : most < needed ? most : needed;
+}
+
+// A byte per (key, query), 1 where the table lets the query see the key. False when all of them are.
+bool fill_mask(const Attention& op, const Pair& pair, int64_t key_sample, uint8_t* mask) {
     const int32_t* query_lengths = op.queries.lengths + pair.query_sample * op.queries.segments;
-    const int32_t* key_lengths = op.keys.lengths + pair.key_sample * op.keys.segments;
+    const int32_t* key_lengths = op.keys.lengths + key_sample * op.keys.segments;
     bool masked = false;
     __builtin_memset(mask, 0, pair.keys.length * pair.columns);
-    int64_t query = 0;
+    int64_t query = -pair.first;  // where segment s begins in the step
     for (int64_t s = 0; s < op.queries.segments; query += query_lengths[s++]) {
+        const int64_t stop = query + query_lengths[s], queries = pair.queries.length;
+        const int64_t end = stop < queries ? stop : queries;
+        if (end <= 0 || query >= end) continue;
         int64_t key = 0;
         for (int64_t t = 0; t < op.keys.segments; key += key_lengths[t++]) {
             const int32_t code = op.table[s * op.keys.segments + t];
-            masked |= code != 1 && query_lengths[s] && key_lengths[t];
+            masked |= code != 1 && key_lengths[t] > 0;
             if (code == 0) continue;
             const int64_t ahead = static_cast<int64_t>(key_lengths[t]) - query_lengths[s];
             for (int64_t j = 0; j < key_lengths[t]; ++j) {
-                const int64_t release = code == 2 && j > ahead ? j - ahead : 0;
-                if (release >= query_lengths[s]) continue;
-                __builtin_memset(mask + (key + j) * pair.columns + query + release, 1,
-                                 query_lengths[s] - release);
+                const int64_t release = query + (code == 2 && j > ahead ? j - ahead : 0);
+                const int64_t begin = release > 0 ? release : 0;
+                if (begin < end) __builtin_memset(mask + (key + j) * pair.columns + begin, 1, end - begin);
             }
         }
     }
@@ -68,6 +80,7 @@ class Draws {
         const uint32_t sample = static_cast<uint32_t>(sample_id);
         const uint32_t site = (static_cast<uint32_t>(dropout_.stream) << 16) + static_cast<uint32_t>(head);
         const PhiloxKey key = key_;
+        const uint32_t first = static_cast<uint32_t>(pair.first);
         const int queries = static_cast<int>(columns_);
         for (int64_t group = 0; group * columns_per_draw < pair.keys.length; ++group) {
             uint32_t* x = words_.get() + group * 4 * columns_;
@@ -75,7 +88,8 @@ class Draws {
             const uint32_t column = static_cast<uint32_t>(group);
 #pragma omp simd
             for (int query = 0; query < queries; ++query) {
-                const PhiloxWords drawn = philox({column, static_cast<uint32_t>(query), sample, site}, key);
+                const PhiloxWords drawn =
+                    philox({column, first + static_cast<uint32_t>(query), sample, site}, key);
                 x[query] = drawn.x;
                 y[query] = drawn.y;
                 z[query] = drawn.z;
@@ -101,27 +115,26 @@ class Draws {
     Scratch<uint32_t> words_;
 };
 
-// The memory of one worker, for the longest sample of the call.
+// What both directions share. Memory is for the longest sample of the call.
 template <typename T>
 class Worker {
   public:
     explicit Worker(const Attention& op)
         : op(op),
           padded_width(round_up(op.width, lanes)),
-          longest(round_up(op.longest_query, lanes)),
-          draws(op, longest),
-          mask_(op.longest_key * longest) {}
+          step(queries_per_step(op)),
+          draws(op, step),
+          mask_(op.longest_key * step) {}
 
-    // The mask is built when the pair changes, not for each of its heads.
-    Pair open(int64_t query_sample) {
-        if (pair_.query_sample == query_sample) return pair_;
-        pair_.query_sample = query_sample;
-        pair_.key_sample = op.sources[query_sample];
-        pair_.queries = span_of(op.queries, query_sample);
-        pair_.keys = span_of(op.keys, pair_.key_sample);
-        pair_.columns = round_up(pair_.queries.length, lanes);
-        pair_.masked = fill_mask(op, pair_, mask_.get());
-        return pair_;
+    // work(pair) for every step of a sample. The mask is built when the pair changes, not for each head.
+    template <typename Work>
+    void for_steps(int64_t query_sample, const Work& work) {
+        const Span queries = span_of(op.queries, query_sample);
+        for (int64_t first = 0; first < queries.length; first += step) {
+            const bool is_open = pair_.query_sample == query_sample && pair_.first == first;
+            if (!is_open) open(query_sample, queries, first);
+            work(pair_);
+        }
     }
 
     // The rows of one head as floats that can be read in whole registers: in place, or copied.
@@ -167,11 +180,19 @@ class Worker {
     float* lse(int64_t head, Span span) const { return op.lse + head * op.lse_stride + span.start; }
 
     const Attention& op;
-    const int64_t padded_width, longest;
+    const int64_t padded_width, step;
     Draws draws;
 
   private:
-    Pair pair_{-1, -1, {}, {}, 0, false};
+    void open(int64_t query_sample, Span queries, int64_t first) {
+        const int64_t rest = queries.length - first, key_sample = op.sources[query_sample];
+        pair_ = {query_sample, first, {queries.start + first, rest < step ? rest : step}, {}, 0, false};
+        pair_.keys = span_of(op.keys, key_sample);
+        pair_.columns = round_up(pair_.queries.length, lanes);
+        pair_.masked = fill_mask(op, pair_, key_sample, mask_.get());
+    }
+
+    Pair pair_{-1, 0, {}, {}, 0, false};
     Scratch<uint8_t> mask_;
 };
 
@@ -189,37 +210,41 @@ class Forward : Worker<T> {
     explicit Forward(const AttentionForward& op)
         : Worker<T>(op),
           out_(op.out),
-          q_(op.longest_query * this->padded_width),
+          q_(this->step * this->padded_width),
           k_(op.longest_key * this->padded_width),
           v_(op.longest_key * this->padded_width),
-          turned_q_(this->padded_width * this->longest),
-          scores_(op.longest_key * this->longest),
-          sums_(op.longest_query * this->padded_width),
-          factors_(this->longest) {}
+          turned_q_(this->padded_width * this->step),
+          scores_(op.longest_key * this->step),
+          sums_(this->step * this->padded_width),
+          factors_(this->step) {}
 
     void run(int64_t query_sample, int64_t key_head) {
         const Attention& op = this->op;
-        const Pair pair = this->open(query_sample);
-        const int64_t queries = pair.queries.length, keys = pair.keys.length;
-        if (queries == 0) return;
-        const Rows k = this->floats(op.k, pair.keys, key_head, k_);
-        const Rows v = this->floats(op.v, pair.keys, key_head, v_);
+        const Span keys = span_of(op.keys, op.sources[query_sample]);
+        const Rows k = this->floats(op.k, keys, key_head, k_);
+        const Rows v = this->floats(op.v, keys, key_head, v_);
         const int64_t group = this->group();
-        for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
-            const Rows q = this->floats(op.q, pair.queries, head, q_);
-            transpose(q, queries, op.width, op.scale, turned_q_.get(), pair.columns);
-            multiply(as_left(k), {turned_q_.get(), pair.columns}, keys, op.width, pair.columns,
-                     scores_.get(), pair.columns);
-            this->draws.draw(op.sample_ids[query_sample], head, pair);
-            softmax(pair, this->lse(head, pair.queries));
-            multiply(transposed({scores_.get(), pair.columns}), v, queries, keys, this->padded_width,
-                     sums_.get(), this->padded_width);
-            this->write(out_, pair.queries, head, sums_.get(),
-                        [&](int64_t row) { return factors_.get()[row]; });
-        }
+        this->for_steps(query_sample, [&](const Pair& pair) {
+            for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head)
+                attend(pair, head, k, v);
+        });
     }
 
   private:
+    void attend(const Pair& pair, int64_t head, Rows k, Rows v) {
+        const Attention& op = this->op;
+        const int64_t queries = pair.queries.length, keys = pair.keys.length, width = this->padded_width;
+        const Rows q = this->floats(op.q, pair.queries, head, q_);
+        transpose(q, queries, op.width, op.scale, turned_q_.get(), pair.columns);
+        const Rows scores{scores_.get(), pair.columns};
+        multiply(as_left(k), {turned_q_.get(), pair.columns}, keys, op.width, pair.columns, scores_.get(),
+                 pair.columns);
+        this->draws.draw(op.sample_ids[pair.query_sample], head, pair);
+        softmax(pair, this->lse(head, pair.queries));
+        multiply(transposed(scores), v, queries, keys, width, sums_.get(), width);
+        this->write(out_, pair.queries, head, sums_.get(), [&](int64_t row) { return factors_.get()[row]; });
+    }
+
     // Turns scores into exp(score - largest), with zeros for what is hidden or dropped, and leaves in
     // factors_ what the sums over them are to be multiplied by.
     void softmax(const Pair& pair, float* lse) {
@@ -259,15 +284,15 @@ class Backward : Worker<T> {
     explicit Backward(const AttentionBackward& op)
         : Worker<T>(op),
           backward_(op),
-          q_(op.longest_query * this->padded_width),
+          q_(this->step * this->padded_width),
           k_(op.longest_key * this->padded_width),
           v_(op.longest_key * this->padded_width),
-          grad_(op.longest_query * this->padded_width),
-          turned_q_(this->padded_width * this->longest),
-          turned_grad_(this->padded_width * this->longest),
-          probabilities_(op.longest_key * this->longest),
-          slopes_(op.longest_key * this->longest),
-          dq_(op.longest_query * this->padded_width),
+          grad_(this->step * this->padded_width),
+          turned_q_(this->padded_width * this->step),
+          turned_grad_(this->padded_width * this->step),
+          probabilities_(op.longest_key * this->step),
+          slopes_(op.longest_key * this->step),
+          dq_(this->step * this->padded_width),
           dk_(op.longest_key * this->padded_width),
           dv_(op.longest_key * this->padded_width) {}
 
@@ -279,12 +304,12 @@ class Backward : Worker<T> {
         const int64_t group = this->group();
         bool read = false;
         for (int64_t i = backward_.first[key_sample]; i < backward_.first[key_sample + 1]; ++i) {
-            const Pair pair = this->open(backward_.readers[i]);
-            if (pair.queries.length == 0) continue;
-            for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
-                differentiate(pair, head, k, v, read);
-                read = true;
-            }
+            this->for_steps(backward_.readers[i], [&](const Pair& pair) {
+                for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+                    differentiate(pair, head, k, v, read);
+                    read = true;
+                }
+            });
         }
         if (!read) {
             this->write_zeros(backward_.dk, keys, key_head);

@@ -38,13 +38,14 @@ Samples samples_of(const Tensor& starts, const Tensor& lengths, int64_t rows) {
     STD_TORCH_CHECK(lengths.dim() == 2, "lengths must be [B, S]");
     check_numel(starts, lengths.numel(), "starts");
     const Samples samples{read<int32_t>(starts, ScalarType::Int, "starts"),
-                          read<int32_t>(lengths, ScalarType::Int, "lengths"), lengths.size(0), lengths.size(1)};
+                          read<int32_t>(lengths, ScalarType::Int, "lengths"), lengths.size(0),
+                          lengths.size(1)};
     for (int64_t i = 0; i < lengths.numel(); ++i)
         STD_TORCH_CHECK(samples.lengths[i] >= 0, "a segment has ", samples.lengths[i], " rows");
     for (int64_t b = 0; b < samples.count; ++b) {
         const int64_t start = samples.starts[b * samples.segments], length = length_of(samples, b);
-        STD_TORCH_CHECK(start >= 0 && start + length <= rows, "sample ", b, " has ", length, " rows from row ",
-                        start, " of ", rows);
+        STD_TORCH_CHECK(start >= 0 && start + length <= rows, "sample ", b, " has ", length,
+                        " rows from row ", start, " of ", rows);
     }
     return samples;
 }
@@ -130,7 +131,8 @@ void set_inputs(Attention& op, const Arguments& from, std::vector<int64_t>& sour
     op.longest_query = longest_of(op.queries);
     op.longest_key = longest_of(op.keys);
     if (from.threshold == 0) return;
-    STD_TORCH_CHECK(from.rng_state && from.threshold < 256, "dropout needs a state and a threshold below 256");
+    STD_TORCH_CHECK(from.rng_state && from.threshold < 256,
+                    "dropout needs a random state and a threshold below 256");
     check_numel(*from.rng_state, 2, "rng_state");
     op.dropout.state = read<int64_t>(*from.rng_state, ScalarType::Long, "rng_state");
     op.dropout.stream = from.stream;
@@ -152,11 +154,12 @@ Tensor new_rows(const Tensor& like, bool written) {
     return written ? torch::stable::new_empty(like, shape) : torch::stable::new_zeros(like, shape);
 }
 
-std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& qkv, const Tensor& starts, const Tensor& lengths,
-                                   const OptionalTensor& kv_starts, const OptionalTensor& kv_lengths,
-                                   const OptionalTensor& kv_index, const Tensor& table,
-                                   const Tensor& sample_ids, const OptionalTensor& rng_state, double scale,
-                                   int64_t threshold, int64_t stream) {
+std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& qkv, const Tensor& starts,
+                                   const Tensor& lengths, const OptionalTensor& kv_starts,
+                                   const OptionalTensor& kv_lengths, const OptionalTensor& kv_index,
+                                   const Tensor& table, const Tensor& sample_ids,
+                                   const OptionalTensor& rng_state, double scale, int64_t threshold,
+                                   int64_t stream) {
     AttentionForward op{};
     std::vector<int64_t> sources;
     set_inputs(op,

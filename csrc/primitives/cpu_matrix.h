@@ -6,7 +6,9 @@
 
 namespace vlk::VLK_ISA {
 
-inline int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t count, int64_t multiple) {
+    return (count + multiple - 1) / multiple * multiple;
+}
 
 struct Rows {
     const float* data;
@@ -38,7 +40,8 @@ inline void multiply_block(Left left, Rows right, int64_t depth, float* out, int
     for (int64_t k = 0; k < depth; ++k) {
         Floats factor[vectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v) factor[v] = load(right.data + k * right.stride + v * lanes, Whole{});
+        for (int v = 0; v < vectors; ++v)
+            factor[v] = load(right.data + k * right.stride + v * lanes, Whole{});
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
             const float scalar = left.data[r * left.row + k * left.depth];
@@ -78,11 +81,12 @@ inline void multiply_columns(Left left, Rows right, int64_t rows, int64_t depth,
 inline void multiply(Left left, Rows right, int64_t rows, int64_t depth, int64_t columns, float* out,
                      int64_t stride, bool add = false) {
     int64_t column = 0;
-    for (; column + lanes < columns; column += block_vectors * lanes)
-        multiply_columns<block_vectors>(left, {right.data + column, right.stride}, rows, depth, out + column,
-                                        stride, add);
-    if (column < columns)
-        multiply_columns<1>(left, {right.data + column, right.stride}, rows, depth, out + column, stride, add);
+    for (; column + lanes < columns; column += block_vectors * lanes) {
+        const Rows part{right.data + column, right.stride};
+        multiply_columns<block_vectors>(left, part, rows, depth, out + column, stride, add);
+    }
+    const Rows part{right.data + column, right.stride};
+    if (column < columns) multiply_columns<1>(left, part, rows, depth, out + column, stride, add);
 }
 
 typedef float Four __attribute__((vector_size(16)));

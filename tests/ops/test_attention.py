@@ -324,7 +324,7 @@ def test_few_graphs_over_many_layouts():
         (4, {}, "cpp"),
         (4, {"bias": torch.zeros(1, 1, 4, 4)}, "torch"),
         (4, {"qkv": torch.randn(4, 3, 1, 8).double()}, "torch"),
-        (257, {}, "torch"),
+        (1025, {}, "torch"),
     ),
 )
 def test_auto_takes_the_compiled_kernels_for_short_samples(length, change, expected):

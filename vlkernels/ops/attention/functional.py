@@ -11,16 +11,16 @@ from torch import Tensor
 from vlkernels.core import checks, dispatch, library, native
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.layout import SegmentLayout
-from vlkernels.core.mask import SegmentMask
+from vlkernels.core.mask import FULL, SegmentMask
 from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
-from vlkernels.ops.attention import cpp_kernels, reference, torch_kernels
+from vlkernels.ops.attention import raw_ops, reference, torch_kernels
 
 IMPLEMENTATIONS = (
     Implementation(
         "cpp",
         devices=("cpu",),
         available=functools.partial(native.missing, "attention_cpp_forward", "CPU"),
-        supports=cpp_kernels.refusal,
+        supports=raw_ops.refusal,
     ),
     # It reads the lengths on the host, which only on a CPU costs nothing.
     Implementation("torch", devices=("cpu",)),
@@ -89,8 +89,8 @@ def attention(
 
     Numerics: scores, softmax and sums are float32 for the half types, float64 for float64.
 
-    Memory: the backward keeps q, k, v, out and lse and computes P again: no ``[L, L]`` array outlives a step (one does on
-        the reference).
+    Memory: the backward keeps q, k, v, lse and, unless ``"cpp"`` serves, out, and computes P again: no ``[L, L]`` array
+        outlives a step (one does on the reference).
 
     Errors: ``ValueError`` for shapes, dtypes, devices or tables that do not fit and for ``dropout_p`` outside [0, 1).
 
@@ -184,7 +184,6 @@ def _attend(
     facts = {
         "dtype": q.dtype,
         "head_dim": q.shape[2],
-        "queries": layout.max_seqlen,
         "keys": keys.max_seqlen,
         "bias": bias is not None,
         "deterministic": deterministic,
@@ -195,19 +194,20 @@ def _attend(
             *torch_kernels.split(qkv), layout=layout, mask=mask, kv_layout=kv_layout, kv_index=kv_index, bias=bias,
             softmax_scale=softmax_scale, dropout_p=dropout_p, rng=rng, stream=stream, return_lse=return_lse,
         )  # fmt: skip
-    mask = SegmentMask([["full"] * keys.num_segments] * layout.num_segments) if mask is None else mask
-    table = mask.table(q.device)
+    if mask is None:
+        cells = layout.num_segments * keys.num_segments
+        table = torch.full((cells,), FULL, dtype=torch.int32, device=q.device)
+    else:
+        table = mask.table(q.device)
     state = resolve_rng(rng, q.device) if dropout_threshold(dropout_p) else None
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     kv_starts, kv_lengths = (None, None) if kv_layout is None else (kv_layout.starts, kv_layout.lengths)
     rows = qkv, layout.starts, layout.lengths, kv_starts, kv_lengths, kv_index
     if impl == "cpp":
         threshold = dropout_threshold(dropout_p)
-        out, lse = cpp_kernels.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
+        out, lse = raw_ops.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
     else:
-        out, lse = _differentiable(
-            *rows, table, bias, layout.sample_ids, state, scale, dropout_p, stream, impl
-        )
+        out, lse = _differentiable(*rows, table, bias, layout.sample_ids, state, scale, dropout_p, stream, impl)
     return (out, lse) if return_lse else out
 
 

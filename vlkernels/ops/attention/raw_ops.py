@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from vlkernels.core import library
-from vlkernels.ops.attention.torch_kernels import split
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The scores of a head are held at once, twice in the backward: they must stay in the caches of a core.
-MOST_SCORES = 2**16
+# Keys are not cut into blocks: beyond this many PyTorch's kernel, which cuts them, is faster (see MATH.md).
+MOST_KEYS = 1024
 
 
 def refusal(facts: Mapping[str, Any]) -> str | None:
@@ -22,14 +21,20 @@ def refusal(facts: Mapping[str, Any]) -> str | None:
         return f"it computes in float32, the inputs are {str(facts['dtype']).removeprefix('torch.')}"
     if facts["bias"]:
         return "it takes no bias"
-    if facts["queries"] * facts["keys"] > MOST_SCORES:
-        return f"the longest samples have {facts['queries']} x {facts['keys']} scores, it holds {MOST_SCORES}"
+    if facts["keys"] > MOST_KEYS:
+        return f"the longest sample has {facts['keys']} keys, it serves up to {MOST_KEYS}"
     return None
 
 
+def _out_shape(qkv: list[Tensor]) -> tuple[int, int, int]:
+    """``[T, H, K]`` of ``[qkv]`` (one ``[T, 3, H, K]``) or ``[q, k, v]``."""
+    return qkv[0].shape[0], qkv[0].shape[-2], qkv[0].shape[-1]
+
+
 def _forward_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
-    q = split(qkv)[0]
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    tokens, heads, width = _out_shape(qkv)
+    lse = qkv[0].new_empty((heads, tokens), dtype=torch.float32)
+    return qkv[0].new_empty((tokens, heads, width)), lse
 
 
 def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, qkv: list[Tensor], *_: Any) -> list[Tensor]:
@@ -62,7 +67,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     saved = ctx.saved_tensors
     qkv, tensors, lse = list(saved[: ctx.members]), saved[ctx.members : -1], saved[-1]
     if grad_out is None:
-        grad_out = torch.zeros_like(split(qkv)[0])
+        grad_out = qkv[0].new_zeros(_out_shape(qkv))
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grads = _backward(grad_out, grad_lse, qkv, *tensors, lse, *ctx.options)
