@@ -243,6 +243,18 @@ def test_samples_longer_than_a_step():
     torch.testing.assert_close(*(torch.autograd.grad(out, inputs, cotangent) for out in outs), atol=1e-4, rtol=1e-4)
 
 
+@compiled
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_compiled_kernels_take_long_samples_in_steps(dtype):
+    layout = vk.SegmentLayout([[90, 211], [3, 40], [170, 0]])
+    tensors = dict(zip("qkv", torch.randn(3, layout.num_tokens, 2, 8).bfloat16().double()))
+    options = {"layout": layout, "mask": vk.SegmentMask.prefix_lm(), "dropout_p": 0.2, "stream": 4}
+    truth = results(reference.attention, tensors, options, torch.float64)
+    eager = results(reference.attention, tensors, options, dtype)
+    for name, tensor in results(vk.attention, tensors, options, dtype, impl="cpp").items():
+        assert_close(name, tensor, eager[name], truth[name])
+
+
 def test_blocks_of_one_shape_keep_their_own_masks():
     layout, keys = vk.SegmentLayout([[5], [5]]), vk.SegmentLayout([[0, 5], [2, 3]])
     q, k, v = torch.randn(3, 10, 2, 8).unbind()
