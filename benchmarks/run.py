@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.provenance import device_folder, provenance
 from benchmarks.timing import Timing, interleaved
 from engine.training.host_memory import keep_large_blocks
 from vlkernels import ops
-from vlkernels.core.spec import InputMaker, OpSpec
+from vlkernels.core.spec import InputMaker, OpSpec, Peer
 from vlkernels.testing import contract
 from vlkernels.testing.arguments import cotangents, differentiable_tensors, floating_outputs
 
@@ -77,14 +78,17 @@ def variants(spec: OpSpec, make: Callable[..., Any], dtype: torch.dtype, device:
 
 
 def _step(
-    function: Callable[..., Any], make: Callable[..., Any], dtype: torch.dtype, device: str, **extra: Any
+    function: Callable[..., Any] | Peer, make: Callable[..., Any], dtype: torch.dtype, device: str, **extra: Any
 ) -> Callable[[], object]:
     arguments = make(InputMaker(dtype, device))
-    inputs = list(differentiable_tensors(arguments).values())
+    if isinstance(function, Peer):
+        call, inputs = function.prepare(**arguments)
+    else:
+        call, inputs = partial(function, **arguments, **extra), list(differentiable_tensors(arguments).values())
     upstream: list[torch.Tensor] = []
 
     def step() -> object:
-        outputs = [t for t in floating_outputs(function(**arguments, **extra)) if t.requires_grad]
+        outputs = [t for t in floating_outputs(call()) if t.requires_grad]
         if not outputs:
             return None
         if not upstream:

@@ -64,12 +64,23 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Peer:
+    """Somebody else's way, with what it has done before the clock starts (padding, masks, sorting).
+
+    ``prepare`` takes the case's arguments and returns the call to time and the tensors it is differentiated by.
+    """
+
+    prepare: Callable[..., tuple[Callable[[], Any], list[Tensor]]]
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """An op: its functional, the reference that defines it, the order ``auto`` follows, and its cases.
 
     Args:
         benchmarks: named inputs worth timing; each value is ``make(fill)`` as in :class:`Case`.
-        peers: other people's way to compute the same, timed side by side; each takes the case's arguments.
+        peers: other people's way to compute the same, timed side by side: a function of the case's arguments, or a
+            :class:`Peer`.
         cost: floor of a call from its arguments.
         deterministic: two runs give the same bits.
     """
@@ -81,6 +92,6 @@ class OpSpec:
     cases: Sequence[Case]
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
     benchmarks: Mapping[str, Callable[[InputMaker], Arguments]] = field(default_factory=dict)
-    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    peers: Mapping[str, Callable[..., Any] | Peer] = field(default_factory=dict)
     cost: Callable[..., Cost] | None = None
     deterministic: bool = True

@@ -17,7 +17,7 @@ from vlkernels.ops.hard_negatives import reference, torch_kernels
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
 # Below so many logits a CPU is faster with the whole matrix: two levels cost more than they save.
-FEW_LOGITS = 2**23
+FEW_LOGITS = 2**25
 
 
 def hard_negatives(
