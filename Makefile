@@ -63,6 +63,7 @@ test-gpu: setup
 
 bench: setup
 	$(RUN) -m benchmarks.run --device cpu
+	$(RUN) -m benchmarks.plain_quickstart
 
 bench-gpu: setup
 	$(RUN) -m benchmarks.run --device cuda

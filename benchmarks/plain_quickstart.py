@@ -1,31 +1,33 @@
-"""The quickstart's model in plain, padded PyTorch: the peer that the engine's pairs per second are compared
-with.
+"""The quickstart's model in plain, padded PyTorch: the peer that the engine's pairs per second are compared with.
 
     python -m benchmarks.plain_quickstart [--pairs 128] [--seconds 30]
 
-Same sizes, weights, losses and hard negatives; `scaled_dot_product_attention` on padded batches,
-`F.layer_norm`, `F.cross_entropy`, image keys and values projected once per image. Whole steps with AdamW take
-turns in one process.
+Same sizes, weights, losses and hard negatives; `scaled_dot_product_attention` on padded batches, `F.layer_norm`,
+`F.cross_entropy`, image keys and values projected once per image. Whole steps, data loading included, take turns in one process.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.provenance import RESULTS, ROOT, store
 from benchmarks.timing import interleaved
-from engine.config import Config
 from engine.batch import Batch
-from engine.data import held_out_batches, load_source, make_tokenizer
+from engine.config import Config
+from engine.data import load_source, make_tokenizer, training_stream
 from engine.models import VisionLanguageModel, build_model
 from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import Model, Stack
+from engine.training import zero
 from engine.training.command_line import parse
+from engine.training.optimizer import make_optimizer
+from engine.training.step import agree, normalizers, run_window
 
 
 class Attention(nn.Module):
@@ -229,57 +231,65 @@ def make_models(config: Config, vocab_size: int) -> tuple[PretrainingModule, Pla
     return PretrainingModule(packed, build_objectives(config.objectives)), plain
 
 
-class Step:
-    """A whole training step of either model on batches that take turns."""
+class PlainLoop:
+    """What a researcher would write: load a batch, forward, backward, AdamW."""
 
-    def __init__(self, module: nn.Module, batches: list[Batch]):
-        self.module = module
-        self.batches = itertools.cycle(batches)
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        output = self.module(batch)
-        return output[1] if isinstance(output, tuple) else output
+    def __init__(self, module: nn.Module, stream: Iterator[list[Batch]], learning_rate: float):
+        self.module, self.stream = module, stream
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, fused=True)
 
     def __call__(self) -> None:
+        (batch,) = next(self.stream)
         self.optimizer.zero_grad(set_to_none=True)
-        sum(self.losses(next(self.batches)).values()).backward()
+        batch.normalizers = normalizers(batch.counts, 1, torch.device("cpu"))
+        output = self.module(batch)
+        losses = output[1] if isinstance(output, tuple) else output
+        sum(losses.values()).backward()
         self.optimizer.step()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+class EngineLoop:
+    """The engine's own step: DeepSpeed, clipping, agreement between ranks and all."""
+
+    def __init__(self, config: Config, module: PretrainingModule, stream: Iterator[list[Batch]], ranks: zero.Ranks):
+        optimizer = make_optimizer(config.optimizer, module.named_parameters(), ranks.device)
+        self.engine, self.stream, self.ranks = zero.Engine(config, module, optimizer, ranks), stream, ranks
+
+    def __call__(self) -> None:
+        window = next(self.stream)
+        agreement = agree(window, self.ranks, stop=False)
+        run_window(self.engine, window, agreement.counts, self.ranks, self.engine.module.model.rng)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    config = parse(["--config", "engine/recipes/quickstart.yaml"])
-    source = load_source(config.data, "held_out")
-    tokenizer = make_tokenizer(config, load_source(config.data, "train"))
-    batches = [
-        b
-        for b in held_out_batches(config, source, tokenizer, options.pairs)
-        if len(b.labels) == options.pairs
-    ]
+    config = parse(["--config", str(ROOT / "engine/recipes/quickstart.yaml"), f"--train.global_batch={options.pairs}"])
+    ranks = zero.join(config)
+    source = load_source(config.data, "train", config.seed)
+    tokenizer = make_tokenizer(config, source)
+
+    def stream() -> Iterator[list[Batch]]:
+        return training_stream(config, source, tokenizer, ranks.rank, ranks.world, 0)
+
     packed, plain = make_models(config, tokenizer.vocab_size)
-    steps = {"engine": Step(packed, batches), "plain": Step(plain, batches)}
-    agreement = {
-        name: {k: v.item() for k, v in step.losses(batches[0]).items()} for name, step in steps.items()
+    under_zero, _ = make_models(config, tokenizer.vocab_size)
+    loops = {
+        "engine": EngineLoop(config, under_zero, stream(), ranks),
+        "packed model, no DeepSpeed": PlainLoop(packed, stream(), config.optimizer.lr),
+        "plain padded PyTorch": PlainLoop(plain, stream(), config.optimizer.lr),
     }
-    timings = interleaved(steps, "cpu", options.seconds)
+    timings = interleaved(loops, "cpu", options.seconds)
     speeds = {name: options.pairs / timing.median for name, timing in timings.items()}
-    tokens = [sum(int(layout.lengths.sum()) for layout in (b.image_layout, b.text_layout)) for b in batches]
-    result = {
-        "pairs_per_s": speeds,
-        "ratio": speeds["engine"] / speeds["plain"],
-        "losses": agreement,
-        "tokens_per_pair": sum(tokens) / len(tokens) / options.pairs,
-        "longest_caption": max(b.text_ids.shape[1] for b in batches),
-        "threads": torch.get_num_threads(),
-    }
-    print(json.dumps(result, indent=1))
+    for name, speed in speeds.items():
+        print(f"{name:<28} {speed:8.1f} pairs/s  {speed / speeds['plain padded PyTorch']:5.2f}x")
+    seconds = {name: vars(timing) for name, timing in timings.items()}
+    store("quickstart_step", {"benchmark": "quickstart step", "pairs": options.pairs, "seconds": seconds}, "cpu", options.results)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    zero.leave(main)

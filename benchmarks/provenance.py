@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -24,6 +26,14 @@ def provenance(device: str) -> dict[str, Any]:
         "triton": _version("triton"),
         **(_card() if device == "cuda" else _processor()),
     }
+
+
+def store(name: str, row: dict[str, Any], device: str, folder: Path = RESULTS) -> None:
+    """Append a result and its provenance to ``<folder>/<device>/<name>.jsonl``."""
+    path = folder / device_folder(device) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({**row, **provenance(device)}) + "\n")
 
 
 def device_folder(device: str) -> str:

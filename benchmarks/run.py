@@ -6,7 +6,6 @@ An op whose contract is red prints no time. Results are appended to benchmarks/r
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,15 +14,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.provenance import device_folder, provenance
+from benchmarks.provenance import RESULTS, store
 from benchmarks.timing import Timing, interleaved
 from engine.training.host_memory import keep_large_blocks
 from vlkernels import ops
 from vlkernels.core.spec import InputMaker, OpSpec, Peer
 from vlkernels.testing import contract
 from vlkernels.testing.arguments import cotangents, differentiable_tensors, floating_outputs
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +53,9 @@ def run_op(spec: OpSpec, options: argparse.Namespace) -> bool:
         for dtype in spec.dtypes:
             timings = interleaved(variants(spec, make, dtype, options.device), options.device, options.budget_s)
             show(spec.name, name, dtype, timings)
-            store(options.results, spec.name, name, dtype, timings, options.device)
+            seconds = {variant: vars(timing) for variant, timing in timings.items()}
+            row = {"op": spec.name, "benchmark": name, "dtype": str(dtype), "seconds": seconds}
+            store(spec.name, row, options.device, options.results)
     return True
 
 
@@ -105,15 +104,6 @@ def show(op: str, name: str, dtype: torch.dtype, timings: dict[str, Timing]) -> 
             f"{op:<22} {name:<28} {str(dtype).removeprefix('torch.'):<9} {variant:<22} "
             f"{timing.median * 1e3:9.3f} ms [{timing.low * 1e3:.3f}, {timing.high * 1e3:.3f}]  {timing.median / ours:6.2f}x"
         )
-
-
-def store(folder: Path, op: str, name: str, dtype: torch.dtype, timings: dict[str, Timing], device: str) -> None:
-    path = folder / device_folder(device) / f"{op}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seconds = {variant: vars(timing) for variant, timing in timings.items()}
-    row = {"op": op, "benchmark": name, "dtype": str(dtype), "seconds": seconds, **provenance(device)}
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
