@@ -20,14 +20,14 @@ def test_the_report_gives_the_reason_for_what_is_skipped(capsys, monkeypatch):
 
 
 def test_check_proves_an_op_and_counts_failures(capsys, monkeypatch):
-    assert command.main(["check", "take_rows", "--device", "cpu"]) == 0
-    assert "checked take_rows on cpu" in capsys.readouterr().out
+    assert command.main(["check", "hard_negatives", "--device", "cpu"]) == 0
+    assert "checked hard_negatives on cpu" in capsys.readouterr().out
 
     def red(*_):
         raise AssertionError("wrong")
 
     monkeypatch.setattr("vlkernels.testing.contract.verify", red)
-    assert command.main(["check", "take_rows", "--device", "cpu"]) == 1
+    assert command.main(["check", "hard_negatives", "--device", "cpu"]) == 1
     assert "FAILED  wrong" in capsys.readouterr().out
 
 
