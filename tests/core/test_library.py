@@ -3,6 +3,7 @@
 import pytest
 import torch
 import vlkernels as vk
+from vlkernels.ops.linear_cross_entropy import torch_kernels
 
 
 def first_gradient(features):
@@ -23,3 +24,17 @@ def test_creating_a_graph_that_nobody_differentiates_is_allowed():
     first_gradient(features)
     features.sum().backward()
     assert torch.equal(features.grad, torch.ones(6, 4))
+
+
+def classifier_gradients(is_autocast):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (16, 50))
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        loss = vk.linear_cross_entropy(hidden, weight, torch.arange(16), impl="torch")
+        return torch.autograd.grad(loss, (hidden, weight))
+
+
+def test_autocast_does_not_reach_into_kernels(monkeypatch):
+    monkeypatch.setattr(torch_kernels, "CHUNK_LOGITS", 200)
+    for mine, plain in zip(classifier_gradients(True), classifier_gradients(False), strict=True):
+        assert torch.equal(mine, plain)

@@ -27,7 +27,9 @@ def define(schema: str, *, fake: Callable[..., Any], kernels: Kernels | None = N
     if kernels is not None:
 
         def run(*arguments: Any) -> Any:
-            return kernels[arguments[-1]](*arguments[:-1])
+            # Autocast would take products that the kernels promise in float32 in a half type.
+            with torch._C._DisableAutocast():
+                return kernels[arguments[-1]](*arguments[:-1])
 
         for dispatch_key in ("CPU", "CUDA"):
             _LIBRARY.impl(name, run, dispatch_key)
