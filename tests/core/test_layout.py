@@ -75,6 +75,26 @@ def test_from_cu_seqlens():
     assert torch.equal(layout.cu_seqlens, torch.tensor([0, 3, 3, 7], dtype=torch.int32))
 
 
+def from_bounds(bounds, num_tokens=None):
+    return vk.SegmentLayout.from_cu_seqlens(torch.tensor(bounds), max_seqlen=5, num_tokens=num_tokens)
+
+
+def test_lengths_may_come_transposed():
+    layout = vk.SegmentLayout(torch.tensor([[3, 1], [2, 4]]).T)
+    assert layout.lengths.tolist() == [[3, 2], [1, 4]] and layout.lengths.is_contiguous()
+    renamed = layout.with_sample_ids(torch.arange(4, dtype=torch.int32)[::2])
+    assert renamed.sample_ids.tolist() == [0, 2] and renamed.sample_ids.is_contiguous()
+
+
+def test_what_inference_mode_fills_serves_training():
+    layout = vk.SegmentLayout(ROWS)
+    with torch.inference_mode():
+        mask = vk.SegmentMask.prefix_lm()
+        made = [layout.token_keys(), layout.token_sample(), layout.cu_segments, layout.select((1,)).starts]
+    kept = [layout.token_keys(), layout._flat_segment(), layout.cu_segments, layout.select((1,)).starts, mask.table("cpu")]
+    assert len(made) == 4 and not any(tensor.is_inference() for tensor in kept)
+
+
 def test_keys_are_sample_id_and_position():
     layout = vk.SegmentLayout([[1, 2]], capacity=4, sample_ids=[41])
     assert layout.token_keys().tolist()[:3] == [[41, 0], [41, 1], [41, 2]]
@@ -96,6 +116,15 @@ def test_empty_batch():
         (lambda: vk.SegmentLayout([[1]]).select([1]), r"segments must be indices below 1, got \[1\]"),
         (lambda: vk.SegmentLayout([[1]]).token_position("batch"), "'batch'"),
         (lambda: vk.SegmentLayout.padded([5], 4), "at most max_len = 4, got 5"),
+        (lambda: vk.SegmentLayout.padded([1, 1, 1], 2**30), r"2\*\*31 - 1 tokens, got 3221225472"),
+        (lambda: vk.SegmentLayout([[1]], capacity=2**31), r"2\*\*31 - 1 tokens, got 2147483648"),
+        (lambda: vk.SegmentLayout(torch.tensor([[2.7]])), "lengths must be integers, got torch.float32"),
+        (lambda: vk.SegmentLayout([[1], [2]]).take(torch.tensor([0, -1])), r"index must lie in \[0, 2\), got values from -1"),
+        (lambda: from_bounds([0.0, 3.0]), "cu_seqlens must be one of int64, int32, got float32"),
+        (lambda: from_bounds([0, 5, 3]), r"rise from 0 to at most num_tokens = 3, got \[0, 5, 3\]"),
+        (lambda: from_bounds([2, 5]), r"rise from 0 to at most num_tokens = 5, got \[2, 5\]"),
+        (lambda: from_bounds([0, 5, 8], num_tokens=6), r"rise from 0 to at most num_tokens = 6, got \[0, 5, 8\]"),
+        (lambda: from_bounds([0, 5, 12]), "max_seqlen must be at least the longest sample = 7, got 5"),
     ],
 )
 def test_mistakes_get_one_clear_line(make, message):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from vlkernels.core import checks
+
 MAX_SEGMENTS = 16
 
+MAX_TOKENS = 2**31 - 1
+
 Lengths = Tensor | Sequence[Sequence[int]]
+Made = TypeVar("Made")
 
 
 class SegmentLayout:
@@ -32,6 +38,7 @@ class SegmentLayout:
         total = int(host.sum())
         if capacity is not None and capacity < total:
             raise ValueError(f"capacity must be at least the sum of the lengths = {total}, got {capacity}")
+        _check_tokens(total if capacity is None else capacity)
         per_sample = host.sum(1)
         self._set(
             starts=(ends - host).to(torch.int32),
@@ -56,6 +63,10 @@ class SegmentLayout:
             if cu_seqlens.device.type != "cpu":
                 raise ValueError("num_tokens is required when cu_seqlens is on a device: reading it would wait for the device")
             num_tokens = int(cu_seqlens[-1])
+        checks.check_integer("cu_seqlens", cu_seqlens)
+        _check_tokens(num_tokens)
+        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_bounds(cu_seqlens, max_seqlen, num_tokens)
         bounds = cu_seqlens.to(torch.int32)
         layout = cls.__new__(cls)
         layout._set(
@@ -76,6 +87,7 @@ class SegmentLayout:
         host = _host_lengths([[int(n)] for n in lengths] if not isinstance(lengths, Tensor) else lengths[:, None])
         if len(host) and int(host.max()) > max_len:
             raise ValueError(f"lengths must be at most max_len = {max_len}, got {int(host.max())}")
+        _check_tokens(len(host) * max_len)
         layout = cls.__new__(cls)
         layout._set(
             starts=(torch.arange(len(host), dtype=torch.int32) * max_len)[:, None].contiguous(),
@@ -159,9 +171,11 @@ class SegmentLayout:
         if self._rows_per_sample is not None:
             raise ValueError("a padded layout has gaps between its segments: use starts and lengths")
         if "cu_segments" not in self._cache:
-            ends = self.lengths.flatten().cumsum(0, dtype=torch.int32)
-            self._cache["cu_segments"] = torch.nn.functional.pad(ends, (1, 0))
+            self._cache["cu_segments"] = lasting(self._cu_segments)
         return self._cache["cu_segments"]
+
+    def _cu_segments(self) -> Tensor:
+        return torch.nn.functional.pad(self.lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0))
 
     def token_sample(self) -> Tensor:
         """int32 ``[num_tokens]``: the sample each row belongs to, -1 for rows that belong to nobody."""
@@ -187,10 +201,13 @@ class SegmentLayout:
     def token_keys(self) -> Tensor:
         """int32 ``[num_tokens, 2]``: (sample id, position in the sample), the coordinates :class:`Rng` draws by."""
         if "keys" not in self._cache:
-            sample = self.token_sample()
-            ids = self.sample_ids[sample.clamp(min=0)] if self.num_samples else torch.zeros_like(sample)
-            self._cache["keys"] = torch.stack((ids, self.token_position("sample")), dim=1)
+            self._cache["keys"] = lasting(self._token_keys)
         return self._cache["keys"]
+
+    def _token_keys(self) -> Tensor:
+        sample = self.token_sample()
+        ids = self.sample_ids[sample.clamp(min=0)] if self.num_samples else torch.zeros_like(sample)
+        return torch.stack((ids, self.token_position("sample")), dim=1)
 
     def select(self, segments: Sequence[int]) -> SegmentLayout:
         """The layout of some segments only, packed without gaps, in the order given."""
@@ -200,7 +217,7 @@ class SegmentLayout:
         if torch.compiler.is_compiling():  # a graph that filled the cache would not serve the next layout
             return self._select(chosen)
         if chosen not in self._selections:
-            self._selections[chosen] = self._select(chosen)
+            self._selections[chosen] = lasting(lambda: self._select(chosen))
         return self._selections[chosen]
 
     def _select(self, chosen: tuple[int, ...]) -> SegmentLayout:
@@ -215,7 +232,7 @@ class SegmentLayout:
         if sample_ids.shape != (self.num_samples,):
             raise ValueError(f"sample_ids must be [B] = [{self.num_samples}], got {list(sample_ids.shape)}")
         layout = self._with_tensors(lambda tensor: tensor)
-        layout.sample_ids = sample_ids.to(torch.int32)
+        layout.sample_ids = sample_ids.to(torch.int32).contiguous()
         return layout
 
     def take(self, index: Tensor) -> SegmentLayout:
@@ -223,7 +240,7 @@ class SegmentLayout:
 
         Lengths stay on the device, so ``num_tokens`` is the upper bound ``len(index) * max_seqlen``.
         """
-        _check_index(index)
+        _check_index(index, self.num_samples)
         chosen = index.long()
         return self._packed(
             self.lengths[chosen],
@@ -270,15 +287,17 @@ class SegmentLayout:
     def _flat_segment(self) -> Tensor:
         """int32 ``[num_tokens]``: index into the flattened ``[B*S]`` segments, -1 for nobody's rows."""
         if "flat_segment" not in self._cache:
-            rows = self._rows()
-            if self.starts.numel() == 0:
-                self._cache["flat_segment"] = torch.full_like(rows, -1)
-            else:
-                starts, lengths = self.starts.flatten(), self.lengths.flatten()
-                last = torch.searchsorted(starts, rows, right=True).to(torch.int32) - 1
-                inside = (last >= 0) & (rows - starts[last.clamp(min=0)] < lengths[last.clamp(min=0)])
-                self._cache["flat_segment"] = torch.where(inside, last, -1).to(torch.int32)
+            self._cache["flat_segment"] = lasting(self._find_segments)
         return self._cache["flat_segment"]
+
+    def _find_segments(self) -> Tensor:
+        rows = self._rows()
+        if self.starts.numel() == 0:
+            return torch.full_like(rows, -1)
+        starts, lengths = self.starts.flatten(), self.lengths.flatten()
+        last = torch.searchsorted(starts, rows, right=True).to(torch.int32) - 1
+        inside = (last >= 0) & (rows - starts[last.clamp(min=0)] < lengths[last.clamp(min=0)])
+        return torch.where(inside, last, -1).to(torch.int32)
 
     def __repr__(self) -> str:
         return (
@@ -287,11 +306,21 @@ class SegmentLayout:
         )
 
 
+def lasting(make: Callable[[], Made]) -> Made:
+    """``make()`` for a cache that outlives the call: tensors made in inference mode could not serve a later backward."""
+    if torch.compiler.is_compiling():
+        return make()
+    with torch.inference_mode(False):
+        return make()
+
+
 def _host_lengths(lengths: Lengths) -> Tensor:
     if isinstance(lengths, Tensor):
         if lengths.device.type != "cpu":
             raise ValueError("lengths must be on the host; for lengths on a device use from_cu_seqlens or take")
-        host = lengths.to(torch.int64)
+        if lengths.is_floating_point():
+            raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+        host = lengths.to(torch.int64).contiguous()
     else:
         rows = [[int(n) for n in row] for row in lengths]
         widths = {len(row) for row in rows}
@@ -302,9 +331,25 @@ def _host_lengths(lengths: Lengths) -> Tensor:
         raise ValueError(f"lengths must be [B, S] with 1 <= S <= {MAX_SEGMENTS}, got {list(host.shape)}")
     if host.numel() and int(host.min()) < 0:
         raise ValueError(f"lengths must not be negative, got {int(host.min())}")
-    if int(host.sum()) >= 2**31:
-        raise ValueError(f"a layout holds at most 2**31 - 1 tokens, got {int(host.sum())}")
     return host
+
+
+def _check_tokens(num_tokens: int) -> None:
+    if num_tokens > MAX_TOKENS:
+        raise ValueError(f"a layout holds at most 2**31 - 1 tokens, got {num_tokens}")
+
+
+def _check_bounds(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    if bounds[0] != 0 or bounds[-1] > num_tokens or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to at most num_tokens = {num_tokens}, got {_shortened(bounds)}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen must be at least the longest sample = {max(lengths)}, got {max_seqlen}")
+
+
+def _shortened(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"{values[:4]} .. {values[-4:]}"
 
 
 def _sample_ids(sample_ids: Tensor | Sequence[int] | None, num_samples: int) -> Tensor:
@@ -316,6 +361,7 @@ def _sample_ids(sample_ids: Tensor | Sequence[int] | None, num_samples: int) -> 
     return ids
 
 
-def _check_index(index: Tensor) -> None:
+def _check_index(index: Tensor, num_samples: int) -> None:
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"index must be an integer tensor [B'], got {index.dtype} {list(index.shape)}")
+    checks.check_values_between("index", index, 0, num_samples)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.layout import SegmentLayout, lasting
 
 NONE, FULL, CAUSAL = 0, 1, 2
 CODES = {"none": NONE, "full": FULL, "causal": CAUSAL}
@@ -70,7 +70,7 @@ class SegmentMask:
         device = torch.device(device)
         if device not in self._tables:
             flat = [code for row in self.codes for code in row]
-            self._tables[device] = torch.tensor(flat, dtype=torch.int32, device=device)
+            self._tables[device] = lasting(lambda: torch.tensor(flat, dtype=torch.int32, device=device))
         return self._tables[device]
 
     def check(self, layout: SegmentLayout, kv_layout: SegmentLayout | None) -> None:
