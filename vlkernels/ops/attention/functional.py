@@ -62,7 +62,7 @@ def attention(
     Args:
         q: ``[Tq, H, K]``, the packed tokens of ``layout``; float64, float32, bfloat16 or float16.
         k, v: ``[Tk, Hkv, K]`` in the dtype of ``q``; query head h reads key head ``h // (H / Hkv)``. Only the last dimension
-            of q, k, v need be contiguous: views of a fused projection are read in place.
+            of q, k, v need be contiguous (else they are copied): views of a fused projection are read in place.
         layout: where the segments of each sample lie.
         mask: which query segment sees which key segment; ``None`` is full.
         kv_layout: the layout of k and v when they are another stream (cross-attention); sample b reads sample b.
@@ -100,6 +100,7 @@ def attention(
     checks.check_shape("q", q, "[Tq, H, K]", (layout.num_tokens, None, None))
     keys = layout if kv_layout is None else kv_layout
     width = q.shape[2]
+    _check_width(width)
     for name, x in (("k", k), ("v", v)):
         checks.check_shape(name, x, "[Tk, Hkv, K]", (keys.num_tokens, k.shape[1] if k.dim() == 3 else None, width))
         checks.check_dtype(name, x, (q.dtype,))
@@ -135,7 +136,7 @@ def attention_qkvpacked(
         >>> torch.testing.assert_close(vk.attention_qkvpacked(qkv, layout=layout), vk.attention(*qkv.unbind(1), layout=layout))
 
     Args:
-        qkv: ``[T, 3, H, K]``, the output of a fused projection; only the last dimension need be contiguous.
+        qkv: ``[T, 3, H, K]``, the output of a fused projection; only the last dimension need be contiguous (else it is copied).
 
     The other arguments are those of :func:`attention`.
 
@@ -153,6 +154,7 @@ def attention_qkvpacked(
     """
     checks.check_floating("qkv", qkv)
     checks.check_shape("qkv", qkv, "[T, 3, H, K]", (layout.num_tokens, 3, None, None))
+    _check_width(qkv.shape[3])
     checks.check_same_device(qkv=qkv, bias=bias, layout=layout.starts)
     return _attend([qkv], layout, mask, None, None, bias, softmax_scale, dropout_p, rng, stream, deterministic, return_lse, impl)
 
@@ -202,6 +204,8 @@ def _attend(
     state = resolve_rng(rng, q.device) if dropout_threshold(dropout_p) else None
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     kv_starts, kv_lengths = (None, None) if kv_layout is None else (kv_layout.starts, kv_layout.lengths)
+    qkv = [x if x.stride(-1) == 1 else x.contiguous() for x in qkv]
+    kv_index = None if kv_index is None else kv_index.contiguous()
     rows = qkv, layout.starts, layout.lengths, kv_starts, kv_lengths, kv_index
     if impl == "cpp":
         threshold = dropout_threshold(dropout_p)
@@ -209,6 +213,11 @@ def _attend(
     else:
         out, lse = _differentiable(*rows, table, bias, layout.sample_ids, state, scale, dropout_p, stream, impl)
     return (out, lse) if return_lse else out
+
+
+def _check_width(width: int) -> None:
+    if width == 0:
+        raise ValueError("the heads must have a width K of at least 1, got 0")
 
 
 def _check_samples(layout: SegmentLayout, kv_layout: SegmentLayout | None, kv_index: Tensor | None) -> None:
@@ -276,6 +285,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     wants_bias = ctx.needs_input_grad[7]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
+    grad_lse = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0)  # of a constant
     grads = _backward(grad_out, grad_lse, qkv, *tensors, out, lse, *ctx.options, wants_bias, ctx.impl)
     return (list(grads[: ctx.members]), *[None] * 6, grads[-1] if wants_bias else None, *[None] * 6)
 

@@ -69,7 +69,8 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
     if grad_out is None:
         grad_out = qkv[0].new_zeros(_out_shape(qkv))
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    if grad_lse is not None:  # the lse of a query that sees nothing is a constant: whatever arrives there stays there
+        grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0).contiguous()
     grads = _backward(grad_out, grad_lse, qkv, *tensors, lse, *ctx.options)
     return (list(grads), *[None] * 11)
 
