@@ -116,7 +116,7 @@ def layer_norm(
         x.contiguous(),
         None if residual is None else residual.contiguous(),
         None if linear_bias is None else linear_bias.contiguous(),
-        None if row_scale is None else row_scale.reshape(-1).float(),
+        None if row_scale is None else row_scale.reshape(-1).float().contiguous(),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
         resolve_rng(rng, x.device) if threshold else None,
