@@ -51,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const OptionalTensor& ids, const std:
                                            const OptionalTensor& keys, int64_t stream, int64_t threshold,
                                            double eps) {
     STD_TORCH_CHECK(dense.has_value() || !tables.empty(), "there must be a table or a dense term");
+    STD_TORCH_CHECK(ids.has_value() || tables.empty(), "tables need ids");
     const Tensor& like = dense ? *dense : tables[0];
     const int64_t rows = dense ? dense->size(0) : ids->size(0);
     const SumArguments arguments(like, rows, ids, tables, dense);

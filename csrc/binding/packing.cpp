@@ -122,6 +122,7 @@ Tensor join_segments(const std::vector<Tensor>& tensors, const std::vector<int64
     std::vector<int64_t> part_rows;
     for (const Tensor& tensor : tensors) {
         from.emplace_back(tensor, parts.leading());
+        STD_TORCH_CHECK(!parts.is_padded || tensor.size(0) == segments.samples, "padded parts must have ", segments.samples, " samples, got ", tensor.size(0));
         part_rows.push_back(tensor.size(parts.leading() - 1));
         STD_TORCH_CHECK(from.back().bytes == from.front().bytes, "all parts must have rows of the same size, got ", from.back().bytes, " and ", from.front().bytes, " bytes");
     }

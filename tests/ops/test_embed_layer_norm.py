@@ -138,3 +138,20 @@ def test_the_kernel_itself_refuses_an_id_past_the_table():
     )
     with pytest.raises(RuntimeError, match=r"ids\[:, 0\] must be below 4, got 7"):
         torch.ops.vlkernels.embed_layer_norm_forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.tensor(0), [torch.randn(2, 4)], None), r"ids must be \[T, C\] = \[any, 1\], got \[\]"),
+        ((torch.tensor([[0]]), [torch.tensor(1.0)], None), r"tables\[0\] must be \[V, D\] = \[any, any\], got \[\]"),
+    ],
+)
+def test_scalars_get_one_clear_line(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vk.embed_layer_norm(*arguments)
+
+
+def test_the_raw_op_needs_ids_for_tables():
+    with pytest.raises(RuntimeError, match="tables need ids"):
+        torch.ops.vlkernels.embed_layer_norm_forward(None, [torch.randn(2, 4)], None, None, None, None, None, 0, 0, 1e-5)

@@ -22,7 +22,7 @@ def check_shape(name: str, tensor: Tensor, symbols: str, expected: Sequence[int 
 
 def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
     if tensor.dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        names = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(allowed))
         raise ValueError(f"{name} must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 

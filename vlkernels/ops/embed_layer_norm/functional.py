@@ -137,13 +137,14 @@ def _check(
         raise ValueError(f"{len(tables)} tables need ids [T, {len(tables)}], got None")
     like = tables[0] if tables else dense
     checks.check_floating("tables[0]" if tables else "dense", like)
-    width, rows = like.shape[-1], (ids if tables else dense).shape[0]
+    checks.check_shape("tables[0]" if tables else "dense", like, "[V, D]" if tables else "[T, D]", (None, None))
+    if tables:
+        checks.check_integer("ids", ids)
+        checks.check_shape("ids", ids, "[T, C]", (ids.shape[0] if ids.dim() else None, len(tables)))
+    width, rows = like.shape[1], (ids if tables else dense).shape[0]
     for c, table in enumerate(tables):
         checks.check_shape(f"tables[{c}]", table, "[V, D]", (None, width))
         checks.check_dtype(f"tables[{c}]", table, (like.dtype,))
-    if tables:
-        checks.check_integer("ids", ids)
-        checks.check_shape("ids", ids, "[T, C]", (rows, len(tables)))
     if dense is not None:
         checks.check_shape("dense", dense, "[T, D]", (rows, width))
         checks.check_dtype("dense", dense, (like.dtype,))

@@ -223,6 +223,8 @@ def take_rows(x: Tensor, positions: Tensor, capacity: int | None = None, *, impl
     checks.check_integer("positions", positions)
     checks.check_shape("positions", positions, "[M]", (None,))
     checks.check_same_device(x=x, positions=positions)
+    if x.dim() == 0:
+        raise ValueError("x must be [N, ...], got a tensor without dimensions")
     if capacity is not None and capacity < positions.shape[0]:
         raise ValueError(f"capacity must be at least M = {positions.shape[0]}, got {capacity}")
     checks.check_values_between("positions", positions, -1, x.shape[0])
