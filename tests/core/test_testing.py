@@ -50,3 +50,9 @@ def test_the_lint_catches_syncs(waits):
 
 def test_the_lint_passes_code_without_syncs():
     sync_lint.lint(lambda x: (x * 2).sum(), Case("plain", lambda fill: {"x": fill.normal(4)}))
+
+
+def test_a_case_in_which_eager_overflows_proves_nothing():
+    truth = torch.tensor([1e30], dtype=torch.float64)
+    with pytest.raises(AssertionError, match="proves nothing"):
+        error_rule.assert_close("x", torch.tensor([float("nan")]), torch.tensor([float("inf")]), truth)
