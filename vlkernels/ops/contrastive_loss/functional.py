@@ -74,7 +74,8 @@ def contrastive_loss(
     Gradients: to both features and the scale. With a group and "mean" a feature's gradient is W times the
     single process's, so that averaged parameter gradients equal it; the scale's averages (or adds up) to it.
     Numerics: similarities and normalisers are float32 (float64 for float64), also for half types; products
-    of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32.
+    of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
+    "auto" takes for few logits on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
     Memory: O(N D) and at most 19 tiles of 2048 x 2048 (319 MB). Gradients are computed in the forward, when
     anything requires them.
     Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ.
