@@ -65,3 +65,17 @@ def test_state_round_trip():
     other = vk.Rng(0)
     other.load_state_dict(rng.state_dict())
     assert torch.equal(rng.state, other.state) and rng.state.tolist() == [9, 5]
+
+
+@pytest.mark.parametrize("stream", [-1, 65536])
+def test_streams_that_would_draw_like_others_are_refused(stream):
+    x, layout, options = torch.randn(2, 16), vk.SegmentLayout([[2]]), {"rng": vk.Rng(0), "stream": stream}
+    calls = (
+        lambda: vk.layer_norm(x, None, None, dropout_p=0.5, **options),
+        lambda: vk.embed_layer_norm(None, [], None, dense=x, dropout_p=0.5, **options),
+        lambda: vk.attention(*x.view(2, 1, 16).expand(3, 2, 1, 16), layout=layout, dropout_p=0.5, **options),
+        lambda: vk.hard_negatives(x, x, 1.0, **options),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"stream must be in \[0, 65536\), got {stream}"):
+            call()

@@ -51,6 +51,12 @@ def resolve_rng(rng: Rng | None, device: torch.device) -> Tensor:
     return rng.state
 
 
+def check_stream(stream: int) -> None:
+    """Raise where two streams would draw the same: the counter has 16 bits for them."""
+    if not 0 <= stream < MAX_STREAMS:
+        raise ValueError(f"stream must be in [0, {MAX_STREAMS}), got {stream}")
+
+
 def dropout_threshold(p: float) -> int:
     """``p`` on the grid of the draws: a byte below the threshold is dropped."""
     return min(max(round(p * DROPOUT_LEVELS), 1), DROPOUT_LEVELS - 1) if p > 0 else 0

@@ -12,7 +12,7 @@ from vlkernels.core import checks, dispatch, library, native
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import FULL, SegmentMask
-from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
+from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.ops.attention import raw_ops, reference, torch_kernels
 
 IMPLEMENTATIONS = (
@@ -182,6 +182,7 @@ def _attend(
         _check_bias(bias, q, layout, keys)
     if dropout_p:
         checks.check_probability("dropout_p", dropout_p)
+    check_stream(stream)
     op = "attention" if len(qkv) == 3 else "attention_qkvpacked"
     facts = {
         "dtype": q.dtype,

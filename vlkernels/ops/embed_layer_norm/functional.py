@@ -12,7 +12,7 @@ from torch import Tensor
 from vlkernels.core import checks, dispatch, library, native
 from vlkernels.core.dispatch import Facts, Implementation
 from vlkernels.core.layout import SegmentLayout
-from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
+from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.ops.embed_layer_norm import reference
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -90,6 +90,7 @@ def embed_layer_norm(
     """
     tables = list(tables)
     _check(ids, tables, weight, bias, dense, dropout_p, layout)
+    check_stream(stream)
     like = tables[0] if tables else dense
     if (
         dispatch.resolve("embed_layer_norm", impl, IMPLEMENTATIONS, like.device, {"dtype": like.dtype})

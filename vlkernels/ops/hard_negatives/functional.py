@@ -11,7 +11,7 @@ from torch import Tensor
 from vlkernels.core import checks, collectives, dispatch, library
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
-from vlkernels.core.random import Rng, resolve_rng
+from vlkernels.core.random import Rng, check_stream, resolve_rng
 from vlkernels.ops.hard_negatives import reference, torch_kernels
 
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
@@ -67,6 +67,7 @@ def hard_negatives(
     Source: Li et al. 2021 (ALBEF).
     """
     _check(image_features, text_features, logit_scale, labels, sample_ids)
+    check_stream(stream)
     pairs = image_features.shape[0]
     collectives.check_group(pairs, group, rank_counts)
     few = pairs * pairs < FEW_LOGITS and image_features.device.type == "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlkernels.core import checks, dispatch, library, native
 from vlkernels.core.dispatch import Facts, Implementation
 from vlkernels.core.layout import SegmentLayout
-from vlkernels.core.random import Rng, dropout_threshold, resolve_rng
+from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.ops.layer_norm import reference
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,6 +94,7 @@ def layer_norm(
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
     _check(x, weight, bias, residual, linear_bias, dropout_p, row_scale, layout)
+    check_stream(stream)
     barely_fused = linear_bias is None and dropout_p == 0
     facts = {"dtype": x.dtype, "too_few": impl == "auto" and barely_fused and _too_few_to_train(x)}
     if dispatch.resolve("layer_norm", impl, IMPLEMENTATIONS, x.device, facts) == "reference":
