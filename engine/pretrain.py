@@ -18,6 +18,7 @@ import torch
 
 from engine.config import Config
 from engine.data import (
+    DataError,
     Source,
     Tokenizer,
     held_out_batches,
@@ -27,9 +28,11 @@ from engine.data import (
     training_stream,
 )
 from engine.evaluation import describe, evaluate
+from engine.evaluation.zero_shot import find_classes
 from engine.export import export
 from engine.models import build_model
 from engine.objectives import PretrainingModule, build_objectives
+from engine.sections import require
 from engine.training import zero
 from engine.training.checkpoint import Checkpoints, Progress
 from engine.training.command_line import one_line_errors, parse
@@ -50,9 +53,12 @@ def main(argv: list[str] | None = None) -> int:
         rng = engine.module.model.rng
         checkpoints = Checkpoints(config, ranks, Path(config.folder) / CHECKPOINTS)
         progress = checkpoints.load(engine, rng, start / CHECKPOINTS) or Progress()
+        require_steps_left(config, progress)
 
     telemetry = Telemetry(config, ranks, progress.step)
     telemetry.say(opening_line(config, ranks, engine, len(source), progress))
+    if found := [*source.ledger.faults, *held_out.ledger.faults]:
+        telemetry.warn(progress.step, "found in the data", found)
     evaluation = held_out_evaluation(config, ranks, engine, held_out, tokenizer, telemetry)
     trainer = Trainer(config, ranks, engine, rng, learning_rate, checkpoints, telemetry, progress, evaluation)
     stream = training_stream(config, source, tokenizer, ranks.rank, ranks.world, progress.samples_seen)
@@ -78,6 +84,8 @@ def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[Source, S
     def open_once() -> tuple[Source, Source, Tokenizer]:
         source = load_source(config.data, "train", config.seed)
         held_out = load_source(config.data, "held_out")
+        if config.evaluation.zero_shot is not None:
+            find_classes(config.evaluation.zero_shot)  # a mistake is told now, not after hours of training
         known = start / "tokenizer.json"
         own = Path(config.folder) / "tokenizer.json"
         if ranks.is_main:
@@ -109,19 +117,38 @@ def held_out_evaluation(
     tokenizer: Tokenizer,
     telemetry: Telemetry,
 ) -> Callable[..., dict[str, Any]]:
-    """An evaluation to call on every rank: rank 0 computes, the others wait. Training draws do not notice."""
+    """An evaluation to call on every rank: rank 0 computes, the others wait. Training draws do not notice.
+
+    Data that cannot be evaluated stop the run on every rank; faults that are met for the first time are named.
+    """
 
     def evaluation(sheet: Path | None = None) -> dict[str, Any]:
         results: dict[str, Any] = {}
+        failure, known = None, len(held_out.ledger.faults)
         with torch.random.fork_rng(), engine.whole_module() as module:
             if ranks.is_main:
                 batches = held_out_batches(config, held_out, tokenizer, config.evaluation.batch)
-                results = evaluate(module.model, batches, config, tokenizer=tokenizer, sheet=sheet)
-                telemetry.say(describe(results))
-        ranks.barrier()
+                try:
+                    results = evaluate(module.model, batches, config, tokenizer=tokenizer, sheet=sheet)
+                    telemetry.say(describe(results))
+                except DataError as error:
+                    failure = f"the evaluation is not possible: {error}"
+                for fault in held_out.ledger.faults[known:]:
+                    telemetry.say(f"held-out data: {fault}")
+        if failure := ranks.gather(failure)[0]:
+            raise TrainingStopped(failure)
         return results
 
     return evaluation
+
+
+def require_steps_left(config: Config, progress: Progress) -> None:
+    """A checkpoint cannot be taken back to an earlier step."""
+    require(
+        progress.step <= config.train.total_steps,
+        f"{config.folder} is at step {progress.step} already, past the {config.train.total_steps} steps asked "
+        "for: raise train.max_steps or train.max_pairs, or begin anew with train.resume never",
+    )
 
 
 def export_model(config: Config, ranks: zero.Ranks, engine: zero.Engine, tokenizer: Tokenizer) -> None:

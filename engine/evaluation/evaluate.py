@@ -10,7 +10,7 @@ import torch
 
 from engine.config import Config
 from engine.batch import Batch
-from engine.data import Tokenizer
+from engine.data import DataError, Tokenizer
 from engine.evaluation.accuracy import masked_language_accuracy, matching_accuracy
 from engine.evaluation.gallery import encode_gallery
 from engine.evaluation.retrieval import reranked_retrieval, retrieval
@@ -39,7 +39,7 @@ def evaluate(
     try:
         kept = _first_pairs(batches, config.evaluation.gallery, model.logit_scale.device)
         if not kept:
-            raise ValueError("there are no held-out pairs to evaluate")
+            raise DataError("there are no held-out pairs to evaluate")
         gallery = encode_gallery(model, kept)
         results: dict[str, Any] = {"pairs": len(gallery), "contrastive": retrieval(gallery)}
         if config.objectives.matching is not None:
@@ -63,7 +63,7 @@ def describe(results: dict[str, Any]) -> str:
     for group, figures in results.items():
         if isinstance(figures, dict):
             shown = [
-                f"{name} {100 * value:.1f} ({100 * _chance(figures, name):.2g})"
+                f"{name} {100 * value:.1f} ({100 * _chance(figures, name):.3g})"
                 for name, value in figures.items()
                 if not name.startswith(("chance", "images"))
             ]

@@ -22,6 +22,7 @@ from engine.config import Config
 from engine.training.zero import Engine, Ranks
 
 MANIFEST = "manifest.json"
+RESTORED = ("kind", "betas", "eps", "weight_decay", "momentum", "lr_multipliers")
 
 
 @dataclass
@@ -134,7 +135,8 @@ def identity(config: Config, world: int) -> dict[str, Any]:
         **{f"model.{tower}.{name}": value for tower, options in towers for name, value in options.items()},
         "model.projection_dim": config.model.projection_dim,
         "objectives": config.objectives.active,
-        "optimizer.kind": config.optimizer.kind,
+        # a checkpoint brings its own: DeepSpeed restores the groups of parameters with all they hold
+        **{f"optimizer.{name}": getattr(config.optimizer, name) for name in RESTORED},
         "precision": config.precision,
         "zero.stage": config.zero.stage,
         "the number of processes": world,

@@ -1,9 +1,12 @@
 """The whole road, shrunk: `engine/pretrain.py` on the built-in records."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from launch import ROOT, run
 
 from engine.pretrain import main
@@ -45,6 +48,39 @@ def test_a_run_leaves_its_folder_and_its_result(tmp_path, cache, capsys):
     assert "steps 4-4 of 16 pairs" in capsys.readouterr().out
     assert json.loads((folder / "summary.json").read_text())["evaluation"] == summary["evaluation"]
 
+    for change, line in (
+        (["--train.max_steps", "2"], "is at step 4 already, past the 2 steps asked for"),
+        (["--optimizer.weight_decay", "0"], "optimizer.weight_decay was 0.1 and is 0.0"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*argv, *change])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and line in err and err.count("\n") == 1, err
+
+
+def test_faults_of_shards_and_of_held_out_records_are_told(tmp_path, cache, capsys):
+    """What the index of a shard finds is told at the start; too many broken held-out records end in one line."""
+    shard, damaged = tmp_path / "own.tar", tmp_path / "damaged.tar"
+    for path, broken in ((shard, 0), (damaged, 3)):
+        with tarfile.open(path, "w") as tar:
+            for number in range(6):
+                image = io.BytesIO()
+                Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(image, "PNG")
+                picture = image.getvalue()[: 30 if number < broken else None]
+                members = {"png": picture, "txt": b"red number %d" % number, "pkl": b"."}
+                for suffix, data in members.items():
+                    member = tarfile.TarInfo(f"{number}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    argv = arguments(tmp_path, cache, f"--data.source={shard}", f"--data.held_out={damaged}")
+    assert main(argv) == 0
+    told = capsys.readouterr().out
+    assert f"{shard}/0.pkl: a pickle, never opened" in told
+    assert f"held-out data: {damaged}/0: image cannot be decoded" in told
+    assert main([*argv, "--data.fault_limit", "7"]) == 1
+    err = capsys.readouterr().err
+    assert "more than data.fault_limit = 7" in err and err.count("\n") == 1, err
+
 
 @pytest.mark.parametrize(
     ("argv", "line"),
@@ -53,6 +89,7 @@ def test_a_run_leaves_its_folder_and_its_result(tmp_path, cache, capsys):
         (["--train.resume", "nowhere"], "train.resume: nowhere holds no checkpoint"),
         (["--tokenizer.path", "nowhere.json"], "tokenizer file nowhere.json does not exist"),
         (["--optimizer.lr_multipliers.tower", "0.5"], "optimizer.lr_multipliers: no parameter"),
+        (["--evaluation.zero_shot", "nowhere"], "evaluation.zero_shot must be a folder with at least two"),
         (["--model.fusion.width", "16"], "model.fusion.width must be model.text.width = 32"),
     ],
 )
