@@ -212,7 +212,8 @@ std::vector<Tensor> backward(const Tensor& grad_out, const OptionalTensor& grad_
     const int64_t rows = qkv[0].size(0);
     check_heads(grad_out, 3, "grad_out");
     check_type(grad_out, qkv[0].scalar_type(), "grad_out");
-    check_numel(grad_out, rows * op.heads * op.width, "grad_out");
+    STD_TORCH_CHECK(grad_out.size(0) == rows && grad_out.size(1) == op.heads && grad_out.size(2) == op.width,
+                    "grad_out must be [", rows, ", ", op.heads, ", ", op.width, "]");
     op.grad_out = head_rows(grad_out);
     op.lse = const_cast<float*>(statistics(lse, op.heads * rows, "lse"));
     op.lse_stride = rows;

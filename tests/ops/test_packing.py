@@ -219,11 +219,6 @@ def test_mistakes_are_named(call, message):
         call()
 
 
-def test_the_raw_op_reads_no_foreign_memory():
-    layout = vk.SegmentLayout([[3], [2]])
-    with pytest.raises(RuntimeError, match="padded parts must have 2 samples, got 1"):
-        torch.ops.vlkernels.join_segments([torch.randn(1, 3, 4)], [0], None, layout.starts, layout.lengths, 5)
-
 
 def test_rows_of_a_scalar_are_refused():
     with pytest.raises(ValueError, match="got a tensor without dimensions"):
