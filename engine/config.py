@@ -149,6 +149,10 @@ class Config:
 
     def _check_precision(self) -> None:
         require(
+            self.zero.stage < 3 or not self.train.compile,
+            "train.compile with zero.stage 3 compiles DeepSpeed's hooks, minutes without a gain: use zero.stage 2",
+        )
+        require(
             self.zero.stage > 0 or self.precision == "fp32",
             f"zero.stage 0 with precision {self.precision} makes a wrong first update in DeepSpeed: "
             "use zero.stage 1",

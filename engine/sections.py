@@ -356,7 +356,7 @@ class Train:
     """auto: go on from the run's own newest checkpoint if there is one; never: start again, an existing run
     folder is renamed; otherwise the path of a run folder to go on from."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the transformer blocks with torch.compile, from the second step on."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward instead of keeping their activations."""
 

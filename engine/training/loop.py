@@ -76,6 +76,8 @@ class Trainer:
                     self.take_step(window, agreement, started)
                 if served is not None:
                     self.telemetry.started(self.progress.step, self.ranks.world, served)
+                    if self.config.train.compile:  # not before: graphs would be bound to the recording
+                        self.engine.compile_blocks()
                 self.look_after_step(window, agreement)
             self.save()
         return interruption

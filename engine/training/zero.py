@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.config import Config
+from engine.models.transformer import Block
 from engine.training.host_memory import keep_large_blocks
 
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -190,8 +191,6 @@ class Engine:
                 config=deepspeed_config(config, ranks.world),
                 dist_init_required=False,
             )
-        if config.train.compile:
-            self.deepspeed.compile()
 
     @property
     def module(self) -> nn.Module:
@@ -199,6 +198,18 @@ class Engine:
 
     def __call__(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks for any number of tokens.
+
+        The whole module would be compiled again for every size of its losses, minutes each time. A block has a
+        graph of its own, for its dropout constants, and others for evaluation and for another source.
+        """
+        blocks = [part for part in self.module.modules() if isinstance(part, Block)]
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, 4 * len(blocks))
+        for block in blocks:
+            block.compile(dynamic=True)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-step; DeepSpeed divides it by the number of micro-steps."""

@@ -6,8 +6,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from launch import ROOT, run
+from torch._dynamo.utils import counters
 
 from engine.pretrain import main
 from engine.training.command_line import parse
@@ -82,9 +84,26 @@ def test_faults_of_shards_and_of_held_out_records_are_told(tmp_path, cache, caps
     assert "more than data.fault_limit = 7" in err and err.count("\n") == 1, err
 
 
+def test_compiled_blocks_are_compiled_once(tmp_path, cache, capsys):
+    """One graph per block and kind of pass, no graph break, and no other after the first compiled step."""
+    one_layer = [f"--model.{tower}.layers=1" for tower in ("image", "text", "fusion")]
+    argv = arguments(tmp_path, cache, *one_layer, "--train.log_every=1", "--name")
+    torch._dynamo.reset()
+    counters.clear()
+    assert main([*argv, "compiled", "--train.compile=true"]) == 0
+    assert 3 <= counters["stats"]["unique_graphs"] <= 8 and not counters["graph_break"]
+    assert main([*argv, "eager"]) == 0
+    losses = [
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("compiled", "eager")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 4
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
+        (["--train.compile", "true", "--zero.stage", "3"], "train.compile with zero.stage 3"),
         (["--data.source", "nowhere/{00..03}.tar"], "nowhere/00.tar"),
         (["--train.resume", "nowhere"], "train.resume: nowhere holds no checkpoint"),
         (["--tokenizer.path", "nowhere.json"], "tokenizer file nowhere.json does not exist"),
