@@ -166,7 +166,8 @@ def opening_line(
     size = f"{engine.num_parameters / 1e6:.2f} M parameters"
     steps = f"steps {progress.step}-{config.train.total_steps} of {config.train.global_batch} pairs"
     machine = f"{config.precision}, ZeRO {config.zero.stage}, {ranks.world} x {ranks.device.type}"
-    return f"{config.folder}: {steps} from {records} records, {size}, {machine}"
+    source = f"{records} records of {config.data.source}, evaluated on {config.data.held_out}"
+    return f"{config.folder}: {steps} from {source}, {size}, {machine}"
 
 
 if __name__ == "__main__":
