@@ -54,7 +54,8 @@ def run_op(spec: OpSpec, options: argparse.Namespace) -> bool:
             timings = interleaved(variants(spec, make, dtype, options.device), options.device, options.budget_s)
             show(spec.name, name, dtype, timings)
             seconds = {variant: vars(timing) for variant, timing in timings.items()}
-            row = {"op": spec.name, "benchmark": name, "dtype": str(dtype), "seconds": seconds}
+            cost = vars(spec.cost(**make(InputMaker(dtype, options.device)))) if spec.cost else None
+            row = {"op": spec.name, "benchmark": name, "dtype": str(dtype), "seconds": seconds, "cost": cost}
             store(spec.name, row, options.device, options.results)
     return True
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from engine.config import Config
 from engine.sections import Contrastive, MaskedLanguage, Matching

@@ -34,6 +34,9 @@ class Implementation:
     available: Callable[[], str | None] = _always
     supports: Callable[[Facts], str | None] = _always
 
+    def __post_init__(self) -> None:
+        assert self.name in IMPLEMENTATION_NAMES, self.name
+
     def refusal(self, device_type: str, facts: Facts) -> str | None:
         """Why this implementation cannot serve the call; ``None`` when it can."""
         return self.refusal_on(device_type) or self.supports(facts)

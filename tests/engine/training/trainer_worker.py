@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from standin import StandInModule, small_config, stream
 
 from engine.data import DataError
