@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.provenance import RESULTS, ROOT, store
 from benchmarks.timing import interleaved
-from engine.batch import Batch
+from engine.batch import IMAGE, TEXT, Batch
 from engine.config import Config
 from engine.data import load_source, make_tokenizer, training_stream
 from engine.models import VisionLanguageModel, build_model
@@ -173,13 +174,15 @@ class PlainModel(nn.Module):
     def forward(self, batch: Batch, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """Losses by name; `negatives` are the hard texts and the hard images (default: drawn from the
         scores)."""
-        real_patches = padding_mask(batch.image_layout.lengths, batch.patches.shape[1])
-        real_words = padding_mask(batch.text_layout.lengths, batch.text_ids.shape[1])
+        word_counts, patch_counts = batch.layout.lengths[:, TEXT], batch.layout.lengths[:, IMAGE]
+        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text_ids, word_counts)
+        real_patches = padding_mask(patch_counts, patches.shape[1])
+        real_words = padding_mask(word_counts, text_ids.shape[1])
         see_patches, see_words = attention_mask(real_patches), attention_mask(real_words)
-        positions = batch.patch_positions.long()
-        image = self.image_embedder(positions[..., 0], positions[..., 1], batch.patches)
+        positions = padded(batch.image.positions, patch_counts).long()
+        image = self.image_embedder(positions[..., 0], positions[..., 1], patches)
         image = self.image_tower(image, see_patches)
-        text = self.encode_text(batch.text_ids, see_words)
+        text = self.encode_text(text_ids, see_words)
         image_features, text_features = self.image_head(image, real_patches), self.text_head(text, real_words)
         logits = self.logit_scale.exp() * image_features @ text_features.T
         pairs = len(logits)
@@ -196,15 +199,21 @@ class PlainModel(nn.Module):
         fused = self.fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
         matching = F.cross_entropy(self.matching_head(fused), (torch.arange(3 * pairs) < pairs).long())
 
-        masked = self.encode_text(batch.masked_ids, see_words)
+        masked = self.encode_text(padded(batch.masked_words.ids, word_counts), see_words)
         fused = self.fusion(masked, see_words, source, see_patches)
-        words = self.masked_language_head(fused[real_words][batch.mlm_rows], self.text_embedder.tables[0])
-        masked_language = F.cross_entropy(words, batch.mlm_targets)
+        places = batch.masked_words.places
+        words = self.masked_language_head(fused[places.samples, places.offsets], self.text_embedder.tables[0])
+        masked_language = F.cross_entropy(words, batch.masked_words.targets)
         return {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
 
 
+def padded(rows: Tensor, counts: Tensor) -> Tensor:
+    """What a padding collate function would have made: `[B, longest, ...]`, zeros behind each sample's rows."""
+    return pad_sequence(rows.split(counts.tolist()), batch_first=True)
+
+
 def padding_mask(lengths: Tensor, longest: int) -> Tensor:
-    return torch.arange(longest) < lengths
+    return torch.arange(longest) < lengths[:, None]
 
 
 def attention_mask(real: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,14 +24,16 @@ from engine.sections import (
 )
 
 TINY = {
-    **{f"model.{tower}.{name}": cap for tower in ("image", "text", "fusion")
+    **{f"model.{stack}.{name}": cap for stack in ("image", "text", "fusion", "joint")
        for name, cap in (("width", 32), ("layers", 2), ("heads", 2), ("mlp_width", 64))},
     "model.projection_dim": 32,
     "tokenizer.vocab_size": 512,
     "data.max_records": 256,
     "data.workers": 0,
-    "train.global_batch": 16,
-    "train.accumulation": 2,
+    "train.global_batch": 12,
+    "train.buckets.tokens": 256,
+    "train.buckets.size": 64,
+    "train.buckets.multiple": 2,
     "train.max_steps": 12,
     "train.log_every": 2,
     "train.save_every": 6,
@@ -38,7 +41,7 @@ TINY = {
     "evaluation.gallery": 64,
     "evaluation.rerank_top": 4,
 }
-"""What `--tiny true` caps, and at how much."""
+"""What `--tiny true` caps, and at how much, where the run has it."""
 
 
 @dataclass
@@ -57,6 +60,9 @@ class Config:
     """auto: cuda where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; the optimizer always keeps fp32 weights."""
+    init_from: dict[str, str] = field(default_factory=dict)
+    """Weights a new run begins with: folders as `transformers` saves them, by part of the model, such as
+    {joint: bert-base-cased}."""
     impl: Literal["auto", "reference", "torch", "cpp", "triton", "cuda", "flash"] = "auto"
     """Implementation every vlkernels op is asked for."""
     data: Data = field(default_factory=Data)
@@ -71,10 +77,11 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.tiny:
-            self._cap_sizes()
+            self._shrink()
         plain = self.name not in ("", ".", "..") and "/" not in self.name
         require(plain, f"name must be the name of a folder, got {self.name!r}")
         self._check_shapes()
+        self._check_tasks()
         self._check_steps()
         self._check_precision()
 
@@ -84,7 +91,7 @@ class Config:
         return f"{self.output}/{self.name}"
 
     def micro_batch(self, world: int) -> int:
-        """Pairs one of `world` ranks takes per micro-step."""
+        """Pairs (or bucketed batches) one of `world` ranks takes per micro-step."""
         parts = world * self.train.accumulation
         require(
             self.train.global_batch % parts == 0,
@@ -101,19 +108,34 @@ class Config:
         """The whole run as a recipe that parses back to this configuration."""
         return yaml.safe_dump(_plain(self.as_dict()), sort_keys=False)
 
-    def _cap_sizes(self) -> None:
+    def _shrink(self) -> None:
+        for name, section in vars(self).items():
+            setattr(self, name, copy.deepcopy(section))  # what the caller passed stays as it was
         for path, cap in TINY.items():
             *sections, name = path.split(".")
-            section: Any = self
-            for part in sections:
-                copied = copy.copy(getattr(section, part))
-                setattr(section, part, copied)
-                section = copied
-            value = getattr(section, name)
-            setattr(section, name, cap if value is None else min(value, cap))
+            section = functools.reduce(lambda inner, part: inner and getattr(inner, part), sections, self)
+            if section is not None:
+                value = getattr(section, name)
+                setattr(section, name, cap if value is None else min(value, cap))
+        if self.data.tiny_source is not None:
+            self.data.source = self.data.held_out = self.data.tiny_source
+            for one in (self.data.sets or {}).values():
+                one.source = self.data.tiny_source
 
     def _check_shapes(self) -> None:
-        image, text, data = self.model.image, self.model.text, self.data
+        image, text, data = self.model.image, self.model.text or self.model.joint, self.data
+        where = "text" if self.model.text is not None else "joint"
+        require(
+            data.max_caption_tokens <= text.max_positions,
+            f"data.max_caption_tokens must not exceed model.{where}.max_positions = {text.max_positions}, "
+            f"got {data.max_caption_tokens}",
+        )
+        require(
+            (self.model.joint is None) == (data.regions is None),
+            "model.joint reads regions and towers read patches: give both model.joint and data.regions, or neither",
+        )
+        if image is None:
+            return
         require(
             data.image_size % image.patch_size == 0,
             f"data.image_size must be a multiple of model.image.patch_size = {image.patch_size}, "
@@ -125,14 +147,29 @@ class Config:
             f"model.image.max_grid must hold data.image_size / patch_size = {side} rows and columns, "
             f"got {list(image.max_grid)}",
         )
-        require(
-            data.max_caption_tokens <= text.max_positions,
-            f"data.max_caption_tokens must not exceed model.text.max_positions = {text.max_positions}, "
-            f"got {data.max_caption_tokens}",
-        )
+
+    def _check_tasks(self) -> None:
+        objectives, sets = self.objectives, self.data.sets
+        needed = objectives.need_joint if self.model.joint is None else objectives.need_towers
+        kind = "model.joint" if self.model.joint is None else "towers, not model.joint"
+        require(not needed, f"objectives.{' and objectives.'.join(needed)} need {kind}")
+        if sets is None:
+            alone = len(objectives.active) == 1 or not objectives.need_joint
+            names = " and ".join(f"objectives.{name}" for name in objectives.need_joint)
+            require(alone, f"{names} cannot share batches: give every objective its task in data.sets")
+            return
+        served = {task for one in sets.values() for task in one.tasks}
+        unknown, idle = sorted(served - set(objectives.active)), sorted(set(objectives.active) - served)
+        require(not unknown, f"data.sets: tasks must be objectives of the run, got {', '.join(unknown)}")
+        require(not idle, f"data.sets: no set has the task {', '.join(idle)}")
 
     def _check_steps(self) -> None:
         train, coupled = self.train, self.objectives.batch_coupled
+        require(
+            train.buckets is None or (train.max_steps is not None and train.max_pairs is None),
+            "train.buckets makes batches of uneven size: say with train.max_steps how long the run is, not with "
+            "train.max_pairs",
+        )
         require(
             train.max_steps is not None or train.max_pairs is not None,
             "train.max_steps or train.max_pairs must say how long the run is",

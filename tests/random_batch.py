@@ -28,9 +28,9 @@ def random_sample(number: int) -> Sample:
         patches=random.standard_normal((rows * columns, 3 * PATCH**2)).astype(np.float32),
         patch_positions=np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T,
         text_ids=text_ids,
+        identity=0 if number == 5 else number,
         masked_ids=masked_ids,
         masked_positions=chosen.astype(np.int64),
-        identity=0 if number == 5 else number,
     )
 
 

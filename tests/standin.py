@@ -45,10 +45,8 @@ class StandInBatch:
     faults: list = field(default_factory=list)
 
     @property
-    def image_layout(self):
+    def layout(self):
         return SimpleNamespace(num_tokens=len(self.x))
-
-    text_layout = image_layout
 
     def to(self, device, non_blocking=False):
         return self

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import vlkernels as vk
-from engine.batch import Batch
+from engine.batch import Batch, MaskedWords, Patches, Places
 from engine.config import Config
 from engine.data.plan import BatchPlan
 from engine.data.records import DataError, Record, RecordFault, Source
@@ -21,39 +21,41 @@ _PREFETCHED = 4  # micro-batches that every worker prepares ahead
 
 
 def collate(samples: list[Sample], sample_ids: Iterable[int], faults: Iterable[str] = ()) -> Batch:
-    """Pads the samples to their longest."""
+    """The samples one behind the other."""
     ids = torch.as_tensor(list(sample_ids), dtype=torch.int32)
-    text_layout = _layout([sample.text_ids for sample in samples], ids)
-    starts = text_layout.starts[:, 0].tolist()
-    rows = [sample.masked_positions + start for sample, start in zip(samples, starts, strict=True)]
-    targets = [sample.text_ids[sample.masked_positions] for sample in samples]
-    mlm_rows = torch.from_numpy(np.concatenate(rows))
-    return Batch(
-        patches=_padded([sample.patches for sample in samples]),
-        patch_positions=_padded([sample.patch_positions for sample in samples]),
-        image_layout=_layout([sample.patches for sample in samples], ids),
-        text_ids=_padded([sample.text_ids for sample in samples]),
-        masked_ids=_padded([sample.masked_ids for sample in samples]),
-        text_layout=text_layout,
-        mlm_rows=mlm_rows,
-        mlm_targets=torch.from_numpy(np.concatenate(targets)),
+    lengths = [[len(sample.text_ids), len(sample.patches)] for sample in samples]
+    batch = Batch(
+        layout=vk.SegmentLayout(lengths, sample_ids=ids),
+        text_ids=_joined(sample.text_ids for sample in samples),
+        image=Patches(
+            _joined(sample.patches for sample in samples), _joined(sample.patch_positions for sample in samples)
+        ),
         labels=torch.tensor([sample.identity for sample in samples], dtype=torch.int64),
         sample_ids=ids,
-        counts={"pairs": len(samples), "mlm_tokens": len(mlm_rows)},
+        counts={"pairs": len(samples)},
         faults=list(faults),
+    )
+    if samples[0].masked_ids is not None:
+        batch.masked_words = _masked_words(samples)
+        batch.counts["masked_words"] = len(batch.masked_words.places)
+    return batch
+
+
+def _masked_words(samples: list[Sample]) -> MaskedWords:
+    return MaskedWords(
+        ids=_joined(sample.masked_ids for sample in samples),
+        places=_places([sample.masked_positions for sample in samples]),
+        targets=_joined(sample.text_ids[sample.masked_positions] for sample in samples),
     )
 
 
-def _layout(rows: list[np.ndarray], sample_ids: Tensor) -> vk.SegmentLayout:
-    return vk.SegmentLayout([[len(row)] for row in rows], sample_ids=sample_ids)
+def _places(offsets: list[np.ndarray]) -> Places:
+    samples = np.repeat(np.arange(len(offsets)), [len(some) for some in offsets])
+    return Places(torch.from_numpy(samples), _joined(offsets))
 
 
-def _padded(arrays: list[np.ndarray]) -> Tensor:
-    longest = max(map(len, arrays))
-    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
-    for row, array in zip(padded, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(padded)
+def _joined(arrays: Iterable[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(arrays)))
 
 
 class MicroBatches(Dataset):

@@ -1,6 +1,6 @@
 """From a record to a sample: one caption, tokenized and masked, and the image cut into patches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,9 +19,9 @@ class Sample:
     patches: np.ndarray
     patch_positions: np.ndarray
     text_ids: np.ndarray
-    masked_ids: np.ndarray
-    masked_positions: np.ndarray
     identity: int
+    masked_ids: np.ndarray | None = None
+    masked_positions: np.ndarray | None = None
 
 
 def image_transform(config: Config, train: bool = False) -> ImageTransform:
@@ -58,13 +58,11 @@ class SampleMaker:
             caption = record.captions[choice]
         ids, words = self.tokenizer.encode(caption, self.max_tokens)
         patches, positions = self.transform(record.image, generator(self.seed, epoch, index, Purpose.IMAGE))
-        masked_ids, masked_positions = self._mask(ids, words, epoch, index)
-        return Sample(patches, positions, ids, masked_ids, masked_positions, record.identity)
-
-    def _mask(
-        self, ids: np.ndarray, words: np.ndarray, epoch: int, index: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+        sample = Sample(patches, positions, ids, record.identity)
         if self.masking is None:
-            return ids, np.zeros(0, dtype=np.int64)
+            return sample
         random = generator(self.seed, epoch, index, Purpose.MASK)
-        return corrupt(ids, words, self.tokenizer, self.masking.probability, self.masking.whole_word, random)
+        masked_ids, masked_positions = corrupt(
+            ids, words, self.tokenizer, self.masking.probability, self.masking.whole_word, random
+        )
+        return replace(sample, masked_ids=masked_ids, masked_positions=masked_positions)

@@ -26,7 +26,7 @@ def masked_language_accuracy(model: VisionLanguageModel, batches: Iterable[Batch
         shuffled = torch.arange(pairs, dtype=torch.int32, device=batch.labels.device).roll(pairs // 2)
         right += _words_found(model, batch, model.source_of(image))
         right_shuffled += _words_found(model, batch, model.source_of(image, shuffled))
-        total += len(batch.mlm_targets)
+        total += len(batch.masked_words.targets)
     return {
         "accuracy": float(right) / max(total, 1),
         "accuracy_shuffled_image": float(right_shuffled) / max(total, 1),
@@ -36,9 +36,10 @@ def masked_language_accuracy(model: VisionLanguageModel, batches: Iterable[Batch
 
 def _words_found(model: VisionLanguageModel, batch: Batch, source: Source) -> Tensor:
     fused = model.fuse(model.encode_text(batch, masked=True), source)
-    selected = vk.take_rows(fused.hidden, batch.mlm_rows, impl=model.impl)
+    words = batch.masked_words
+    selected = vk.take_rows(fused.hidden, words.places.rows(fused.layout), impl=model.impl)
     logits = model.masked_language_head.logits(selected, model.text_embedder.words)
-    return (logits.argmax(1) == batch.mlm_targets).sum()
+    return (logits.argmax(1) == words.targets).sum()
 
 
 def matching_accuracy(model: VisionLanguageModel, gallery: Gallery) -> dict[str, float]:

@@ -3,7 +3,7 @@ texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engine.config import Config
-from engine.batch import Batch
+from engine.batch import IMAGE, TEXT, Batch
 from engine.data import Tokenizer
 from engine.evaluation.gallery import Gallery
 
@@ -30,7 +30,7 @@ def draw_sheet(
     """One row per query: on the left caption -> images, on the right image -> captions; right answers are
     green."""
     pictures = [_picture(patches, grid, config) for batch in batches for patches, grid in _patches_of(batch)]
-    captions = [tokenizer.decode(ids[ids > 0].tolist()) for batch in batches for ids in batch.text_ids.cpu()]
+    captions = [tokenizer.decode(ids.tolist()) for batch in batches for ids in _captions_of(batch)]
     similarity, related = gallery.similarity.cpu(), gallery.related.cpu()
     top = min(TOP, len(gallery))
     queries = torch.linspace(0, len(gallery) - 1, min(QUERIES, len(gallery))).long().tolist()
@@ -52,10 +52,13 @@ def draw_sheet(
     sheet.save(path)
 
 
-def _patches_of(batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    lengths = batch.image_layout.lengths[:, 0].tolist()
-    patches, positions = batch.patches.cpu(), batch.patch_positions.cpu()
-    return [(patches[b, :count], positions[b, :count]) for b, count in enumerate(lengths)]
+def _captions_of(batch: Batch) -> tuple[Tensor, ...]:
+    return batch.text_ids.cpu().split(batch.layout.lengths[:, TEXT].tolist())
+
+
+def _patches_of(batch: Batch) -> Iterable[tuple[Tensor, Tensor]]:
+    lengths = batch.layout.lengths[:, IMAGE].tolist()
+    return zip(batch.image.values.cpu().split(lengths), batch.image.positions.cpu().split(lengths), strict=True)
 
 
 def _picture(patches: Tensor, positions: Tensor, config: Config) -> Image.Image:

@@ -151,13 +151,11 @@ class VisionLanguageModel(nn.Module):
 
     def _encode_image(self, batch: Batch) -> Tokens:
         layout = batch.image_layout
-        patches = vk.pack((batch.patches,), layout, impl=self.impl)
-        positions = vk.pack((batch.patch_positions,), layout, impl=self.impl)
-        hidden = self.image_embedder(patches, positions, layout, self.rng)
+        hidden = self.image_embedder(batch.image.values, batch.image.positions, layout, self.rng)
         return self.image_tower(Tokens(hidden, layout), rng=self.rng)
 
     def _encode_text(self, batch: Batch, variant: Variant) -> Tokens:
         layout = batch.text_layout.with_sample_ids(variant.identities(batch.text_layout.sample_ids))
-        padded = batch.masked_ids if variant == Variant.MASKED else batch.text_ids
-        hidden = self.text_embedder(vk.pack((padded,), layout, impl=self.impl), layout, self.rng)
+        ids = batch.masked_words.ids if variant == Variant.MASKED else batch.text_ids
+        hidden = self.text_embedder(ids, layout, self.rng)
         return self.text_tower(Tokens(hidden, layout), rng=self.rng)

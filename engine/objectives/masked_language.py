@@ -20,6 +20,7 @@ class MaskedLanguageObjective:
         self, model: VisionLanguageModel, batch: Batch
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         fused = model.fuse(model.encode_text(batch, masked=True), model.image_source(batch))
-        selected = vk.take_rows(fused.hidden, batch.mlm_rows, impl=model.impl)
-        total = model.masked_language_head.loss(selected, batch.mlm_targets, model.text_embedder.words)
-        return {"masked_language": total * normalizer(batch, "mlm_tokens")}, {}
+        words = batch.masked_words
+        selected = vk.take_rows(fused.hidden, words.places.rows(fused.layout), impl=model.impl)
+        total = model.masked_language_head.loss(selected, words.targets, model.text_embedder.words)
+        return {"masked_language": total * normalizer(batch, "masked_words")}, {}

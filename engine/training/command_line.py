@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import os
 import re
 import sys
+import textwrap
+import typing
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from typing import NoReturn
 
 import docstring_parser
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from engine.config import Config
-from engine.sections import Contrastive, MaskedLanguage, Matching
 
 PROGRAM = "pretrain"
-OPTIONAL_SECTIONS = {
-    "objectives.contrastive": Contrastive,
-    "objectives.matching": Matching,
-    "objectives.masked_language": MaskedLanguage,
-}
-
+HANGING = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
 UNKNOWN_OPTION = (
     r"unrecognized arguments: --([\w.-]+)",
     r"Parser key \"([\w.]+)\".*unknown option ([\w.]+)",  # from the parser of an inner section
@@ -30,6 +28,23 @@ UNKNOWN_OPTION = (
     r"Group '([\w.]+)' does not accept option '([\w.]+)'",
 )
 """How jsonargparse says that it does not know an option."""
+INSIDE_OPTIONAL_SECTION = (
+    r"(?:\"?([\w.]+)\"?: )?Does not validate against any of the Union subtypes .*? Errors: - (.*?) "
+    r"- Expected (?:a <class ')?NoneType"
+)
+"""How it wraps what is wrong inside a section that may be null."""
+
+
+def optional_sections(section: type = Config, prefix: str = "") -> dict[str, type]:
+    """Path and class of every section that may be null."""
+    found: dict[str, type] = {}
+    for name, hint in typing.get_type_hints(section).items():
+        path, choices = prefix + name, typing.get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            found |= optional_sections(hint, f"{path}.")
+        elif type(None) in choices and dataclasses.is_dataclass(choices[0]):
+            found[path] = choices[0]
+    return found
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -60,7 +75,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         if is_main():
-            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{PROGRAM}: error: {unwrapped(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -84,9 +99,13 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         options = [option.lstrip("-") for option in self._option_string_actions]
-        for path, section in OPTIONAL_SECTIONS.items():
+        for path, section in optional_sections().items():
             options += [f"{path}.{name}" for name in vars(section())]
         raise ValueError(explain(message, options))
+
+
+class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Keeps the lines of the text behind the options."""
 
 
 def make_parser() -> Parser:
@@ -96,6 +115,7 @@ def make_parser() -> Parser:
         prog=f"deepspeed engine/{PROGRAM}.py",
         description="Pretrain a vision-language model as a recipe describes it.",
         epilog=describe_optional_sections(),
+        formatter_class=HelpFormatter,
         print_config=None,
     )
     parser.add_argument("--config", action="config", help="Recipe (yaml); options after it override it.")
@@ -106,12 +126,28 @@ def make_parser() -> Parser:
 
 def describe_optional_sections() -> str:
     """jsonargparse lists no options of a section that may be null; this does."""
-    lines = []
-    for path, section in OPTIONAL_SECTIONS.items():
-        for option in docstring_parser.parse_from_object(section).params:
-            default, explanation = getattr(section(), option.arg_name), " ".join(option.description.split())
-            lines.append(f"--{path}.{option.arg_name}: {explanation} (default: {default})")
-    return "Options inside the objectives: " + "; ".join(lines)
+    lines = ["options inside sections that may be null, with their defaults where the section is given:"]
+    for path, section in optional_sections().items():
+        explanations = explained(section)
+        for name, default in vars(section()).items():
+            lines.append(f"  --{path}.{name}")
+            lines += textwrap.wrap(f"{explanations[name]} (default: {default})", 78, **HANGING)
+    return "\n".join(lines)
+
+
+def explained(section: type) -> dict[str, str]:
+    """What the docstrings say about the fields of a section, those of its base classes too."""
+    options = [o for base in reversed(section.__mro__[:-1]) for o in docstring_parser.parse_from_object(base).params]
+    return {option.arg_name: " ".join(option.description.split()) for option in options}
+
+
+def unwrapped(text: str) -> str:
+    """What is wrong, without jsonargparse's account of the types it tried."""
+    inner = re.search(INSIDE_OPTIONAL_SECTION, text)
+    if inner is None:
+        return text
+    section, mistake = inner.groups()
+    return f"{section}.{mistake}" if section else mistake
 
 
 def explain(message: str, options: list[str]) -> str:
@@ -122,5 +158,6 @@ def explain(message: str, options: list[str]) -> str:
         name = ".".join(part for part in unknown.groups() if part)
         near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
         return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
+    text = unwrapped(text)
     text = re.sub(r"a <class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
     return re.sub(r"^Parser key \"([\w.]+)\":", r"\1:", text).replace(": Expected", ": expected")

@@ -72,7 +72,7 @@ def run_window(
         for name, value in {"loss": loss, **losses, **report}.items():
             values[name] = values.get(name, 0) + value.detach().float() / len(window)
     rng.advance()
-    tokens = sum(batch.image_layout.num_tokens + batch.text_layout.num_tokens for batch in window)
+    tokens = sum(batch.layout.num_tokens for batch in window)
     return StepResult(applied, values, tokens)
 
 

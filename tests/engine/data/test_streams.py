@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.batch import TEXT
 from engine.data import held_out_batches, load_source, make_tokenizer, training_stream
 from engine.data.batches import collate
 from engine.data.samples import Sample
@@ -33,20 +34,29 @@ def run(workshop):
     return pairs
 
 
+def captions_of(batch):
+    return [ids.tolist() for ids in batch.text_ids.split(batch.layout.lengths[:, TEXT].tolist())]
+
+
 def pairs_of(batch):
-    """Everything about each pair of a batch, without its padding."""
-    selected = set(batch.mlm_rows.tolist())
-    for row in range(len(batch.labels)):
-        tokens, patches = int(batch.text_layout.lengths[row, 0]), int(batch.image_layout.lengths[row, 0])
-        start = int(batch.text_layout.starts[row, 0])
-        assert not batch.text_ids[row, tokens:].any() and not batch.patches[row, patches:].any()
+    """Everything about each pair of a batch."""
+    tokens, patches = batch.layout.lengths.T.tolist()
+    places = batch.masked_words.places
+    for row, (ids, masked, values) in enumerate(
+        zip(
+            batch.text_ids.split(tokens),
+            batch.masked_words.ids.split(tokens),
+            batch.image.values.split(patches),
+            strict=True,
+        )
+    ):
         yield (
             int(batch.sample_ids[row]),
             int(batch.labels[row]),
-            batch.patches[row, :patches].numpy().tobytes(),
-            tuple(batch.text_ids[row, :tokens].tolist()),
-            tuple(batch.masked_ids[row, :tokens].tolist()),
-            tuple(place for place in range(tokens) if start + place in selected),
+            values.numpy().tobytes(),
+            tuple(ids.tolist()),
+            tuple(masked.tolist()),
+            tuple(places.offsets[places.samples == row].tolist()),
         )
 
 
@@ -84,34 +94,37 @@ def test_masked_rows_point_into_the_packed_stream(workshop):
     config = workshop.config(workshop.good_shards())
     source = load_source(config.data, "train")
     (batch,) = next(training_stream(config, source, make_tokenizer(config, source), 0, 1, 0))
-    lengths = batch.text_layout.lengths[:, 0].tolist()
-    packed = torch.cat([ids[:length] for ids, length in zip(batch.text_ids, lengths, strict=True)])
-    corrupted = torch.cat([ids[:length] for ids, length in zip(batch.masked_ids, lengths, strict=True)])
-    assert torch.equal(packed[batch.mlm_rows], batch.mlm_targets)
-    untouched = torch.ones(len(packed), dtype=torch.bool)
-    untouched[batch.mlm_rows] = False
-    assert torch.equal(packed[untouched], corrupted[untouched])
-    assert batch.counts == {"pairs": 8, "mlm_tokens": len(batch.mlm_rows)} and len(batch.mlm_rows) >= 8
-    assert batch.text_layout.num_tokens == len(packed)
+    words, layout = batch.masked_words, batch.text_layout
+    rows = words.places.rows(layout)
+    assert torch.equal(batch.text_ids[rows], words.targets)
+    untouched = torch.ones(len(batch.text_ids), dtype=torch.bool)
+    untouched[rows] = False
+    assert torch.equal(batch.text_ids[untouched], words.ids[untouched])
+    assert batch.counts == {"pairs": 8, "masked_words": len(rows)} and len(rows) >= 8
+    assert layout.num_tokens == len(batch.text_ids)
+    # in the joint stream the captions stand before their images
+    joint = torch.full((batch.layout.num_tokens,), -1)
+    joint[batch.layout.token_segment() == TEXT] = batch.text_ids
+    assert torch.equal(joint[words.places.rows(batch.layout, TEXT)], words.targets)
 
 
 def test_pictures_of_different_sizes_share_a_batch():
     def sample(patches):
         ids = np.arange(3)
         positions = np.indices((1, patches), dtype=np.int32).reshape(2, -1).T
-        return Sample(np.ones((patches, 192), np.float32), positions, ids, ids, ids[:0], identity=1)
+        pixels = np.ones((patches, 192), np.float32)
+        return Sample(pixels, positions, ids, identity=1, masked_ids=ids, masked_positions=ids[:0])
 
     batch = collate([sample(4), sample(8)], [5, 9])
-    assert batch.patches.shape == (2, 8, 192) and batch.patches[0, 4:].abs().sum() == 0
+    assert batch.image.values.shape == (12, 192)
+    assert batch.layout.lengths.tolist() == [[3, 4], [3, 8]]
     assert batch.image_layout.lengths.tolist() == [[4], [8]]
     assert batch.image_layout.sample_ids.tolist() == batch.text_layout.sample_ids.tolist() == [5, 9]
-    assert batch.patch_positions[1, -1].tolist() == [0, 7]
-    assert batch.counts == {"pairs": 2, "mlm_tokens": 0}
+    assert batch.image.positions[-1].tolist() == [0, 7]
+    assert batch.counts == {"pairs": 2, "masked_words": 0}
     moved = batch.to("meta")
-    assert (
-        moved.patches.device.type == moved.text_layout.starts.device.type == "meta"
-        and moved.counts == batch.counts
-    )
+    tensors = moved.image.values, moved.layout.starts, moved.masked_words.places.offsets, moved.labels
+    assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.counts == batch.counts
 
 
 def test_several_captions_take_turns_in_training_and_the_first_is_evaluated(workshop):
@@ -125,10 +138,10 @@ def test_several_captions_take_turns_in_training_and_the_first_is_evaluated(work
     source = load_source(config.data, "train")
     tokenizer = make_tokenizer(config, source)
     stream = training_stream(config, source, tokenizer, 0, 1, 0)
-    counts = np.bincount([ids[1] for _ in range(75) for ids in next(stream)[0].text_ids.tolist()])
+    counts = np.bincount([ids[1] for _ in range(75) for ids in captions_of(next(stream)[0])])
     assert sorted(counts[counts > 0]) == pytest.approx([200, 200, 200], abs=60)
     evaluated = [
-        ids for batch in held_out_batches(config, source, tokenizer, 3) for ids in batch.text_ids.tolist()
+        ids for batch in held_out_batches(config, source, tokenizer, 3) for ids in captions_of(batch)
     ]
     assert [tokenizer.decode(ids[1:2]) for ids in evaluated] == ["one"] * 4
 
@@ -155,10 +168,7 @@ def test_without_masked_language_nothing_is_masked(workshop):
     config.objectives.masked_language = None
     source = load_source(config.data, "train")
     (batch,) = next(training_stream(config, source, make_tokenizer(config, source), 0, 1, 0))
-    assert (
-        torch.equal(batch.masked_ids, batch.text_ids)
-        and batch.counts["mlm_tokens"] == len(batch.mlm_rows) == 0
-    )
+    assert batch.masked_words is None and batch.counts == {"pairs": 8}
 
 
 def test_permuted_captions_are_a_permutation_that_leaves_the_images(workshop):

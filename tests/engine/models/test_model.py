@@ -48,7 +48,7 @@ def test_dropout_belongs_to_the_pair():
 def test_variants_of_a_pair_draw_different_masks():
     model = small_model(dropout=0.3)
     batch = random_batch(range(4))
-    batch.masked_ids = batch.text_ids
+    batch.masked_words.ids = batch.text_ids
     plain, masked = model.encode_text(batch).hidden, model.encode_text(batch, masked=True).hidden
     assert (plain - masked).abs().max() > 1e-2
     model.eval()

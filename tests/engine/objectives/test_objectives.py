@@ -4,6 +4,7 @@ import torch
 from random_batch import random_batch, small_model
 from torch.nn import functional as F
 
+from engine.batch import MaskedWords, Places
 from engine.objectives import PretrainingModule, build_objectives
 from engine.objectives.contrastive import ContrastiveObjective
 from engine.objectives.masked_language import MaskedLanguageObjective
@@ -29,7 +30,7 @@ def test_normalizers_replace_the_local_mean():
     model, batch = small_model(), random_batch(range(4))
     for objective, count, name in (
         (MatchingObjective(), "pairs", "matching"),
-        (MaskedLanguageObjective(), "mlm_tokens", "masked_language"),
+        (MaskedLanguageObjective(), "masked_words", "masked_language"),
     ):
         batch.normalizers = {}
         mean = objective(model, batch)[0][name]
@@ -71,8 +72,9 @@ def test_one_label_has_no_negatives():
 
 def test_no_masked_words_give_zero_and_zero_gradients():
     model, batch = small_model(), random_batch(range(3))
-    batch.mlm_rows, batch.mlm_targets = batch.mlm_rows[:0], batch.mlm_targets[:0]
-    batch.counts["mlm_tokens"] = 0
+    words = batch.masked_words
+    batch.masked_words = MaskedWords(words.ids, Places(words.targets[:0], words.targets[:0]), words.targets[:0])
+    batch.counts["masked_words"] = 0
     loss = MaskedLanguageObjective()(model, batch)[0]["masked_language"]
     loss.backward()
     assert loss.item() == 0

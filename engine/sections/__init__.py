@@ -1,0 +1,49 @@
+"""The sections of a run's configuration, each validated as it is built.
+
+Every attribute's docstring is what `--help` prints. A recipe is a yaml file of these fields; what it leaves
+out keeps the default. Errors name the option as it is written on the command line.
+"""
+
+from engine.sections.checks import require, require_not_negative, require_positive, require_share
+from engine.sections.data import Data, DataSet, Regions, Tokenizer
+from engine.sections.model import FusionStack, ImageStack, JointStack, Model, Stack, TextStack
+from engine.sections.objectives import (
+    Contrastive,
+    MaskedLanguage,
+    MaskedRegionClasses,
+    MaskedRegionFeatures,
+    Matching,
+    Objectives,
+    RandomMatching,
+)
+from engine.sections.training import Buckets, Evaluation, Optimizer, Schedule, Train, Zero
+
+__all__ = [
+    "Buckets",
+    "Contrastive",
+    "Data",
+    "DataSet",
+    "Evaluation",
+    "FusionStack",
+    "ImageStack",
+    "JointStack",
+    "MaskedLanguage",
+    "MaskedRegionClasses",
+    "MaskedRegionFeatures",
+    "Matching",
+    "Model",
+    "Objectives",
+    "Optimizer",
+    "RandomMatching",
+    "Regions",
+    "Schedule",
+    "Stack",
+    "TextStack",
+    "Tokenizer",
+    "Train",
+    "Zero",
+    "require",
+    "require_not_negative",
+    "require_positive",
+    "require_share",
+]

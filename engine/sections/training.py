@@ -1,0 +1,144 @@
+"""The update rule, the course of a run, what DeepSpeed partitions, and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.sections.checks import require, require_not_negative, require_positive, require_share
+
+
+@dataclass
+class Optimizer:
+    """The update rule. ZeRO hands it flat partitions, so only elementwise rules are exact."""
+
+    kind: str = "adamw"
+    """adamw or sgd."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of AdamW's two moments."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; vectors (norms, biases, logit_scale) have none."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient (0: no clipping)."""
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    """Learning-rate factor by prefix of the parameter name; the longest prefix wins."""
+
+    def __post_init__(self) -> None:
+        layerwise = self.kind.lower() in ("lamb", "lars", "adafactor")
+        why = "needs whole parameters but ZeRO gives it flat partitions" if layerwise else "is not known"
+        require(self.kind in ("adamw", "sgd"), f"optimizer.kind {self.kind!r} {why}: use adamw or sgd")
+        require_positive(self, "optimizer", "lr", "eps")
+        require_not_negative(self, "optimizer", "weight_decay", "clip")
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
+            require_share(f"optimizer.{name}", value)
+        for prefix, factor in self.lr_multipliers.items():
+            require(factor >= 0, f"optimizer.lr_multipliers.{prefix} must not be negative, got {factor}")
+
+
+@dataclass
+class Schedule:
+    """The learning rate over the steps of the run."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+    min_lr_ratio: float = 0.0
+    """Share of the peak that is left at the end."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "schedule", "warmup_steps")
+        ratio = self.min_lr_ratio
+        require(0 <= ratio <= 1, f"schedule.min_lr_ratio must be in [0, 1], got {ratio}")
+
+
+@dataclass
+class Buckets:
+    """Batches of a token budget, of examples of like length (UNITER's token bucket sampler)."""
+
+    tokens: int = 10_240
+    """Longest example times number of examples of one batch, at most: its size where it is padded."""
+    size: int = 8192
+    """Examples, in random order, that are sorted by length together (1: none are)."""
+    multiple: int = 8
+    """Batches have a multiple of this many examples."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "train.buckets", "tokens", "size", "multiple")
+
+
+@dataclass
+class Train:
+    """Length of the run, and what happens how often."""
+
+    global_batch: int = 128
+    """Pairs per optimizer step, over all ranks and micro-steps; with train.buckets the number of bucketed batches."""
+    buckets: Buckets | None = None
+    """Batches of a token budget in place of a number of pairs (null: pairs)."""
+    accumulation: int = 1
+    """Micro-steps per optimizer step; each rank's micro-batch is global_batch / (ranks * accumulation)."""
+    max_steps: int | None = None
+    """Optimizer steps of the run."""
+    max_pairs: int | None = None
+    """Pairs of the run, rounded up to whole steps; the smaller of max_steps and max_pairs counts."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 200
+    """Steps between two checkpoints (0: only at the end)."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; at least 2, so that a damaged one has a predecessor."""
+    evaluate_every: int = 0
+    """Steps between two evaluations during training (0: only at the end)."""
+    resume: str = "auto"
+    """auto: go on from the run's own newest checkpoint if there is one; never: start again, an existing run
+    folder is renamed; otherwise the path of a run folder to go on from."""
+    compile: bool = False
+    """Compile the transformer blocks with torch.compile, from the second step on."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward instead of keeping their activations."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "train", "global_batch", "accumulation", "log_every", "max_steps", "max_pairs")
+        require_not_negative(self, "train", "save_every", "evaluate_every")
+        require(
+            self.keep_checkpoints >= 2,
+            f"train.keep_checkpoints must be at least 2, got {self.keep_checkpoints}",
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        from_pairs = None if self.max_pairs is None else -(-self.max_pairs // self.global_batch)
+        return min(steps for steps in (self.max_steps, from_pairs) if steps is not None)
+
+
+@dataclass
+class Zero:
+    """What DeepSpeed partitions over the ranks."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0: nothing; 1: optimizer state; 2: gradients too; 3: parameters too."""
+
+
+@dataclass
+class Evaluation:
+    """Evaluation on held-out records."""
+
+    gallery: int = 1000
+    """Pairs that are ranked against each other, at most."""
+    batch: int = 64
+    """Pairs per forward."""
+    rerank_top: int = 16
+    """Candidates the matching head re-ranks (0: none)."""
+    zero_shot: str | None = None
+    """A folder with one sub-folder of images per class, named like the class (null: no such evaluation)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "evaluation", "gallery", "batch")
+        require_not_negative(self, "evaluation", "rerank_top")
