@@ -6,7 +6,7 @@ import torch
 from engine.batch import Batch
 from engine.data import collate
 from engine.data.samples import Sample
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 from engine.sections import FusionStack, ImageStack, Model, TextStack
 
 VOCAB = 40
@@ -57,11 +57,11 @@ def small_config(dropout: float = 0.0, cross_every: int = 1) -> Model:
 
 def small_model(
     dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32
-) -> VisionLanguageModel:
+) -> AlignAndFuse:
     """Redrawn so that every parameter matters: at its initialisation a model hides lost biases and swapped
     norms."""
     torch.manual_seed(3)
-    model = VisionLanguageModel(small_config(dropout), VOCAB, impl)
+    model = AlignAndFuse(small_config(dropout), VOCAB, impl)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "logit_scale":

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.evaluation.gallery import Gallery, matching_logits
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 from engine.models.transformer import Source
 
 
-def masked_language_accuracy(model: VisionLanguageModel, batches: Iterable[Batch]) -> dict[str, float]:
+def masked_language_accuracy(model: AlignAndFuse, batches: Iterable[Batch]) -> dict[str, float]:
     """Share of masked words found beside the caption's own image and beside another one of its batch."""
     right, right_shuffled, total = 0, 0, 0
     for batch in batches:
@@ -34,7 +34,7 @@ def masked_language_accuracy(model: VisionLanguageModel, batches: Iterable[Batch
     }
 
 
-def _words_found(model: VisionLanguageModel, batch: Batch, source: Source) -> Tensor:
+def _words_found(model: AlignAndFuse, batch: Batch, source: Source) -> Tensor:
     fused = model.fuse(model.encode_text(batch, masked=True), source)
     words = batch.masked_words
     selected = vk.take_rows(fused.hidden, words.places.rows(fused.layout), impl=model.impl)
@@ -42,7 +42,7 @@ def _words_found(model: VisionLanguageModel, batch: Batch, source: Source) -> Te
     return (logits.argmax(1) == words.targets).sum()
 
 
-def matching_accuracy(model: VisionLanguageModel, gallery: Gallery) -> dict[str, float]:
+def matching_accuracy(model: AlignAndFuse, gallery: Gallery) -> dict[str, float]:
     """Accuracy on as many wrong pairs as right ones: text `i` with image `i`, and with one that is not its
     own."""
     own = torch.arange(len(gallery), device=gallery.labels.device)

@@ -16,12 +16,12 @@ from engine.evaluation.gallery import encode_gallery
 from engine.evaluation.retrieval import reranked_retrieval, retrieval
 from engine.evaluation.sheet import draw_sheet
 from engine.evaluation.zero_shot import zero_shot
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 
 
 @torch.no_grad()
 def evaluate(
-    model: VisionLanguageModel,
+    model: AlignAndFuse,
     batches: Iterable[Batch],
     config: Config,
     *,
