@@ -98,13 +98,16 @@ class Train:
     resume: str = "auto"
     """auto: go on from the run's own newest checkpoint if there is one; never: start again, an existing run
     folder is renamed; otherwise the path of a run folder to go on from."""
+    join_timeout: int = 600
+    """Seconds the processes of a run wait for each other at the start."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile, from the second step on."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward instead of keeping their activations."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "train", "global_batch", "accumulation", "log_every", "max_steps", "max_pairs")
+        counts = ("global_batch", "accumulation", "log_every", "max_steps", "max_pairs", "join_timeout")
+        require_positive(self, "train", *counts)
         require_not_negative(self, "train", "save_every", "evaluate_every")
         require(
             self.keep_checkpoints >= 2,
