@@ -271,6 +271,20 @@ def test_the_kernel_itself_refuses_to_read_foreign_memory(ids, weight, norm_ids,
         torch.ops.vlkernels.embed_layer_norm_forward(*arguments)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_table_may_have_no_rows_and_what_is_not_chosen_adds_nothing(impl):
+    """Computed rows: a batch of captions alone has none, and a NaN among them stays where it is chosen."""
+    ids, tables, weight = make(rows=6, sizes=(9,))
+    expected = vk.embed_layer_norm(ids, tables, weight, impl=impl)
+    for rows in (torch.empty(0, 40), torch.full((3, 40), torch.nan)):
+        rows.requires_grad_()
+        both = torch.cat((ids, torch.full_like(ids, -1)), dim=1)
+        found = vk.embed_layer_norm(both, [*tables, rows], weight, impl=impl)
+        torch.testing.assert_close(found, expected)
+        found.sum().backward()
+        assert rows.grad.shape == rows.shape and not rows.grad.any()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

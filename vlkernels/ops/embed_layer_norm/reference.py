@@ -30,8 +30,7 @@ def embed_layer_norm(
     wide = torch.promote_types(dtype, torch.float32)
     terms = [] if dense is None else [dense.to(wide)]
     for column, table in enumerate(tables):
-        index = ids[:, column].long()
-        terms.append(F.embedding(index.clamp(min=0), table).to(wide) * (index >= 0)[:, None])
+        terms.append(_rows(table, ids[:, column].long()).to(wide))
     z = sum(terms[1:], terms[0])
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
     if norm_ids is None:
@@ -41,6 +40,12 @@ def embed_layer_norm(
     if dropout_p > 0:
         y = torch.where(_kept(y, dropout_p, rng, stream, layout), y * dropout_scale(dropout_p), 0)
     return y.to(dtype)
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of the table, zeros where the index is -1; a table of computed rows may have none."""
+    readable = table if table.shape[0] else F.pad(table, (0, 0, 0, 1))
+    return torch.where((index >= 0)[:, None], F.embedding(index.clamp(min=0), readable), 0)
 
 
 def _several_norms(z: Tensor, weight: Tensor, bias: Tensor | None, norm_ids: Tensor, eps: float) -> Tensor:
