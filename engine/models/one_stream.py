@@ -39,7 +39,6 @@ class OneStream(VisionLanguageModel):
         self.text_embedder = TextTables(stack, vocab_size)
         self.region_embedder = RegionRows(stack, feature_values, impl)
         self.eps, self.dropout, self.embedding_stream = stack.eps, stack.dropout, next(streams)
-        self.region_stream = next(streams)
         self.transformer = PackedTransformer(stack, streams, impl=impl)
         self.pooler = nn.Linear(width, width)
         self.masked_language_head = MaskedLanguageHead(width, width, vocab_size, *head)
@@ -79,28 +78,33 @@ class OneStream(VisionLanguageModel):
     def _embed(self, batch: Batch, masked: int | None) -> Tensor:
         """`[num_tokens, D]`: dropout(LN(word + position + type)) and dropout(LN(region + type)), each segment with a
         norm of its own."""
-        text, regions = self.text_embedder, self.region_embedder
-        text_layout, image_layout = batch.text_layout, batch.image_layout
-        ids = (batch.masked_words.ids if masked == TEXT else batch.text_ids).to(torch.int32)
-        hidden_regions = batch.masked_regions.places.rows(image_layout) if masked == IMAGE else None
+        text, regions, layout = self.text_embedder, self.region_embedder, batch.layout
+        ids = batch.masked_words.ids if masked == TEXT else batch.text_ids
+        hidden_regions = batch.masked_regions.places.rows(batch.image_layout) if masked == IMAGE else None
         rows = regions(batch.image, hidden_regions)
-        kind = torch.full((len(rows), 1), IMAGE, dtype=torch.int32, device=rows.device)
-        columns = torch.stack((ids, text_layout.token_position(), torch.full_like(ids, TEXT)), dim=1)
-        words = self._normalize(columns, text.tables, text, text_layout, self.embedding_stream)
-        seen = self._normalize(kind, text.tables[2:], regions, image_layout, self.region_stream, dense=rows)
-        return vk.put_segments((words, seen), batch.layout, ((TEXT,), (IMAGE,)), impl=self.impl)
-
-    def _normalize(self, ids, tables, norm, layout, stream, dense=None) -> Tensor:
+        segment = layout.token_segment()
         return vk.embed_layer_norm(
-            ids,
-            list(tables),
-            norm.weight,
-            bias=norm.bias,
-            dense=dense,
+            self._table_rows(ids, layout),
+            [*text.tables, rows],
+            torch.stack((text.weight, regions.weight)),
+            bias=torch.stack((text.bias, regions.bias)),
+            norm_ids=segment,
             eps=self.eps,
             dropout_p=self.dropout if self.training else 0.0,
             layout=layout,
             rng=self.rng,
-            stream=stream,
+            stream=self.embedding_stream,
             impl=self.impl,
         )
+
+    def _table_rows(self, ids: Tensor, layout: vk.SegmentLayout) -> Tensor:
+        """int32 `[num_tokens, 4]`: each token's word, position, type and region; -1 where it has none."""
+        segment = layout.token_segment()
+        is_text, is_region = segment == TEXT, segment == IMAGE
+        num_regions = layout.segment_totals[IMAGE]
+        regions = torch.arange(num_regions, dtype=torch.int32, device=ids.device)
+        streams = (ids.to(torch.int32), regions)
+        own = vk.put_segments(streams, layout, ((TEXT,), (IMAGE,)), impl=self.impl)
+        position = torch.where(is_text, layout.token_position(), -1)
+        columns = torch.where(is_text, own, -1), position, segment, torch.where(is_region, own, -1)
+        return torch.stack(columns, dim=1)
