@@ -41,10 +41,20 @@ class MaskedRegionClassesObjective:
     targets: Literal["soft", "hard"] = "soft"
 
     def __call__(self, model: OneStream, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        logits = widened(model.region_class_head.logits(masked_states(model, batch)))
+        logits = class_logits(model, batch)
         labels = batch.masked_regions.soft_labels.to(logits.dtype)
         divide = soft_divergence if self.targets == "soft" else hard_error
         return {"masked_region_classes": divide(logits, labels) * normalizer(batch, "masked_regions")}, {}
+
+
+def class_logits(model: OneStream, batch: Batch) -> Tensor:
+    """`[M, C]`: the classes of the masked regions."""
+    return widened(model.region_class_head.logits(masked_states(model, batch)))
+
+
+def best_classes(labels: Tensor) -> Tensor:
+    """The most probable class of each distribution that is not the background, class 0."""
+    return labels[:, 1:].argmax(1) + 1
 
 
 def soft_divergence(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,6 +63,5 @@ def soft_divergence(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def hard_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over regions; class 0 is the background."""
-    best = labels[:, 1:].argmax(1) + 1
-    return F.cross_entropy(logits, best, reduction="sum")
+    """Sum over regions."""
+    return F.cross_entropy(logits, best_classes(labels), reduction="sum")

@@ -134,7 +134,8 @@ class Evaluation:
     """Evaluation on held-out records."""
 
     gallery: int = 1000
-    """Pairs that are ranked against each other, at most."""
+    """Pairs that are ranked against each other, at most. A joint model has to read every caption with every image:
+    at most 100 pairs."""
     batch: int = 64
     """Pairs per forward."""
     rerank_top: int = 16
