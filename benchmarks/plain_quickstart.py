@@ -22,7 +22,7 @@ from benchmarks.provenance import RESULTS, ROOT, store
 from benchmarks.timing import interleaved
 from engine.batch import IMAGE, TEXT, Batch
 from engine.config import Config
-from engine.data import load_source, make_tokenizer, training_stream
+from engine.data import load_training_sets, make_tokenizer, training_stream
 from engine.models import VisionLanguageModel, build_model
 from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import Model, Stack
@@ -185,11 +185,11 @@ def main() -> int:
     options = parser.parse_args()
     config = parse(["--config", str(ROOT / "engine/recipes/quickstart.yaml"), f"--train.global_batch={options.pairs}"])
     ranks = zero.join(config)
-    source = load_source(config.data, "train", config.seed)
-    tokenizer = make_tokenizer(config, source)
+    sets = load_training_sets(config)
+    tokenizer = make_tokenizer(config, sets)
 
     def stream() -> Iterator[list[Batch]]:
-        return training_stream(config, source, tokenizer, ranks.rank, ranks.world, 0)
+        return training_stream(config, sets, tokenizer, ranks.rank, ranks.world, step=0, samples_seen=0)
 
     packed, plain = make_models(config, tokenizer.vocab_size)
     under_zero, _ = make_models(config, tokenizer.vocab_size)

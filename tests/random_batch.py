@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from engine.batch import Batch
+from engine.batch import Batch, Patches
 from engine.data import collate
 from engine.data.samples import Sample
 from engine.models import AlignAndFuse
@@ -25,13 +25,18 @@ def random_sample(number: int) -> Sample:
     masked_ids = text_ids.copy()
     masked_ids[chosen] = MASK_ID
     return Sample(
-        patches=random.standard_normal((rows * columns, 3 * PATCH**2)).astype(np.float32),
-        patch_positions=np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T,
         text_ids=text_ids,
+        image=random_patches(rows, columns, random),
         identity=0 if number == 5 else number,
         masked_ids=masked_ids,
         masked_positions=chosen.astype(np.int64),
     )
+
+
+def random_patches(rows: int, columns: int, random: np.random.Generator) -> Patches:
+    values = random.standard_normal((rows * columns, 3 * PATCH**2)).astype(np.float32)
+    positions = np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T
+    return Patches(torch.from_numpy(values), torch.from_numpy(positions))
 
 
 def random_batch(numbers: range) -> Batch:
