@@ -24,6 +24,8 @@ HERE = [
 ]
 each_impl = pytest.mark.parametrize("impl", HERE)
 TEXTS, IMAGES = [3, 1, 5, 2], [7, 4, 1, 9]
+SPEC = spec.SPECS[0]
+UNITER_LIKE = SPEC.benchmarks["b64 text 10-20 regions 10-100"]
 
 
 def layout_of(lengths):
@@ -152,6 +154,18 @@ def test_the_first_update_starts_from_uniform_texts(impl):
     expected = (sigma[:, None] * kernel * delta * costs).sum().item()
     assert one_sample(images, texts, iterations=1, impl=impl).item() == pytest.approx(expected, abs=1e-6)
     assert one_sample(texts, images, iterations=1, impl=impl).item() != pytest.approx(expected, abs=1e-3)
+
+
+def test_the_peer_computes_the_same():
+    """What is timed beside the op: its distances, and its gradients row by row."""
+    arguments = UNITER_LIKE(InputMaker(torch.float32))
+    call, (images, texts) = SPEC.peers["eager, padded"].prepare(**arguments)
+    theirs, mine = call(), vk.optimal_transport(**arguments)
+    torch.testing.assert_close(theirs, mine, rtol=0, atol=2e-6)
+    (joint,) = torch.autograd.grad(mine.sum(), arguments["image_tokens"])
+    of_rows = vk.unpack(joint, arguments["image_layout"])
+    for segment, found in zip((1, 0), torch.autograd.grad(theirs.sum(), (images, texts)), strict=True):
+        torch.testing.assert_close(found, of_rows[segment], rtol=1e-4, atol=1e-7)
 
 
 # --- streams and layouts ------------------------------------------------------------------------------------
@@ -283,7 +297,7 @@ def test_the_plan_is_a_constant_of_the_gradient():
 @pytest.mark.skipif(native.load() is not None, reason="needs the compiled library")
 @pytest.mark.parametrize("level", native.CPU_ISA_LEVELS)
 def test_results_do_not_depend_on_threads(level):
-    arguments = spec._uniter_like(InputMaker(torch.float32)) | {"impl": "cpp"}
+    arguments = UNITER_LIKE(InputMaker(torch.float32)) | {"impl": "cpp"}
     hidden = arguments["image_tokens"]
 
     def results():

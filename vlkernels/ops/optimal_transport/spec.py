@@ -134,12 +134,12 @@ def _prepare_eager(
             reference.padded_rows(tokens, options[f"{side}_layout"], options.get(f"{side}_segment", 0))
             for side, tokens in (("image", image_tokens), ("text", text_tokens))
         )
-    lengths = [
+    n, m = (
         options[f"{side}_layout"].lengths[:, options.get(f"{side}_segment", 0)] for side in ("image", "text")
-    ]
-    pads = [torch.arange(x.shape[1]) >= n[:, None] for x, n in zip((images, texts), lengths, strict=True)]
+    )
+    pads = [torch.arange(x.shape[1], device=n.device) >= c[:, None] for x, c in ((images, n), (texts, m))]
     inputs = [images.requires_grad_(), texts.requires_grad_()]
-    return lambda: _eager(*inputs, *pads, *(n.float() for n in lengths)), inputs
+    return lambda: _eager(*inputs, *pads, n.float(), m.float()), inputs
 
 
 def _eager(
