@@ -21,7 +21,6 @@ FUSED = {  # no op of the model is left out
     "hard_negatives": "torch",
     "layer_norm": "cpp",
     "linear_cross_entropy": "torch",
-    "pack": "cpp",
     "segment_mean": "cpp",
     "take_rows": "cpp",
 }
