@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[ExampleIndex, list[str]] | None:
             tables = [np.lib.format.read_array(file, allow_pickle=False) for _ in _TABLES]
         if any(table.dtype != np.int32 or table.ndim != 1 for table in tables):
             return None
-        return ExampleIndex(*tables, int(header["too_long"])), [str(fault) for fault in header["faults"]]
+        return ExampleIndex(*tables), [str(fault) for fault in header["faults"]]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -74,7 +74,7 @@ def _read(path: Path) -> tuple[ExampleIndex, list[str]] | None:
 def _write(path: Path, index: ExampleIndex, faults: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(json.dumps({"too_long": index.too_long, "faults": faults}).encode() + b"\n")
+        file.write(json.dumps({"faults": faults}).encode() + b"\n")
         for name in _TABLES:
             np.lib.format.write_array(file, getattr(index, name), allow_pickle=False)
     os.replace(file.name, path)

@@ -103,8 +103,6 @@ class ExampleIndex:
     """int32 [E]: picture of the record."""
     regions: np.ndarray
     """int32 [num_images]: regions of each picture; 0 where no example needs it or it cannot be read."""
-    too_long: int = 0
-    """Captions left out because they are too long (captions of a set of ids are not cut)."""
 
 
 class FaultLedger:

@@ -90,7 +90,8 @@ def select_regions(
         if table.ndim != 2 or table.shape[1] not in widths or len(table) != len(confidence):
             wanted = " or ".join(str([len(confidence), width]) for width in widths)
             raise RecordFault(key, f"{name} must be {wanted}, got {list(table.shape)}")
-        return _finite(key, name, table[chosen].astype(np.float32))
+        with np.errstate(over="ignore"):  # what does not fit is refused below
+            return _finite(key, name, table[chosen].astype(np.float32))
 
     boxes = _with_area(key, rows("norm_bb", 6, 7))
     features = rows("features", options.feature_values)

@@ -2,14 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from engine.config import Config
 from engine.data import builtin
 from engine.data.detector import SceneSource
 from engine.data.plan import Permutation, Purpose
@@ -24,7 +21,7 @@ from engine.data.records import (
     Texts,
 )
 from engine.data.shards import ShardSource, expand_pattern
-from engine.data.tokenization import Tokenizer, load_tokenizer, train_tokenizer
+from engine.data.tokenization import Tokenizer
 from engine.sections import Data
 
 Split = Literal["train", "held_out"]
@@ -123,7 +120,6 @@ class JoinedSources:
                 [part.images + start for part, start in zip(parts, first_images, strict=False)]
             ),
             regions=np.concatenate([part.regions for part in parts]),
-            too_long=sum(part.too_long for part in parts),
         )
 
 
@@ -140,25 +136,52 @@ def load_source(data: Data, split: Split, seed: int = 0) -> Source:
     patterns = data.source if split == "train" else data.held_out
     ledger = FaultLedger(data.fault_limit)
     sources: list[Source] = []
-    for _, group in groupby([patterns] if isinstance(patterns, str) else patterns, partial(_kind, data)):
+    for group in _groups(data, [patterns] if isinstance(patterns, str) else patterns):
         left = None if data.max_records is None else data.max_records - sum(map(len, sources))
         if left is None or left > 0:
-            sources.append(_open(data, split, list(group), left, ledger))
+            sources.append(_open(data, split, group, left, ledger))
     source = sources[0] if len(sources) == 1 else JoinedSources(sources)
     return PermutedCaptions(source, seed) if data.permute_captions and split == "train" else source
 
 
+def _groups(data: Data, patterns: list[str]) -> list[list[str]]:
+    """Neighbours that one source reads: shards, or scenes; databases stand alone."""
+    groups: list[list[str]] = []
+    for pattern in patterns:
+        last = groups[-1][0] if groups else None
+        if last is None or _kind(data, pattern) != _kind(data, last) or _PLUS in pattern:
+            groups.append([])
+        groups[-1].append(pattern)
+    return groups
+
+
 def _kind(data: Data, pattern: str) -> str:
-    """Equal for patterns that one source reads."""
-    if _PLUS in pattern:
-        return pattern
-    return pattern if pattern in builtin.NAMES and data.regions is not None else "shards"
+    special = _PLUS in pattern or (pattern in builtin.NAMES and data.regions is not None)
+    return pattern if special else "shards"
+
+
+def _open_databases(data: Data, pattern: str, max_records: int | None, ledger: FaultLedger) -> Source:
+    if data.regions is None:
+        raise DataError(f"{pattern} are UNITER's databases of regions: data.regions must say which")
+    try:
+        from engine.data.uniter import UniterDatabases
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{pattern} needs the package {error.name}: pip install 'vlkernels[uniter]'"
+        ) from None
+    folders = [Path(part.strip()).expanduser() for part in pattern.split(_PLUS)]
+    if len(folders) != 2 or not all(folder.is_dir() for folder in folders):
+        raise DataError(f"{pattern!r} must be two folders, TEXT_DB + IMAGE_DB")
+    limit, cache = data.max_caption_tokens, Path(data.cache)
+    return UniterDatabases(*folders, limit, data.regions, cache, ledger, max_records)
 
 
 def _open(
     data: Data, split: Split, patterns: list[str], max_records: int | None, ledger: FaultLedger
 ) -> Source:
     first, cache, kind, options = patterns[0], Path(data.cache), ShardSource, {}
+    if _PLUS in first:
+        return _open_databases(data, first, max_records, ledger)
     if data.regions is not None:
         options["regions"] = data.regions
         if first == builtin.SCENES:
@@ -170,14 +193,6 @@ def _open(
         named = pattern in builtin.NAMES
         shards += builtin.shards(pattern, split, cache) if named else expand_pattern(pattern)
     return kind(shards, data.caption_keys, data.max_image_pixels, cache, ledger, max_records, **options)
-
-
-def make_tokenizer(config: Config, source: Source) -> Tokenizer:
-    """tokenizer.path loaded, or a tokenizer trained on the captions of `source`, the training source."""
-    options = config.tokenizer
-    if options.path is not None:
-        return load_tokenizer(options.path)
-    return train_tokenizer(usable_captions(source), options.kind, options.vocab_size, options.lowercase)
 
 
 def usable_captions(source: Source) -> Iterator[str]:
