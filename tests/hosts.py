@@ -1,7 +1,7 @@
 """Two hosts on one machine: each in namespaces of its own (network, processes, mounts, host name).
 
-A host is the first process of its namespaces. The kernel ends it when the test run ends, however that ends, and
-with it all processes, interfaces and mounts of the host.
+A host is the first process of its namespaces. The kernel ends it when the test run ends, however that ends,
+and with it all processes, interfaces and mounts of the host.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from launch import ROOT, Finished, finish
 
-NEW_HOST = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--pid", "--mount-proc", "--kill-child")
+NAMESPACES = ("--net", "--uts", "--pid", "--mount-proc", "--kill-child")
+NEW_HOST = ("setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES)
 TOOLS = ("ip", "nsenter", "setpriv", "unshare", "mount", "hostname")
 INTERFACE = "ethx"
 CHOSEN_BY_USERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -40,7 +41,7 @@ class Host:
     first_process: int
 
     def inside(self, *command: str) -> list[str]:
-        return ["nsenter", f"--target={self.first_process}", "--all", f"--wd={os.getcwd()}", *map(str, command)]
+        return ["nsenter", f"--target={self.first_process}", "--all", f"--wd={os.getcwd()}", *command]
 
     def do(self, *command: str) -> None:
         """A command that ends at once, and well."""

@@ -29,8 +29,8 @@ InterfaceAddress._fields_ = [
 def choose_interface() -> None:
     """Make gloo and NCCL talk through the interface that leads to MASTER_ADDR, where nobody has chosen one.
 
-    Left alone, gloo advertises the address that the host name resolves to. On many machines that is 127.0.0.1,
-    and a rank on another host then fails or waits for ever.
+    Left alone, gloo advertises the address that the host name resolves to. On many machines that is
+    127.0.0.1, and a rank on another host then fails or waits for ever.
     """
     try:
         own, family = own_address(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
@@ -94,7 +94,8 @@ def deadline(seconds: float) -> Iterator[None]:
 
 def give_up(reason: str) -> None:
     """Every rank speaks: the one that cannot be reached is seldom rank 0."""
-    rank, world, host, port = (os.environ.get(v) for v in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    launched = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    rank, world, host, port = launched.values()
     through = os.environ.get("GLOO_SOCKET_IFNAME", "the default interface")
     print(
         f"pretrain: error: rank {rank} of {world} on {socket.gethostname()} could not meet the others at "

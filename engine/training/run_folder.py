@@ -39,7 +39,7 @@ def open_run(config: Config, ranks: Ranks) -> Path:
 
 
 def require_shared(folder: Path, ranks: Ranks) -> None:
-    """One line when some host does not see the folder that rank 0 made: shards and tokenizer pass through it."""
+    """One line when a host does not see the folder that rank 0 made: shards and tokenizer pass through it."""
     probe = folder / ranks.gather(f".{uuid.uuid4().hex}")[0]  # a new name: no host has it in a cache
     ranks.main_first(lambda: probe.touch() if ranks.is_main else None)
     blind = None if appears(probe, SHARED_AFTER) else f"rank {ranks.rank} on {socket.gethostname()}"

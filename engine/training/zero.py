@@ -240,8 +240,8 @@ class Engine:
     def _guard_plain_gradients(self) -> bool:
         """Give ZeRO-0 the guard that the other stages have: a gradient that is not finite changes no weight.
 
-        The gradients are already reduced, so all ranks decide alike; an optimizer leaves parameters without a
-        gradient as they are, moments and decay included.
+        The gradients are already reduced, so all ranks decide alike, and DeepSpeed has given 0 to parameters
+        that no batch used; an optimizer leaves those without a gradient as they are, moments and decay too.
         """
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]

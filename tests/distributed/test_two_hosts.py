@@ -1,4 +1,4 @@
-"""Two hosts with their own networks, started by DeepSpeed's launcher and by torchrun: the curve of one process."""
+"""Two hosts with their own networks, under DeepSpeed's launcher and torchrun: the curve of one process."""
 
 import os
 import socket
@@ -38,8 +38,8 @@ def deepspeed(pair, folder: Path) -> list[list[str]]:
     """The command of each host."""
     hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{host.address} slots=1\n" for host in pair))
-    every = ["--hostfile", str(hostfile), "--master_addr", pair[0].address, "--master_port", "29777", "--no_ssh"]
-    return [["deepspeed", *every, "--node_rank", str(rank), SCRIPT] for rank in (0, 1)]
+    every = ["--hostfile", str(hostfile), "--master_addr", pair[0].address, "--master_port", "29777"]
+    return [["deepspeed", *every, "--no_ssh", "--node_rank", str(rank), SCRIPT] for rank in (0, 1)]
 
 
 def torchrun(pair, folder: Path) -> list[list[str]]:
