@@ -19,9 +19,8 @@ from engine.sections import Regions
 
 _SIDE = 16  # pixels of a seen box
 _MARGIN = 2  # pixels around a glyph in its loose box
-_TEMPERATURE = (
-    0.06  # of cosine similarities to the known glyphs: a glyph's own box is nearly one-hot, half of it is not
-)
+# of cosine similarities to the known glyphs: a glyph's own box is nearly one-hot, half of it is not
+_TEMPERATURE = 0.06
 _BACKGROUND = 0.6  # similarity to be surpassed
 _FEATURE_SCALE = 5.0  # pixels of -0.5..0.5 come to features of about 0.4 on average
 _PROJECTION_KEY = 0x7265_6769_6F6E
@@ -33,6 +32,7 @@ class SceneSource(ShardSource):
     """Scenes with the detector's regions: class 0 is the background, class 1 + k the k-th kind of glyph."""
 
     picture_roles = {False: "image", True: "image"}
+    reader = "scene detector 1"
 
     def __init__(self, *args: Any, regions: Regions, **options: Any) -> None:
         if regions.classes <= builtin.NUM_KINDS:

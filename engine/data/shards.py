@@ -75,6 +75,7 @@ class ShardSource:
         False: "image",
         True: "regions",
     }  # what a run without and one with regions needs of a record
+    reader = "npz"  # what makes the regions; a stored index is of one reader
 
     def __init__(
         self,
@@ -150,7 +151,7 @@ class ShardSource:
     def index(self, tokenizer: Tokenizer, max_tokens: int) -> ExampleIndex:
         states = [(str(shard.resolve()), os.stat(shard)) for shard in self.shards]
         content = [
-            type(self).__name__,
+            self.reader,
             *((path, state.st_size, state.st_mtime_ns) for path, state in states),
             (self.caption_keys, len(self), self.regions),
             (tokenizer.model.to_str(), max_tokens),
