@@ -63,9 +63,9 @@ class Buckets:
     """Batches of a token budget, of examples of like length (UNITER's token bucket sampler)."""
 
     tokens: int = 10_240
-    """Longest example times number of examples of one batch, at most: its size where it is padded."""
+    """Words and regions of the longest example of a bucket, times the examples of one batch, at most."""
     size: int = 8192
-    """Examples, in random order, that are sorted by length together (1: none are)."""
+    """Examples, in random order, that are sorted by length together."""
     multiple: int = 8
     """Batches have a multiple of this many examples."""
 

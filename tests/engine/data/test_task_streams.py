@@ -9,8 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import sections
 from engine.batch import IMAGE, TEXT
-from engine.data import DataError, TrainingSet, TrainingSets, held_out_batches, training_stream
+from engine.data import (
+    DataError,
+    TrainingSet,
+    TrainingSets,
+    held_out_batches,
+    load_training_sets,
+    make_tokenizer,
+    training_stream,
+)
 from engine.data.streams import task_streams
 from tests.engine.data.region_set import CLASSES, TASKS, TOKENIZER, RegionSet, region_run, sets_of
 
@@ -169,6 +178,17 @@ def test_half_of_the_pictures_are_replaced_and_named_so():
     assert abs(np.mean(own) - share) < 4 * np.sqrt(share * (1 - share) / len(own))
 
 
+@pytest.mark.parametrize("task", list(TASKS))
+def test_batches_are_sorted_by_the_lengths_they_have(task):
+    """Longest first: the pictures that captions are shown with count, not their own. [CLS] and [SEP] do not."""
+    config = region_run({"one": {task: 1.0}})
+    (stream,) = task_streams(config, sets_of(config), TOKENIZER)
+    for unit in range(30):
+        samples = stream.samples(unit, 1, [])
+        lengths = [len(sample.text_ids) - 2 + len(sample.image.boxes) for sample in samples]
+        assert lengths == sorted(lengths, reverse=True) and lengths[0] * len(lengths) <= 80
+
+
 def test_broken_pictures_are_replaced_the_same_way_everywhere_and_named():
     def run(world, workers):
         config = region_run(workers=workers)
@@ -214,6 +234,35 @@ def test_faults_of_several_sets_count_together():
     broken = {"one": RegionSet(broken=[1, 2]), "two": RegionSet(seed=1, broken=[3, 4])}
     with pytest.raises(DataError, match="4 broken records, more than data.fault_limit = 3"):
         windows_of(config, 30, sets=sets_of(config, **broken))
+
+
+def test_sets_of_pictures_train_one_objective_per_step(workshop):
+    """Towers read patches: every record is an example, with one of its captions; words are masked for MLM."""
+    pattern = workshop.good_shards(records=30)
+    config = workshop.config(pattern, batch=10)
+    tasks = {"masked_language": 1.0, "contrastive": 1.0}
+    config.data.sets = {name: sections.DataSet(pattern, tasks) for name in ("one", "two")}
+    config.objectives.contrastive = sections.Contrastive()
+    sets = load_training_sets(config)
+    assert len(sets) == 60 and [one.name for one in sets.sets] == ["one", "two"]
+    stream = training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0)
+    labels = {task: [] for task in tasks}
+    for (batch,) in islice(stream, 40):
+        (task,) = batch.task
+        assert (batch.masked_words is not None) == (task == "masked_language") == (len(batch.counts) == 2)
+        labels[task].append(tuple(batch.labels.tolist()))
+    assert all(len(found) > 10 and len(set(found)) == len(found) for found in labels.values())
+
+
+def test_what_a_run_lacks_is_told_in_one_line(workshop):
+    config = workshop.config(workshop.good_shards(records=3))
+    config.train.buckets = sections.Buckets()
+    with pytest.raises(ValueError, match="train.buckets needs the lengths .*, which data.regions gives"):
+        load_training_sets(config)
+    sets = sets_of(region_run({"one": TASKS}))
+    sets.sets[0].source.texts_of = [[]] * 3
+    with pytest.raises(ValueError, match="tokenizer.path must be given: the training sets hold ids"):
+        make_tokenizer(config, sets)
 
 
 @pytest.mark.parametrize("task", [None, *TASKS])
