@@ -80,6 +80,9 @@ def _rebuild_value(hint: Any, value: Any) -> Any:
     for kind in (hint, *typing.get_args(hint)):
         if isinstance(value, dict) and dataclasses.is_dataclass(kind):
             return rebuild(kind, value)
+        if isinstance(value, dict) and typing.get_origin(kind) is dict:
+            inner = typing.get_args(kind)[1]
+            return {name: _rebuild_value(inner, item) for name, item in value.items()}
         if isinstance(value, list) and typing.get_origin(kind) is tuple:
             return tuple(value)
     return value
