@@ -23,6 +23,19 @@ ACTIVATIONS = {
 }
 """Ours by the name that `transformers` knows an activation by."""
 
+SIZES = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "eps": "layer_norm_eps",
+    "activation": "hidden_act",
+}
+"""Their name of what must agree, by ours."""
+
+DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "position_embedding_type": "absolute"}
+"""What older folders leave out."""
+
 BY_ROW = ("text_embedder.tables.", "masked_language_head.bias")
 """What may have another number of rows: words, positions, types."""
 
@@ -62,26 +75,21 @@ def _load_bert(folder: Path, stack: JointStack, model: VisionLanguageModel) -> l
 def _check_sizes(folder: Path, stack: JointStack) -> None:
     """Refuse a model that computes something else, in one line with all that differs."""
     path = folder / "config.json"
-    require(path.is_file(), f"init_from.joint: {folder} has no config.json: it must be a folder of `transformers`")
-    theirs: dict[str, Any] = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "position_embedding_type": "absolute"}
-    theirs |= json.loads(path.read_text())
     require(
-        theirs.get("model_type") == "bert" and theirs["position_embedding_type"] == "absolute",
-        f"init_from.joint: {folder} must be a BERT with absolute positions, got {theirs.get('model_type')} with "
-        f"{theirs['position_embedding_type']} ones",
+        path.is_file(),
+        f"init_from.joint: {folder} has no config.json: it must be a folder of `transformers`",
     )
-    pairs = {
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "mlp_width": "intermediate_size",
-        "eps": "layer_norm_eps",
-        "activation": "hidden_act",
-    }
+    theirs: dict[str, Any] = DEFAULTS | json.loads(path.read_text())
+    kind, positions = theirs.get("model_type"), theirs["position_embedding_type"]
+    require(
+        (kind, positions) == ("bert", "absolute"),
+        f"init_from.joint: {folder} must be a bert with absolute positions, got a {kind} with {positions} "
+        "ones",
+    )
     theirs["hidden_act"] = ACTIVATIONS.get(theirs["hidden_act"], theirs["hidden_act"])
     differing = [
         f"model.joint.{ours} must be {theirs.get(name)}, got {getattr(stack, ours)}"
-        for ours, name in pairs.items()
+        for ours, name in SIZES.items()
         if getattr(stack, ours) != theirs.get(name)
     ]
     if stack.norm != "post":
@@ -135,7 +143,9 @@ def _copy(folder: Path, name: str, found: Tensor, target: Tensor) -> str | None:
     require(fits, f"init_from.joint: {folder}: model.{name} must be {wanted}, got {got}")
     rows = min(len(found), len(target))
     target[:rows] = found[:rows]
-    return None if got == wanted else f"{name} the first {rows} rows (it has {len(target)}, the file {len(found)})"
+    if got == wanted:
+        return None
+    return f"{name} the first {rows} rows (it has {len(target)}, the file {len(found)})"
 
 
 def _report(
@@ -150,7 +160,8 @@ def _report(
     untouched = [name for name, _ in model.named_parameters() if name not in taken]
     left = dict.fromkeys(name if name.split(".")[0] in begun else name.split(".")[0] for name in untouched)
     lines = [
-        f"loaded {len(used)} tensors of {folder} into model.joint, left at their initialisation: {', '.join(left)}"
+        f"loaded {len(used)} tensors of {folder} into model.joint, "
+        f"left at their initialisation: {', '.join(left)}"
     ]
     if fewer:
         lines.append(f"of tables of another size: {', '.join(fewer)}")

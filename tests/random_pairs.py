@@ -1,5 +1,5 @@
-"""Random pairs of a caption and regions, as a packed batch and padded; pair `i` is the same whichever batch it is
-in."""
+"""Random pairs of a caption and regions, as a packed batch and padded; pair `i` is the same whichever batch
+it is in."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -39,7 +39,9 @@ def small_stack(sizes: Sizes = SIZES, dropout: float = 0.0) -> JointStack:
     )
 
 
-def small_one_stream(dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32) -> OneStream:
+def small_one_stream(
+    dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32
+) -> OneStream:
     """Redrawn, vectors too: at its initialisation a model hides lost biases and swapped norms."""
     model = OneStream(
         small_stack(dropout=dropout),

@@ -34,7 +34,8 @@ class Variant(enum.IntEnum):
 
 
 class AlignAndFuse(VisionLanguageModel):
-    """Two towers aligned by features of unit length, and a fusion encoder for matching and masked language."""
+    """Two towers aligned by features of unit length, and a fusion encoder for matching and masked
+    language."""
 
     def __init__(self, config: Model, vocab_size: int, impl: str = "auto"):
         super().__init__(impl)

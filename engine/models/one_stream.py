@@ -20,7 +20,8 @@ from engine.sections import JointStack
 class OneStream(VisionLanguageModel):
     """Words and regions are embedded straight into one packed stream, and every token sees its whole pair.
 
-    Of a pair at most one segment is masked in a pass. Either segment may be empty, for single samples or throughout.
+    Of a pair at most one segment is masked in a pass. Either segment may be empty, for single samples or
+    throughout.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class OneStream(VisionLanguageModel):
         return self.text_embedder.words
 
     def encode(self, batch: Batch, masked: int | None = None) -> Tokens:
-        """States over `batch.layout`; `masked` is the segment, TEXT or IMAGE, that is read after corruption."""
+        """States over `batch.layout`; `masked` is the segment, TEXT or IMAGE, that is read after
+        corruption."""
         return self._once(batch, f"encode {masked}", lambda: self._encode(batch, masked))
 
     def encode_masked_words(self, batch: Batch) -> Tokens:
@@ -76,8 +78,8 @@ class OneStream(VisionLanguageModel):
         return self.transformer(Tokens(hidden, batch.layout), rng=self.rng)
 
     def _embed(self, batch: Batch, masked: int | None) -> Tensor:
-        """`[num_tokens, D]`: dropout(LN(word + position + type)) and dropout(LN(region + type)), each segment with a
-        norm of its own."""
+        """`[num_tokens, D]`: dropout(LN(word + position + type)) and dropout(LN(region + type)), each segment
+        with a norm of its own."""
         text, regions, layout = self.text_embedder, self.region_embedder, batch.layout
         ids = batch.masked_words.ids if masked == TEXT else batch.text_ids
         hidden_regions = batch.masked_regions.places.rows(batch.image_layout) if masked == IMAGE else None

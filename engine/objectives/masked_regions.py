@@ -23,7 +23,8 @@ def masked_states(model: OneStream, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class MaskedRegionFeaturesObjective:
-    """Squared error of the predicted features, mean over all their elements (so divided by their size too)."""
+    """Squared error of the predicted features, mean over all their elements (so divided by their size
+    too)."""
 
     def __call__(self, model: OneStream, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         predicted = widened(model.region_features(masked_states(model, batch)))
@@ -35,16 +36,16 @@ class MaskedRegionFeaturesObjective:
 
 @dataclass(frozen=True)
 class MaskedRegionClassesObjective:
-    """`soft`: KL(the detector's distribution || prediction), mean over regions and classes (so divided by their
-    number too). `hard`: cross-entropy of the detector's best class that is not the background."""
+    """`soft`: KL(the detector's distribution || prediction), mean over regions and classes (so divided by
+    their number too). `hard`: cross-entropy of the detector's best class that is not the background."""
 
     targets: Literal["soft", "hard"] = "soft"
 
     def __call__(self, model: OneStream, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         logits = class_logits(model, batch)
         labels = batch.masked_regions.soft_labels.to(logits.dtype)
-        divide = soft_divergence if self.targets == "soft" else hard_error
-        return {"masked_region_classes": divide(logits, labels) * normalizer(batch, "masked_regions")}, {}
+        total = (soft_divergence if self.targets == "soft" else hard_error)(logits, labels)
+        return {"masked_region_classes": total * normalizer(batch, "masked_regions")}, {}
 
 
 def class_logits(model: OneStream, batch: Batch) -> Tensor:

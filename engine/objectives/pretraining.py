@@ -38,8 +38,8 @@ def build_objectives(sections: Objectives) -> dict[str, tuple[float, Objective]]
 class PretrainingModule(nn.Module):
     """`module(batch)` -> (total loss, every named loss, report), of the objectives that the batch is for.
 
-    The model's passes are shared by the objectives. Which modules run depends on `batch.task` alone, never on values:
-    ZeRO-3 needs the same order on all ranks.
+    The model's passes are shared by the objectives. Which modules run depends on `batch.task` alone, never
+    on values: ZeRO-3 needs the same order on all ranks.
     """
 
     def __init__(self, model: VisionLanguageModel, objectives: Mapping[str, tuple[float, Objective]]):

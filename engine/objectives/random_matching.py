@@ -16,8 +16,12 @@ from engine.objectives.normalization import normalizer, widened
 
 @dataclass(frozen=True)
 class RandomMatchingObjective:
-    """Two-way cross-entropy: is the image the caption's own? And `alignment` times the optimal-transport distance
-    between words and regions of own pairs, less that of replaced ones. Both are means over all pairs."""
+    """Two-way cross-entropy: is the image the caption's own? And `alignment` times the optimal-transport
+    distance between words and regions of own pairs, less that of replaced ones.
+
+    Both are means over all pairs. The named losses are what enters the total, so the second contains its
+    factor; the report has the mean distances themselves.
+    """
 
     alignment: float = 0.1
 

@@ -1,4 +1,5 @@
-"""A model over words and regions leaves a folder that loads back; `test_evaluate.py` has the rest of export."""
+"""A model over words and regions leaves a folder that loads back. `test_evaluate.py` has the rest of
+export."""
 
 import json
 
@@ -18,7 +19,8 @@ from engine.training.command_line import parse
 
 def test_a_joint_model_loads_back(tmp_path):
     config = parse(["--config=engine/recipes/uniter_base.yaml", "--tiny=true"])
-    tokenizer = train_tokenizer([f"word{number} glyph{number}" for number in range(200)], "wordpiece", 150, False)
+    captions = [f"word{number} glyph{number}" for number in range(200)]
+    tokenizer = train_tokenizer(captions, "wordpiece", 150, False)
     model = build_model(config, tokenizer.vocab_size).eval()
     redraw(model)
     export(tmp_path, model, config, tokenizer)

@@ -1,4 +1,4 @@
-"""Runs that begin with BERT's weights: the same states as `transformers`, and one line for what does not fit."""
+"""Runs that begin with BERT's weights: the same states as `transformers`, one line for what does not fit."""
 
 import json
 
@@ -73,7 +73,8 @@ def test_captions_read_as_bert_reads_them(tmp_path, kind):
     visible = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
     body = bert if kind == "BertModel" else bert.bert
     expected = body.double()(padded, attention_mask=visible)
-    hidden = torch.cat([row[:length] for row, length in zip(expected.last_hidden_state, LENGTHS, strict=True)])
+    rows = zip(expected.last_hidden_state, LENGTHS, strict=True)
+    hidden = torch.cat([row[:length] for row, length in rows])
     torch.testing.assert_close(read.hidden, hidden, rtol=1e-9, atol=1e-9)
     if expected.pooler_output is not None:
         torch.testing.assert_close(model.pooled(read), expected.pooler_output, rtol=1e-9, atol=1e-9)
@@ -99,9 +100,11 @@ def test_the_report_names_what_was_loaded_and_what_was_not(tmp_path, kind, tenso
     heads = ["region_feature_head", "region_class_head", "matching_head"]
     names = ["region_embedder", *left.split(", ")[:-1], *heads]
     assert first == (
-        f"loaded {tensors} tensors of {tmp_path} into model.joint, left at their initialisation: {', '.join(names)}"
+        f"loaded {tensors} tensors of {tmp_path} into model.joint, "
+        f"left at their initialisation: {', '.join(names)}"
     )
-    assert [line.partition(":")[0] for line in others] == [f"not used of {tmp_path}"] * (kind == "BertForPreTraining")
+    idle = [f"not used of {tmp_path}"] if kind == "BertForPreTraining" else []
+    assert [line.partition(":")[0] for line in others] == idle
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name.split(".")[0] in names), name
 
@@ -129,7 +132,7 @@ def test_old_names_and_several_files(tmp_path):
     whole = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
         for name, tensor in whole.items()
     }
     names = sorted(old)
@@ -147,7 +150,10 @@ def test_old_names_and_several_files(tmp_path):
     ("changes", "told"),
     [
         ({"width": 64}, "model.joint.width must be 32, got 64"),
-        ({"layers": 2, "heads": 2}, "model.joint.layers must be 3, got 2; model.joint.heads must be 4, got 2"),
+        (
+            {"layers": 2, "heads": 2},
+            "model.joint.layers must be 3, got 2; model.joint.heads must be 4, got 2",
+        ),
         ({"mlp_width": 64}, "model.joint.mlp_width must be 48, got 64"),
         ({"eps": 1e-5}, "model.joint.eps must be 1e-12, got 1e-05"),
         ({"activation": "gelu_tanh"}, "model.joint.activation must be gelu, got gelu_tanh"),
@@ -166,7 +172,8 @@ def test_pickles_are_not_read(tmp_path):
     saved(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     config = config_from(tmp_path)
-    with pytest.raises(ValueError, match="no model.safetensors but pytorch_model.bin, a pickle, which is not read"):
+    told = "no model.safetensors but pytorch_model.bin, a pickle, which is not read"
+    with pytest.raises(ValueError, match=told):
         load_initial_weights(config, build_model(config, VOCAB))
 
 
@@ -178,7 +185,7 @@ def test_folders_that_are_no_bert(tmp_path):
     saved(tmp_path)
     other = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "roberta"}
     (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="must be a BERT with absolute positions, got roberta"):
+    with pytest.raises(ValueError, match="must be a bert with absolute positions, got a roberta"):
         load_initial_weights(config_from(tmp_path), model)
     (tmp_path / "config.json").write_text(json.dumps(other | {"model_type": "bert"}))
     whole = load_file(tmp_path / "model.safetensors")

@@ -1,4 +1,5 @@
-"""One stream of words and regions: embedding by hand, in one call; batches that lack a modality; dropout; sizes."""
+"""One stream of words and regions: embedding by hand, in one call; batches that lack a modality; dropout;
+sizes."""
 
 import pytest
 import torch
@@ -112,8 +113,8 @@ def test_pairs_may_lack_a_modality(segment):
     torch.testing.assert_close(together.hidden, torch.cat((hidden[1], hidden[3])), rtol=1e-10, atol=1e-10)
     alone = model.encode(packed(some[:1])).hidden
     torch.testing.assert_close(alone, hidden[0], rtol=1e-10, atol=1e-10)
-    first = together.hidden[together.layout.cu_seqlens[:-1]]
-    torch.testing.assert_close(model.pooled(together), torch.tanh(model.pooler(first)), rtol=1e-10, atol=1e-10)
+    pooled = torch.tanh(model.pooler(together.hidden[together.layout.cu_seqlens[:-1]]))
+    torch.testing.assert_close(model.pooled(together), pooled, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("segment", [TEXT, IMAGE])
@@ -133,9 +134,10 @@ def test_every_task_runs_where_all_pairs_lack_a_modality(segment):
 
 
 def modules_run(module: nn.Module, batch, task: str) -> list[str]:
-    run = []
+    run: list[str] = []
     hooks = [
-        part.register_forward_hook(lambda *_, name=name: run.append(name)) for name, part in module.named_modules()
+        part.register_forward_hook(lambda *_, name=name: run.append(name))
+        for name, part in module.named_modules()
     ]
     batch.task = (task,)
     module(batch)
@@ -149,7 +151,8 @@ def modules_run(module: nn.Module, batch, task: str) -> list[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_eight_pairs_are_learned_by_heart(task):
-    model, batch = OneStream(small_stack(), SIZES.vocab_size, **HEADS, initializer_range=0.1), region_batch(range(8))
+    model = OneStream(small_stack(), SIZES.vocab_size, **HEADS, initializer_range=0.1)
+    batch = region_batch(range(8))
     module = PretrainingModule(model, build_objectives(FOUR))
     batch.task = (task,)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
@@ -237,8 +240,8 @@ def test_rng_moves_with_the_model():
 
 
 def published_parameters(vocab: int, positions: int, d: int, layers: int, features: int, classes: int) -> int:
-    """Tensors of the released checkpoints, tied ones once: those of BERT with its pooler and MLM head, the region
-    embedder (`img_linear`, `pos_linear`, three norms, `mask_embedding` of two rows), `feat_regress`,
+    """Tensors of the released checkpoints, tied ones once: those of BERT with its pooler and MLM head, the
+    region embedder (`img_linear`, `pos_linear`, three norms, `mask_embedding` of two rows), `feat_regress`,
     `region_classifier` and `itm_output`."""
     linear, norm = lambda inputs, outputs: inputs * outputs + outputs, 2 * d
     text = (vocab + positions + 2) * d + norm
@@ -257,8 +260,8 @@ def published_parameters(vocab: int, positions: int, d: int, layers: int, featur
     ],
 )
 def test_parameter_counts_are_the_published_ones(recipe, width, layers, transformer, published):
-    """All but the row of `mask_embedding` for regions that are not masked: zeros that are set again in each forward
-    and never trained. The model here has no such row."""
+    """All but the row of `mask_embedding` for regions that are not masked: zeros that are set again in each
+    forward and never trained. The model here has no such row."""
     with torch.device("meta"):
         model = build_model(parse([f"--config=engine/recipes/{recipe}.yaml"]), 28_996)
     assert published_parameters(28_996, 512, width, layers, 2048, 1601) == published

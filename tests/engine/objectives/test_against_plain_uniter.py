@@ -1,5 +1,5 @@
-"""The joint model against plain, padded UNITER with the same weights: states, every named loss, every parameter's
-gradient of every loss."""
+"""The joint model against plain, padded UNITER with the same weights: states, every named loss, every
+parameter's gradient of every loss."""
 
 import pytest
 import torch

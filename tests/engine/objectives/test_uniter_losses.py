@@ -47,8 +47,8 @@ def model_of(hidden: torch.Tensor, batch: Batch, **heads) -> SimpleNamespace:
 
 
 def two_masked_regions(hidden: torch.Tensor, soft_labels: torch.Tensor | None = None, image=None):
-    """The last region of the first pair and the first of the second: rows 3 and 5 of the stream, 1 and 2 of the
-    regions."""
+    """The last region of the first pair and the first of the second: rows 3 and 5 of the stream, 1 and 2 of
+    the regions."""
     states = torch.full((7, hidden.shape[1]), ELSEWHERE)
     states[[3, 5]] = hidden
     masked = MaskedRegions(places((0, 1), (1, 0)), soft_labels)
@@ -67,7 +67,8 @@ def test_region_features_are_a_mean_over_regions_and_values():
 
 
 def test_soft_region_classes_are_a_mean_over_regions_and_classes():
-    """KL((1/2, 1/2, 0, 0) || 1/4 each) = log 2; KL((0, 1, 0, 0) || (1/8, 5/8, 1/8, 1/8)) = log 8/5; 8 elements."""
+    """KL((1/2, 1/2, 0, 0) || 1/4 each) = log 2, KL((0, 1, 0, 0) || (1/8, 5/8, 1/8, 1/8)) = log 8/5; 8
+    elements."""
     labels = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, log(5), 0.0, 0.0]])
     batch, states = two_masked_regions(logits, labels)
@@ -77,7 +78,8 @@ def test_soft_region_classes_are_a_mean_over_regions_and_classes():
 
 
 def test_hard_region_classes_leave_the_background_out():
-    """The background is likeliest in the first region; class 1 is next, predicted with 1/4; then class 3 with 5/8."""
+    """The background is likeliest in the first region; class 1 is next, predicted with 1/4. Then class 3 with
+    5/8."""
     labels = torch.tensor([[0.9, 0.06, 0.04, 0.0], [0.1, 0.0, 0.2, 0.7]])
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, log(5)]])
     batch, states = two_masked_regions(logits, labels)
@@ -87,8 +89,8 @@ def test_hard_region_classes_leave_the_background_out():
 
 
 def test_masked_language():
-    """The transform makes (1, -1) of (9, 0) and (-1, 1) of (0, 9). Over two words the probabilities are then (1/10,
-    9/10), for target 1, and (1/2, 1/2), for target 0."""
+    """The transform makes (1, -1) of (9, 0) and (-1, 1) of (0, 9). Over two words the probabilities are then
+    (1/10, 9/10), for target 1, and (1/2, 1/2), for target 0."""
     head = MaskedLanguageHead(2, 2, 2, "gelu", 1e-12, "auto")
     with torch.no_grad():
         head.transform.weight.copy_(torch.eye(2))
@@ -96,7 +98,8 @@ def test_masked_language():
         head.bias.copy_(torch.tensor([0.0, log(3)]))
     table = torch.tensor([[0.0, 0.0], [log(3) / 2, -log(3) / 2]])
     ids = torch.zeros(4, dtype=torch.long)
-    batch = batch_of([(3, 2), (1, 1)], masked_words=MaskedWords(ids, places((0, 2), (1, 0)), torch.tensor([1, 0])))
+    words = MaskedWords(ids, places((0, 2), (1, 0)), torch.tensor([1, 0]))
+    batch = batch_of([(3, 2), (1, 1)], masked_words=words)
     states = torch.full((7, 2), ELSEWHERE)
     states[[2, 5]] = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
     model = model_of(states, batch, masked_language_head=head, words=table)
@@ -105,8 +108,8 @@ def test_masked_language():
 
 
 def matched(alignment: float):
-    """Captions of one word (1, 0), each all of whose mass goes to its regions evenly: costs 0 and 1, own; 2, replaced;
-    1, own. Last a caption of two words, (1, 0) and (0, 1), beside (1, 0): costs 0 and 1, replaced."""
+    """Captions of one word (1, 0), each all of whose mass goes to its regions evenly: costs 0 and 1, own; 2,
+    replaced; 1, own. Last a caption of two words, (1, 0) and (0, 1), beside (1, 0): costs 0 and 1, replaced."""
     states = [
         [1.0, 0.0], [3.0, 0.0], [0.0, 2.0],
         [1.0, 0.0], [-1.0, 0.0],
