@@ -84,6 +84,4 @@ def make_tokenizer(config: Config, sets: TrainingSets) -> Tokenizer:
     options = config.tokenizer
     if options.path is not None:
         return load_tokenizer(options.path)
-    captions = list(sets.captions())
-    require(bool(captions), "tokenizer.path must be given: the training sets hold ids in place of captions")
-    return train_tokenizer(captions, options.kind, options.vocab_size, options.lowercase)
+    return train_tokenizer(sets.captions(), options.kind, options.vocab_size, options.lowercase)

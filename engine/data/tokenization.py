@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 PAD, CLS, SEP, MASK, UNK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 _CONTINUATION = "##"
+_UNUSED = "[unused"  # places that BERT's vocabularies keep free
 
 
 class Tokenizer:
@@ -31,9 +32,9 @@ class Tokenizer:
         model.no_truncation()
         self.model = model
         self.cls_id, self.sep_id, self.mask_id = (model.token_to_id(token) for token in (CLS, SEP, MASK))
-        special = [model.token_to_id(token) for token in SPECIAL_TOKENS]
-        self.ordinary_ids = np.setdiff1d(np.arange(self.vocab_size), special)
         pieces = [model.id_to_token(number) or "" for number in range(self.vocab_size)]
+        ordinary = [piece not in SPECIAL_TOKENS and not piece.startswith(_UNUSED) for piece in pieces]
+        self.ordinary_ids = np.flatnonzero(ordinary)
         # with the word before
         self.goes_on = np.asarray([piece.startswith(_CONTINUATION) for piece in pieces])
 

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
-from engine.data import load_tokenizer, train_tokenizer
+from engine.data import Tokenizer, load_tokenizer, train_tokenizer
 from engine.data.glyphs import caption_of
 from engine.data.tokenization import SPECIAL_TOKENS
 
@@ -86,6 +87,13 @@ def test_ids_that_no_token_has_are_refused():
     for wrong in ([5, last + 1], [-1, 5]):
         with pytest.raises(ValueError, match=f"must be from 0 to {last}, got {min(wrong)} to {max(wrong)}"):
             tokenizer.enclose(wrong, 64)
+
+
+def test_the_free_places_of_berts_vocabularies_are_no_words():
+    vocabulary = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused2]", "!", "a", "##s"]
+    numbers = {piece: number for number, piece in enumerate(vocabulary)}
+    model = tokenizers.models.WordPiece(numbers, unk_token="[UNK]")
+    assert Tokenizer(tokenizers.Tokenizer(model)).ordinary_ids.tolist() == [7, 8, 9]
 
 
 def test_case_is_kept_on_request():
