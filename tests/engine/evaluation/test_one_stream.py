@@ -188,3 +188,9 @@ def test_nothing_to_evaluate_is_one_line():
         evaluate(small_one_stream(), lambda *_: [], make_config())
     with pytest.raises(ValueError, match="there are no held-out masked words beside two different images"):
         evaluate(small_one_stream(), lambda *_: [region_batch([1])], make_config())
+
+
+def test_zero_shot_classification_needs_towers():
+    config = make_config()
+    with pytest.raises(ValueError, match="evaluation.zero_shot compares features of two towers"):
+        dataclasses.replace(config, evaluation=Evaluation(zero_shot="folder"))
