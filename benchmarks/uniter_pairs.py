@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import vlkernels as vk
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.plain_uniter import IGNORED, PaddedBatch, Sizes
+from engine.batch import Batch, MaskedRegions, MaskedWords, Places, Regions
 
 CLS, SEP, MASK, FIRST_WORD = 101, 102, 103, 104
 FEWEST_REGIONS, MOST_REGIONS = 10, 100
@@ -119,3 +121,43 @@ def pad(pairs: Sequence[Pair], multiple: int = 1) -> PaddedBatch:
         own_image=torch.stack([pair.own_image for pair in pairs]),
         **{name: padded(name) for name in ragged},
     )
+
+
+def packed(pairs: Sequence[Pair], sample_ids: Sequence[int] | None = None) -> Batch:
+    """The pairs one behind the other, as the collator packs them."""
+    ids = torch.tensor(range(len(pairs)) if sample_ids is None else list(sample_ids), dtype=torch.int32)
+    lengths = [[len(pair.text_ids), len(pair.features)] for pair in pairs]
+    words = [pair.word_targets != IGNORED for pair in pairs]
+    regions = [pair.region_masked for pair in pairs]
+    batch = Batch(
+        layout=vk.SegmentLayout(lengths, sample_ids=ids),
+        text_ids=joined(pair.text_ids for pair in pairs),
+        image=Regions(joined(pair.features for pair in pairs), joined(pair.boxes for pair in pairs)),
+        labels=torch.arange(len(pairs)),
+        sample_ids=ids,
+        masked_words=MaskedWords(
+            ids=joined(pair.masked_ids for pair in pairs),
+            places=places_of(words),
+            targets=joined(pair.word_targets[chosen] for pair, chosen in zip(pairs, words, strict=True)),
+        ),
+        masked_regions=MaskedRegions(
+            places=places_of(regions),
+            soft_labels=joined(pair.soft_labels[pair.region_masked] for pair in pairs),
+        ),
+        own_image=torch.stack([pair.own_image for pair in pairs]),
+        counts={"pairs": len(pairs)},
+    )
+    batch.counts |= {
+        "masked_words": len(batch.masked_words.places),
+        "masked_regions": len(batch.masked_regions.places),
+    }
+    return batch
+
+
+def places_of(chosen: Sequence[Tensor]) -> Places:
+    samples = [torch.full((int(some.sum()),), sample) for sample, some in enumerate(chosen)]
+    return Places(torch.cat(samples), torch.cat([some.nonzero()[:, 0] for some in chosen]))
+
+
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat(list(tensors))
