@@ -78,14 +78,14 @@ def test_soft_region_classes_are_a_mean_over_regions_and_classes():
 
 
 def test_hard_region_classes_leave_the_background_out():
-    """The background is likeliest in the first region; class 1 is next, predicted with 1/4. Then class 3 with
+    """The background is likeliest in the first region; class 1 is next, predicted with 1/8. Then class 3 with
     5/8."""
     labels = torch.tensor([[0.9, 0.06, 0.04, 0.0], [0.1, 0.0, 0.2, 0.7]])
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, log(5)]])
+    logits = torch.tensor([[log(5), 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, log(5)]])
     batch, states = two_masked_regions(logits, labels)
     model = model_of(states, batch, region_class_head=SimpleNamespace(logits=lambda hidden: hidden))
     losses, _ = MaskedRegionClassesObjective("hard")(model, batch)
-    torch.testing.assert_close(losses["masked_region_classes"], torch.tensor((log(4) + log(8 / 5)) / 2))
+    torch.testing.assert_close(losses["masked_region_classes"], torch.tensor((log(8) + log(8 / 5)) / 2))
 
 
 def test_masked_language():
