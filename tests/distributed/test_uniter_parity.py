@@ -7,30 +7,32 @@ import torch
 import uniter_curves
 from launch import run
 from process_group import process_group_of_one
+from shared_cache import shared_cache
 from uniter_curves import ACCUMULATIONS, RATES, STAGES, STEPS
 
 WORKER = Path(__file__).with_name("uniter_worker.py")
-__all__ = ["process_group_of_one"]
+__all__ = ["process_group_of_one", "shared_cache"]
 WORLDS = (1, 2)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("uniter")
+def truth(tmp_path_factory) -> Path:
+    """The file that other processes read it from."""
+    return tmp_path_factory.mktemp("uniter") / "truth.pt"
 
 
 @pytest.fixture(scope="module")
-def plain(folder) -> list[dict]:
-    truth = uniter_curves.plain_curve(str(folder))
-    torch.save(truth, folder / "truth.pt")
-    return truth
+def plain(shared_cache, truth) -> list[dict]:
+    curve = uniter_curves.plain_curve(str(shared_cache))
+    torch.save(curve, truth)
+    return curve
 
 
 @pytest.fixture(scope="module")
-def by_world(folder, plain) -> dict[int, list[dict]]:
+def by_world(shared_cache, truth, plain) -> dict[int, list[dict]]:
     """The curves of every rank: one process is this one, two are started."""
-    two = [rank.result() for rank in run([WORKER, folder, folder / "truth.pt"], world=2, timeout=200)]
-    return {1: [uniter_curves.zero_curves(str(folder), plain)], 2: two}
+    two = [rank.result() for rank in run([WORKER, shared_cache, truth], world=2, timeout=200)]
+    return {1: [uniter_curves.zero_curves(str(shared_cache), plain)], 2: two}
 
 
 @pytest.mark.parametrize("accumulation", ACCUMULATIONS)
