@@ -8,12 +8,14 @@ import hosts
 import pytest
 from hosts import run_on_both, two_hosts
 from launch import ROOT, Finished, finish, run
+from shared_cache import shared_cache
 
 from engine.training.network import choose_interface, interface_of
 from engine.training.telemetry import read_metrics
 
 SCRIPT = str(ROOT / "engine" / "pretrain.py")
-RECIPE = str(ROOT / "engine" / "recipes" / "quickstart.yaml")
+RECIPE = str(ROOT / "engine" / "recipes" / "uniter_base.yaml")
+__all__ = ["shared_cache"]
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +26,11 @@ def pair():
         yield pair
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def options(output: Path, cache: Path, *more: str) -> list[str]:
-    where = [f"--output={output}", f"--data.cache={cache}", "--device=cpu", "--tiny=true"]
-    return ["--config", RECIPE, *where, "--train.max_steps=3", "--train.log_every=1", *more]
+    """Three steps of three tasks."""
+    where = [f"--output={output}", f"--data.cache={cache}", "--device=cpu", "--precision=fp32"]
+    small = ["--tiny=true", "--data.max_records=64", "--evaluation.gallery=16", "--seed=29"]
+    return ["--config", RECIPE, *where, *small, "--train.max_steps=3", "--train.log_every=1", *more]
 
 
 def deepspeed(pair, folder: Path) -> list[list[str]]:
@@ -49,20 +48,20 @@ def torchrun(pair, folder: Path) -> list[list[str]]:
 
 
 def curve(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(folder / "quickstart" / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in read_metrics(folder / "uniter_base" / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, cache) -> list[float]:
+def alone(tmp_path_factory, shared_cache) -> list[float]:
     output = tmp_path_factory.mktemp("alone")
-    (finished,) = run([SCRIPT, *options(output, cache)])
+    (finished,) = run([SCRIPT, *options(output, shared_cache)], timeout=120)
     assert finished.code == 0, finished.err
     return curve(output)
 
 
 @pytest.mark.parametrize(("launcher", "stage"), [(deepspeed, 1), (torchrun, 3)])
-def test_two_hosts_learn_as_one_process(tmp_path, pair, cache, alone, launcher, stage):
-    arguments = options(tmp_path, cache, f"--zero.stage={stage}")
+def test_two_hosts_learn_as_one_process(tmp_path, pair, shared_cache, alone, launcher, stage):
+    arguments = options(tmp_path, shared_cache, f"--zero.stage={stage}")
     for finished in run_on_both(pair, [[*command, *arguments] for command in launcher(pair, tmp_path)]):
         assert finished.code == 0, finished.err
     assert len(alone) == 3 and curve(tmp_path) == pytest.approx(alone, rel=1e-4)
@@ -79,9 +78,9 @@ def own_lines(finished: Finished) -> list[str]:
     return [line for line in finished.err.splitlines() if not line.startswith("[W")]
 
 
-def test_ranks_that_never_come_end_in_one_line(tmp_path, pair, cache):
+def test_ranks_that_never_come_end_in_one_line(tmp_path, pair, shared_cache):
     """Rank 0 waits for a rank 1 that is not started; rank 1 asks a host where nobody answers."""
-    command = ["python", SCRIPT, *options(tmp_path, cache, "--train.join_timeout=3")]
+    command = ["python", SCRIPT, *options(tmp_path, shared_cache, "--train.join_timeout=3")]
     first, second = pair
     waiting = first.start(*command, **launched(0, first.address, 29779))
     asking = second.start(*command, **launched(1, first.address, 29780))
@@ -93,15 +92,15 @@ def test_ranks_that_never_come_end_in_one_line(tmp_path, pair, cache):
         ]
 
 
-def test_a_run_folder_that_one_host_does_not_see_is_one_line(tmp_path, pair, cache):
+def test_a_run_folder_that_one_host_does_not_see_is_one_line(tmp_path, pair, shared_cache):
     first, second = pair
     second.do("mount", "-t", "tmpfs", "none", str(tmp_path))
-    command = ["python", SCRIPT, *options(tmp_path, cache)]
+    command = ["python", SCRIPT, *options(tmp_path, shared_cache)]
     ranks = [host.start(*command, **launched(rank, first.address, 29781)) for rank, host in enumerate(pair)]
     main, other = finish(ranks)
     assert (main.code, other.code) == (2, 2)
     assert own_lines(other) == [] and own_lines(main) == [
-        f"pretrain: error: the run folder {tmp_path}/quickstart that rank 0 made is not there for rank 1 on "
+        f"pretrain: error: the run folder {tmp_path}/uniter_base that rank 0 made is not there for rank 1 on "
         "localhost: output must name a folder that all hosts share"
     ]
 
