@@ -1,5 +1,6 @@
 """The streams of batches that training and evaluation read."""
 
+import signal
 from collections.abc import Iterator
 from itertools import count, islice
 
@@ -175,6 +176,7 @@ def training_stream(
         sampler=count(),
         num_workers=workers,
         prefetch_factor=_PREFETCHED if workers else None,
+        worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # its own, so that starting workers draws nothing from the global one
     )
     batches = iter(loader)
@@ -186,6 +188,13 @@ def training_stream(
             for fault in batch.faults:
                 sets.ledger.add(fault)
         yield window
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and schedulers signal a whole process group; a run that stops after its step needs its workers till
+    then. They end with the loader, or with the process that started them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def held_out_batches(

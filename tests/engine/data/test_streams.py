@@ -1,5 +1,8 @@
 """Streams of batches: the same pairs and choices whatever workers, ranks, accumulation and restarts."""
 
+import multiprocessing
+import os
+import signal
 from itertools import islice
 
 import numpy as np
@@ -189,3 +192,18 @@ def test_permuted_captions_are_a_permutation_that_leaves_the_images(workshop):
     assert [plain[i].identity for i in range(50)] == [permuted[i].identity for i in range(50)]
     assert [held_out.captions(i)[0] for i in range(50)] == own
     assert [load_source(data, "train", seed=1).captions(i)[0] for i in range(50)] != other
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(workshop):
+    """A whole process group gets them, and the step in progress is still to be finished."""
+    config = workshop.config(workshop.good_shards(records=20), batch=8, workers=1)
+    sets = load_training_sets(config)
+    stream = training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+        assert len(list(islice(stream, 12))) == 12
+    stream.close()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
