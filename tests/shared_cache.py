@@ -7,6 +7,6 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory) -> Path:
-    """Parallel workers have folders of their own inside the session's; what is written first is taken by all."""
+    """Parallel workers have folders inside the session's; what one has written first, all read."""
     own = tmp_path_factory.getbasetemp()
     return (own.parent if own.name.startswith("popen-") else own) / "shared-cache"

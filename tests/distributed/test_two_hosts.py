@@ -114,7 +114,8 @@ def test_the_interface_that_leads_to_the_master_is_used(pair, chosen, expected):
         "print(os.environ['GLOO_SOCKET_IFNAME'], os.environ['NCCL_SOCKET_IFNAME'])"
     )
     for host in pair:
-        (finished,) = finish([host.start("python", "-c", script, **launched(0, pair[0].address, 1), **chosen)])
+        variables = launched(0, pair[0].address, 1) | chosen
+        (finished,) = finish([host.start("python", "-c", script, **variables)])
         assert finished.out == f"{expected}\n", finished.err
 
 

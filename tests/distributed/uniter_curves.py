@@ -28,12 +28,12 @@ RATES = {
 }
 """Such that the change of a weight is its gradient, neither rounded away nor the end of all learning."""
 FULL = 20
-"""Samples of a step from this one on have nothing masked and no replaced image, in every second pass of the steps:
-whole micro-batches and whole ranks then have nothing to predict."""
+"""In the second pass over the steps, samples from this one on have nothing masked and no replaced image:
+whole micro-batches and ranks then have nothing to predict."""
 
 
 def uniter(cache: str, stage: int = 1, accumulation: int = 1) -> Config:
-    """SGD without clipping or decay, in fp32; dropout, sets and tasks as published, uneven batches."""
+    """SGD without clipping or decay, in fp32; dropout, sets and tasks as published; uneven batches."""
     sgd = ["--optimizer.kind=sgd", "--optimizer.clip=0", "--optimizer.weight_decay=0", "--precision=fp32"]
     rest = [f"--seed={SEED}", f"--data.cache={cache}", f"--zero.stage={stage}"]
     rest += [f"--train.accumulation={accumulation}", "--device=cpu", "--tiny=true"]
@@ -105,7 +105,7 @@ def plain_curve(cache: str) -> list[dict]:
 
 
 def zero_curves(cache: str, truth: list[dict]) -> dict[str, list[dict]]:
-    """The same under every stage and accumulation, on all ranks; weights are compared here, where they are."""
+    """The same under every stage and accumulation, on all ranks; weights are compared where they are."""
     curves = {}
     for accumulation in ACCUMULATIONS:
         ranks = zero.join(config := uniter(cache, accumulation=accumulation))
@@ -116,7 +116,9 @@ def zero_curves(cache: str, truth: list[dict]) -> dict[str, list[dict]]:
     return curves
 
 
-def zero_curve(engine: zero.Engine, ranks: zero.Ranks, cut: list[list[Batch]], truth: list[dict]) -> list[dict]:
+def zero_curve(
+    engine: zero.Engine, ranks: zero.Ranks, cut: list[list[Batch]], truth: list[dict]
+) -> list[dict]:
     points = []
     for window, expected in zip(cut, truth, strict=True):
         for group in engine.deepspeed.optimizer.param_groups:

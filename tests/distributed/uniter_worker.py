@@ -1,4 +1,4 @@
-"""One rank of test_uniter_parity: prints its curves; takes the folder of the data and the file of the truth."""
+"""One rank of test_uniter_parity: prints its curves. Takes the data's cache and the truth's file."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
-"""Runs of pretrain.py that begin with its imports behind them: each is a process of its own, forked from this one.
+"""Runs of pretrain.py with the imports behind them: each is a process of its own, forked from this one.
 
-Reads from stdin a line of JSON per run, {"argv": [...], "log": path}; answers with its process id, and with its exit
-code when it is over.
+Reads from stdin a line of JSON per run, {"argv": [...], "log": path}; answers with its process id, and
+with its exit code when it is over.
 """
 
 import gc

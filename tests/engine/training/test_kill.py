@@ -63,7 +63,8 @@ def kill_when(runs: Runs, moment: Callable[[], bool], delay: float) -> None:
     process = runs.begin("killed")
     deadline = time.monotonic() + 60
     while not moment():
-        assert time.monotonic() < deadline and Path(f"/proc/{process}").exists(), Path(runs.log).read_text()[-3000:]
+        alive = time.monotonic() < deadline and Path(f"/proc/{process}").exists()
+        assert alive, Path(runs.log).read_text()[-3000:]
         time.sleep(0.001)
     time.sleep(delay)
     os.kill(process, signal.SIGKILL)
@@ -72,8 +73,9 @@ def kill_when(runs: Runs, moment: Callable[[], bool], delay: float) -> None:
 
 def logged(folder: Path, steps: int) -> Callable[[], bool]:
     """Whether a run that begins now has logged so many steps beyond its last checkpoint."""
-    began, saved = time.time(), max([0, *(int(path.parent.name[5:]) for path in folder.glob("*/step_*/manifest.json"))])
-    metrics = folder / "metrics.jsonl"
+    whole = folder.glob("checkpoints/step_*/manifest.json")
+    saved = max((int(path.parent.name.removeprefix("step_")) for path in whole), default=0)
+    began, metrics = time.time(), folder / "metrics.jsonl"
 
     def moment() -> bool:
         if not metrics.exists() or metrics.stat().st_mtime < began:

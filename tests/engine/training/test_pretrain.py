@@ -49,7 +49,7 @@ def test_a_run_leaves_its_folder_and_its_result(tmp_path, cache, capsys):
     assert parse(["--config", str(folder / "config.yaml")]) == parse(argv)
 
     assert main(argv) == 0
-    assert "steps 4-4 of 16 pairs" in capsys.readouterr().out
+    assert "steps 4-4 of 12 pairs" in capsys.readouterr().out
     assert json.loads((folder / "summary.json").read_text())["evaluation"] == summary["evaluation"]
 
     for change, line in (
