@@ -12,6 +12,7 @@ namespace {
 // JSON. `cuda_missing` says why there are no CUDA kernels; it is empty when there are.
 std::string build_info() {
     return std::string("{\"cpu_isa\": \"") + isa_name(cpu_isa()) +
+           "\", \"cpu_vendor\": \"" + cpu_vendor() +
            "\", \"compiler\": \"" VLK_COMPILER
            "\", \"cuda_toolkit\": \"" VLK_CUDA_TOOLKIT
            "\", \"cuda_architectures\": \"" VLK_CUDA_ARCHITECTURES

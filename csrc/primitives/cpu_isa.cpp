@@ -45,4 +45,13 @@ const char* isa_name(Isa isa) {
     return names[static_cast<int>(isa)];
 }
 
+const char* cpu_vendor() {
+#ifdef VLK_X86_LEVELS
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") ? "amd" : __builtin_cpu_is("intel") ? "intel" : "";
+#else
+    return "";
+#endif
+}
+
 }  // namespace vlk

@@ -14,6 +14,7 @@ Isa best_cpu_isa();               // of this machine, among the levels that were
 Isa cpu_isa();                    // what VLK_CPU takes: the best level, unless lowered
 void limit_cpu_isa(Isa highest);  // lets a test run the copies written for older machines
 const char* isa_name(Isa isa);
+const char* cpu_vendor();         // "amd", "intel" or, for anybody else, ""
 
 }  // namespace vlk
 

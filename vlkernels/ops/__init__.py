@@ -10,6 +10,7 @@ from vlkernels.ops.contrastive_loss import contrastive_loss
 from vlkernels.ops.embed_layer_norm import embed_layer_norm
 from vlkernels.ops.hard_negatives import hard_negatives
 from vlkernels.ops.layer_norm import FusedLayerNorm, layer_norm
+from vlkernels.ops.linear import linear
 from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlkernels.ops.optimal_transport import optimal_transport
 from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
@@ -20,6 +21,7 @@ FOLDERS: tuple[str, ...] = (
     "embed_layer_norm",
     "hard_negatives",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "optimal_transport",
     "packing",
@@ -33,6 +35,7 @@ __all__: list[str] = [
     "embed_layer_norm",
     "hard_negatives",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "optimal_transport",
     "pack",
