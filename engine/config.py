@@ -175,6 +175,10 @@ class Config:
             "train.max_pairs",
         )
         require(
+            train.buckets is None or self.data.regions is not None,
+            "train.buckets needs the lengths of all examples before they are read, which data.regions gives",
+        )
+        require(
             train.max_steps is not None or train.max_pairs is not None,
             "train.max_steps or train.max_pairs must say how long the run is",
         )

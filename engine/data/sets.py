@@ -8,7 +8,6 @@ from engine.config import Config
 from engine.data.records import ExampleIndex, FaultLedger, Source
 from engine.data.sources import load_source, usable_captions
 from engine.data.tokenization import Tokenizer, load_tokenizer, train_tokenizer
-from engine.sections import require
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,6 @@ class TrainingSets:
 def load_training_sets(config: Config) -> TrainingSets:
     """The records of data.sets, or those of data.source as one set that trains all objectives."""
     data = config.data
-    require(
-        config.train.buckets is None or data.regions is not None,
-        "train.buckets needs the lengths of all examples before they are read, which data.regions gives",
-    )
     if data.sets is None:
         sets = [TrainingSet("data", load_source(data, "train", config.seed), None)]
     else:

@@ -96,6 +96,10 @@ def test_help_lists_and_explains_every_option():
         (["--objectives.masked_language.probability=3"], "objectives.masked_language.probability must be in"),
         (["--train.buckets.tokens=0"], "train.buckets.tokens must be positive, got 0"),
         (["--train.buckets.size=8"], "train.buckets makes batches of uneven size: say with train.max_steps"),
+        (
+            ["--train.buckets.size=8", "--train.max_steps=1", "--train.max_pairs=null"],
+            "train.buckets needs the lengths of all examples before they are read, which data.regions gives",
+        ),
         (["--model.text", "null"], "model.text must be given where model.joint is null"),
         (["--model.joint.layers", "2"], "model.joint takes the place of model.image, model.text, model.fusion"),
         (["--data.regions.classes", "9"], "model.joint reads regions and towers read patches"),
