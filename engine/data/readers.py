@@ -1,6 +1,5 @@
 """What one objective, or several that share batches, read of a source: samples by number."""
 
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -47,32 +46,28 @@ class RegionReader:
 
     def read(self, epoch: int, example: int, faults: list[str]) -> Sample:
         texts = self.source.texts(int(self.records[example]))
-        image, caption = int(self.images[example]), int(self.captions[example])
-        record = _record(texts, *self.source.detections(image, self.maker.needs_soft_labels))
+        identity, detections = self._shown(epoch, example, texts.key, faults)
         faults += _notes(texts)
-        if self.pictures is None:
-            return self.maker(record, epoch, example, caption)
-        shown = self._shown(record, self.pictures, epoch, example, faults)
-        sample = self.maker(shown, epoch, example, caption)
-        sample.own_image = shown.identity == record.identity
+        record = _record(texts, identity, detections)
+        sample = self.maker(record, epoch, example, int(self.captions[example]))
+        if self.pictures is not None:
+            sample.own_image = identity == self.source.identity(int(self.images[example]))
         return sample
 
-    def _shown(
-        self, record: Record, pictures: RandomPictures, epoch: int, example: int, faults: list[str]
-    ) -> Record:
-        """The record with the picture that is drawn for it, or another where that one is broken."""
-        image = int(pictures.of_epoch(epoch)[example])
-        if image == self.images[example]:
-            return record
+    def _shown(self, epoch: int, example: int, key: str, faults: list[str]) -> tuple[int, Detections]:
+        """The caption's own picture, or the one drawn in its place, or another where that one is broken."""
+        own = int(self.images[example])
+        image = own if self.pictures is None else int(self.pictures.of_epoch(epoch)[example])
         for attempt in range(MAX_REPLACEMENTS):
             try:
-                identity, detections = self.source.detections(image, self.maker.needs_soft_labels)
-                return replace(record, identity=identity, detections=detections)
+                return self.source.detections(image, self.maker.needs_soft_labels)
             except RecordFault as fault:
+                if image == own:
+                    raise
                 faults.append(str(fault))
-                image = pictures.another(epoch, example, attempt)
+                image = self.pictures.another(epoch, example, attempt)
         raise DataError(
-            f"{MAX_REPLACEMENTS} pictures drawn for {record.key} are all broken; the last is {faults[-1]}"
+            f"{MAX_REPLACEMENTS} pictures drawn for {key} are all broken; the last is {faults[-1]}"
         )
 
 

@@ -152,13 +152,19 @@ class Source(Protocol):
     def image_of(self, index: int) -> int:
         """The picture of a record."""
 
+    def identity(self, image: int) -> int:
+        """Equal for equal pictures; told without reading their regions."""
+
     def detections(self, image: int, soft_labels: bool = True) -> tuple[int, Detections]:
         """(identity, regions) of a picture; without soft labels it is faster."""
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuse a tokenizer other than the one the source's ids were made with."""
 
     def index(self, tokenizer: Tokenizer, max_tokens: int) -> ExampleIndex:
         """All examples that can be read; the ledger names what cannot. Kept on disk where it is slow.
 
-        Refuses a tokenizer other than the one the source's ids were made with.
+        Refuses what `check_tokenizer` refuses.
         """
 
 

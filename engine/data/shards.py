@@ -143,10 +143,17 @@ class ShardSource:
     def image_of(self, index: int) -> int:
         return index
 
+    def identity(self, image: int) -> int:
+        shard, row = self._locate(image)
+        return image_identity(self._read(shard, row, self.picture_roles[self.regions is not None]))
+
     def detections(self, image: int, soft_labels: bool = True) -> tuple[int, Detections]:
         assert self.regions is not None
         data, arrays = self._region_arrays(image, ARRAYS if soft_labels else ARRAYS[:-1])
         return image_identity(data), select_regions(self._name(*self._locate(image)), arrays, self.regions)
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Any will do: captions are text."""
 
     def index(self, tokenizer: Tokenizer, max_tokens: int) -> ExampleIndex:
         states = [(str(shard.resolve()), os.stat(shard)) for shard in self.shards]

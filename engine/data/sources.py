@@ -36,7 +36,9 @@ class PermutedCaptions:
         self.permutation = Permutation(len(source), seed, 0, Purpose.PERMUTED_CAPTIONS)
         self.num_images = source.num_images
         self.image_of = source.image_of
+        self.identity = source.identity
         self.detections = source.detections
+        self.check_tokenizer = source.check_tokenizer
 
     @property
     def ledger(self) -> FaultLedger:
@@ -103,9 +105,17 @@ class JoinedSources:
         part, place = _part(self._starts, index)
         return int(self._first_images[part]) + self.sources[part].image_of(place)
 
+    def identity(self, image: int) -> int:
+        part, place = _part(self._first_images, image)
+        return self.sources[part].identity(place)
+
     def detections(self, image: int, soft_labels: bool = True) -> tuple[int, Detections]:
         part, place = _part(self._first_images, image)
         return self.sources[part].detections(place, soft_labels)
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        for source in self.sources:
+            source.check_tokenizer(tokenizer)
 
     def index(self, tokenizer: Tokenizer, max_tokens: int) -> ExampleIndex:
         parts = [source.index(tokenizer, max_tokens) for source in self.sources]
@@ -170,8 +180,11 @@ def _open_databases(data: Data, pattern: str, max_records: int | None, ledger: F
             f"{pattern} needs the package {error.name}: pip install 'vlkernels[uniter]'"
         ) from None
     folders = [Path(part.strip()).expanduser() for part in pattern.split(_PLUS)]
-    if len(folders) != 2 or not all(folder.is_dir() for folder in folders):
+    if len(folders) != 2:
         raise DataError(f"{pattern!r} must be two folders, TEXT_DB + IMAGE_DB")
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        instead = f"; --tiny true trains on {data.tiny_source}" if data.tiny_source else ""
+        raise DataError(f"{pattern}: no folder {' and no '.join(missing)}{instead}")
     limit, cache = data.max_caption_tokens, Path(data.cache)
     return UniterDatabases(*folders, limit, data.regions, cache, ledger, max_records)
 

@@ -227,6 +227,7 @@ def held_out_reader(config: Config, source: Source, tokenizer: Tokenizer, task: 
     maker = SampleMaker(config, tokenizer, train=False, tasks=tasks)
     if config.data.regions is None:
         return PatchReader(source, maker)
+    source.check_tokenizer(tokenizer)
     records = np.arange(len(source))
     images = np.asarray([source.image_of(record) for record in records.tolist()])
     pictures = random_pictures(config, tasks, images, 0, 0, "data.held_out")

@@ -98,12 +98,31 @@ class UniterDatabases:
     def image_of(self, index: int) -> int:
         return int(self._image_of[index])
 
+    def identity(self, image: int) -> int:
+        return self.images.identity(self._picture(image))
+
     def detections(self, image: int, soft_labels: bool = True) -> tuple[int, Detections]:
         return self.images.detections(self._picture(image), soft_labels)
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        own = {
+            "CLS": tokenizer.cls_id,
+            "SEP": tokenizer.sep_id,
+            "MASK": tokenizer.mask_id,
+            "v_range": [tokenizer.model.token_to_id("!"), tokenizer.vocab_size],
+        }
+        if own != self.vocabulary:
+            theirs, ours = (
+                ", ".join(f"{name} {value}" for name, value in one.items()) for one in (self.vocabulary, own)
+            )
+            raise DataError(
+                f"{self.folder} was made with another tokenizer ({self._maker()}): its meta.json says "
+                f"{theirs}; the run's has {ours}"
+            )
+
     def index(self, tokenizer: Tokenizer, max_tokens: int) -> ExampleIndex:
         assert max_tokens == self.max_tokens
-        self._check_vocabulary(tokenizer)
+        self.check_tokenizer(tokenizer)
         state = (self.folder / "data.mdb").stat()
         content = [
             (str(self.folder.resolve()), state.st_size, state.st_mtime_ns, len(self), max_tokens),
@@ -126,22 +145,6 @@ class UniterDatabases:
             images=self._image_of[records].astype(np.int32),
             regions=regions,
         )
-
-    def _check_vocabulary(self, tokenizer: Tokenizer) -> None:
-        own = {
-            "CLS": tokenizer.cls_id,
-            "SEP": tokenizer.sep_id,
-            "MASK": tokenizer.mask_id,
-            "v_range": [tokenizer.model.token_to_id("!"), tokenizer.vocab_size],
-        }
-        if own != self.vocabulary:
-            theirs, ours = (
-                ", ".join(f"{name} {value}" for name, value in one.items()) for one in (self.vocabulary, own)
-            )
-            raise DataError(
-                f"{self.folder} was made with another tokenizer ({self._maker()}): its meta.json says "
-                f"{theirs}; the run's has {ours}"
-            )
 
     def _maker(self) -> str:
         return str(self.meta.get("tokenizer", self.meta.get("bert", "its meta.json does not say which")))

@@ -46,11 +46,14 @@ class ImageDatabase:
             raise RecordFault(self._key(name), f"{self._counts[name]} regions, must be at least 1")
         return min(self._counts[name], self.options.max_count)
 
+    def identity(self, name: str) -> int:
+        """Of the name alone: no two pictures of a database have one."""
+        return image_identity(f"{self.folder.name}/{name}".encode())
+
     def detections(self, name: str, soft_labels: bool) -> tuple[int, Detections]:
         count = self.count(name) if self._counts is not None else None
         arrays = self._arrays(name, ARRAYS if soft_labels else ARRAYS[:-1])
-        identity = image_identity(f"{self.folder.name}/{name}".encode())
-        return identity, select_regions(self._key(name), arrays, self.options, count)
+        return self.identity(name), select_regions(self._key(name), arrays, self.options, count)
 
     def _arrays(self, name: str, wanted: Iterable[str]) -> dict[str, np.ndarray]:
         value = self.store.read(name)

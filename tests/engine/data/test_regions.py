@@ -218,7 +218,7 @@ def test_shards_hold_npz_in_place_of_pictures(workshop):
     record = source[0]
     assert record.image is None and record.captions == source.texts(0).captions == ["words of a"]
     assert np.array_equal(record.detections.features, small(1, 30)["features"][:20].astype(np.float32))
-    assert record.identity == source.detections(0)[0] != source[1].identity
+    assert record.identity == source.detections(0)[0] == source.identity(0) != source[1].identity
     assert source.detections(0, soft_labels=False)[1].soft_labels is None
 
 
@@ -310,6 +310,7 @@ def test_joined_sources_count_records_and_pictures_through(workshop):
     assert [joined.captions(place)[0][9:] for place in range(5)] == ["a0", "a1", "b0", "b1", "b2"]
     assert [joined.image_of(place) for place in range(5)] == list(range(5))
     assert [len(joined.detections(place)[1].boxes) for place in range(5)] == [12, 13, 12, 13, 14]
+    assert [joined.identity(place) for place in range(5)] == [joined[place].identity for place in range(5)]
     index = joined.index(tokenizer_of(), 64)
     assert index.records.tolist() == index.images.tolist() == list(range(5))
     assert index.regions.tolist() == [12, 13, 12, 13, 14]

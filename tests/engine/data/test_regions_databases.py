@@ -10,8 +10,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from engine.data import DataError, RecordFault, load_source
-from engine.data.sources import JoinedSources
+from engine.data import DataError, RecordFault, held_out_batches, load_source
+from engine.data.sources import JoinedSources, PermutedCaptions
 from engine.data.uniter_images import read_msgpack
 from engine.sections import Regions
 from tests.engine.data.region_files import (
@@ -24,6 +24,7 @@ from tests.engine.data.region_files import (
     write_lmdb,
     write_texts,
 )
+from tests.engine.data.region_set import region_run
 
 SMALL = Regions(feature_values=8, classes=5)
 TOKENIZER = tokenizer_of()
@@ -93,6 +94,7 @@ def test_every_layout_gives_texts_and_regions(databases, workshop, store, counts
             5,
         )
         assert record.identity == source[(place + 4) % 8].identity != source[(place + 1) % 8].identity
+        assert record.identity == source.identity(place % 4)
     assert source.detections(2, soft_labels=False)[1].soft_labels is None
 
 
@@ -178,6 +180,15 @@ def test_another_tokenizer_is_refused_in_one_line(databases, workshop, meta, dif
         source.index(TOKENIZER, 64)
     assert f"v_range [{TOKENIZER.model.token_to_id('!')}, {TOKENIZER.vocab_size}]" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_another_tokenizer_is_refused_for_held_out_texts(databases, workshop):
+    """Ids that both have would be read as other words."""
+    databases.write(workshop_texts={"1": ([7], "coco_000000000000.npz")}, CLS=101)
+    alone, config = databases.open(workshop), region_run()
+    for source in (alone, JoinedSources([alone, alone]), PermutedCaptions(alone, seed=0)):
+        with pytest.raises(DataError, match=r"txt.db was made with another tokenizer"):
+            next(held_out_batches(config, source, TOKENIZER, 4, "masked_language"))
 
 
 def test_a_tokenizer_cannot_be_trained_on_ids(databases, workshop):
@@ -346,9 +357,16 @@ def test_patterns_that_are_no_databases(databases, workshop):
     databases.write()
     with pytest.raises(DataError, match="data.regions must say which"):
         databases.open(workshop, regions=None)
-    databases.images = "nowhere"
-    with pytest.raises(DataError, match=r"nowhere' must be two folders, TEXT_DB \+ IMAGE_DB"):
+    databases.images = "a + b"
+    with pytest.raises(DataError, match=r"b' must be two folders, TEXT_DB \+ IMAGE_DB"):
         databases.open(workshop)
+    databases.images = "nowhere"
+    with pytest.raises(DataError, match=r"txt.db \+ nowhere: no folder nowhere$"):
+        databases.open(workshop)
+    databases.texts = "gone"
+    hint = "no folder gone and no nowhere; --tiny true trains on builtin-scenes$"
+    with pytest.raises(DataError, match=hint):
+        databases.open(workshop, tiny_source="builtin-scenes")
     with pytest.raises(DataError, match='"builtin" has no regions, which data.regions asks for'):
         options = workshop.config("builtin").data
         options.regions = SMALL

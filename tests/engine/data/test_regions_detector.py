@@ -105,7 +105,7 @@ def test_regions_are_the_same_every_time(cache, scenes):
     again = load_source(Data(held_out="builtin-scenes", cache=cache, regions=Regions()), "held_out")
     for place in (0, 17):
         (identity, first), (same, second) = scenes.detections(place), again.detections(place)
-        assert identity == same and np.array_equal(first.features, second.features)
+        assert identity == same == scenes.identity(place) and np.array_equal(first.features, second.features)
         assert np.array_equal(first.soft_labels, second.soft_labels)
     assert np.sign(_projection(2048)[0, :8]).tolist() == [1, -1, 1, -1, 1, -1, -1, -1]
 

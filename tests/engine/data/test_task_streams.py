@@ -202,6 +202,17 @@ def test_broken_pictures_are_replaced_the_same_way_everywhere_and_named():
     assert len(shown) > 15
 
 
+def test_of_a_replaced_picture_nothing_but_its_name_is_read():
+    source, read = RegionSet(records=60), []
+    config = region_run({"one": {"random_matching": 1.0}})
+    (stream,) = task_streams(config, sets_of(config, one=source), TOKENIZER)
+    detections = source.detections
+    source.detections = lambda image, soft_labels: read.append(image) or detections(image, soft_labels)
+    samples = [stream.reader.read(0, example, []) for example in range(60)]
+    assert read == [int(sample.image.features[0, 0]) for sample in samples]
+    assert 15 < sum(sample.own_image for sample in samples) < 45
+
+
 def test_a_replaced_picture_that_is_broken_gives_way_to_another():
     """The caption stays, and keeps its own picture where that was drawn."""
     source = RegionSet(records=60, broken=range(20))
@@ -252,13 +263,6 @@ def test_sets_of_pictures_train_one_objective_per_step(workshop):
         assert (batch.masked_words is not None) == (task == "masked_language") == (len(batch.counts) == 2)
         labels[task].append(tuple(batch.labels.tolist()))
     assert all(len(found) > 10 and len(set(found)) == len(found) for found in labels.values())
-
-
-def test_what_a_run_lacks_is_told_in_one_line(workshop):
-    config = workshop.config(workshop.good_shards(records=3))
-    config.train.buckets = sections.Buckets()
-    with pytest.raises(ValueError, match="train.buckets needs the lengths .*, which data.regions gives"):
-        load_training_sets(config)
 
 
 @pytest.mark.parametrize("task", [None, *TASKS])
