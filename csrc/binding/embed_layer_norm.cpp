@@ -12,7 +12,8 @@ struct SumArguments {
 
     SumArguments(const Tensor& like, int64_t rows, const OptionalTensor& ids,
                  const std::vector<Tensor>& tables, const OptionalTensor& dense) {
-        const int64_t width = like.size(like.dim() - 1), count = static_cast<int64_t>(tables.size());
+        STD_TORCH_CHECK(like.dim() == 2, "rows must be [rows, width], got ", like.dim(), " dimensions");
+        const int64_t width = like.size(1), count = static_cast<int64_t>(tables.size());
         for (const Tensor& table : tables) {
             check_type(table, like.scalar_type(), "tables");
             check_contiguous(table, "tables");
@@ -142,7 +143,7 @@ int64_t columns_per_part(int64_t width) {
     constexpr int64_t fewest = 128, unit = 64;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t parts = std::max<int64_t>(1, std::min(threads, width / fewest));
-    return (width / parts + unit - 1) / unit * unit;
+    return std::max(unit, (width / parts + unit - 1) / unit * unit);
 }
 
 void sum_small_table(const TableGradient& op, TokenIds tokens, int64_t parts) {

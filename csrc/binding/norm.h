@@ -55,6 +55,8 @@ class PartialRows {
     // The gradient of `parameter`, in its dtype and shape; an empty tensor when there is no such parameter.
     Tensor sum(int64_t part, const OptionalTensor& parameter) const {
         if (!parameter) return torch::stable::new_empty(memory_, {0});
+        check_numel(*parameter, width_, "parameter");
+        check_contiguous(*parameter, "parameter");
         Tensor gradient = torch::stable::empty_like(*parameter);
         const float* partials = data() + part * width_;
         void* out = gradient.mutable_data_ptr();

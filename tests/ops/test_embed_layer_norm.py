@@ -113,6 +113,36 @@ def test_rows_without_a_norm_are_nobodys(impl):
     assert (y[norm_ids >= 0] != 0).any(1).all() and (gradient[norm_ids >= 0] != 0).any(1).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value, eps", [(float("nan"), 1e-12), (float("inf"), 1e-12), (1.0, 0.0)])
+def test_nobodys_rows_may_hold_anything(impl, value, eps):
+    """Rows that were never written, or that have no variance: nothing of them reaches a gradient."""
+    dense, parameters = torch.randn(6, 8), torch.randn(2, 2, 8)
+    norm_ids = torch.tensor([0, -1, 1, -1, 0, 1])
+
+    def run(fill):
+        inputs = [t.clone().requires_grad_() for t in (dense, *parameters)]
+        z = torch.where((norm_ids < 0)[:, None], fill, inputs[0])
+        y = vk.embed_layer_norm(
+            None, [], inputs[1], bias=inputs[2], dense=z, norm_ids=norm_ids, eps=eps, impl=impl
+        )
+        return y.detach(), *torch.autograd.grad(y.square().sum(), inputs)
+
+    for found, expected in zip(run(value), run(torch.arange(8.0)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("norms, width", [(0, 8), (2, 0)])
+def test_there_may_be_no_norm_and_no_column(impl, norms, width):
+    table, weight = torch.randn(5, width, requires_grad=True), torch.randn(norms, width, requires_grad=True)
+    ids, norm_ids = torch.zeros(3, 1, dtype=torch.int64), torch.full((3,), -1)
+    y = vk.embed_layer_norm(ids, [table], weight, bias=weight, norm_ids=norm_ids, impl=impl)
+    gradients = torch.autograd.grad(y.sum(), (table, weight))
+    assert not y.any() and not any(g.any() for g in gradients)
+    assert [g.shape for g in gradients] == [table.shape, weight.shape]
+
+
 @needs_kernel
 def test_norm_ids_of_any_stride_and_either_dtype():
     ids, tables, _ = make(rows=8)
@@ -269,6 +299,22 @@ def test_the_kernel_itself_refuses_to_read_foreign_memory(ids, weight, norm_ids,
     arguments = (ids, [torch.ones(4, 8)], None, weight, None, norm_ids, None, None, 0, 0, 1e-5)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.vlkernels.embed_layer_norm_forward(*arguments)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "dy, weight, bias, message",
+    [
+        (torch.ones(8), None, None, r"rows must be \[rows, width\], got 1 dimensions"),
+        (torch.ones(8, 8), torch.ones(8), torch.ones(1), "parameter must have 8 elements, got 1"),
+        (torch.ones(8, 8), torch.ones(7), None, "weight must have 8 elements, got 7"),
+    ],
+)
+def test_the_kernels_backward_refuses_to_touch_foreign_memory(dy, weight, bias, message):
+    ids, statistics = torch.zeros(8, 1, dtype=torch.int32), torch.ones(8)
+    where = statistics, statistics, ids, [torch.ones(4, 8)], None
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vlkernels.embed_layer_norm_backward(dy, *where, weight, bias, None, None, None, 0, 0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -49,12 +49,11 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _several_norms(z: Tensor, weight: Tensor, bias: Tensor | None, norm_ids: Tensor, eps: float) -> Tensor:
-    """Row t by norm ``norm_ids[t]``; zeros where that is -1."""
-    chosen = norm_ids.clamp(min=0)
-    y = F.layer_norm(z, z.shape[1:], eps=eps) * F.embedding(chosen, weight)
-    if bias is not None:
-        y = y + F.embedding(chosen, bias)
-    return torch.where((norm_ids >= 0)[:, None], y, 0)
+    """Row t by norm ``norm_ids[t]``; zeros where that is -1, whatever stands there: 0 * NaN is a NaN."""
+    has_norm = (norm_ids >= 0)[:, None]
+    xhat = F.layer_norm(torch.where(has_norm, z, 0), z.shape[1:], eps=eps)
+    y = torch.where(has_norm, xhat, 0) * _rows(weight, norm_ids)
+    return y if bias is None else y + _rows(bias, norm_ids)
 
 
 def _kept(y: Tensor, p: float, rng: Rng | None, stream: int, layout: SegmentLayout | None) -> Tensor:
