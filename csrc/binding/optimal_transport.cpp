@@ -18,10 +18,13 @@ struct Side {
         rows.step = lengths.size(1);
         rows.starts = read<int32_t>(starts, ScalarType::Int, "starts") + segment;
         rows.lengths = read<int32_t>(lengths, ScalarType::Int, "lengths") + segment;
-        for (int64_t b = 0; b < samples; ++b) {
+        for (int64_t b = 0, end = 0; b < samples; ++b) {
             const int64_t start = rows.starts[b * rows.step], length = rows.lengths[b * rows.step];
             STD_TORCH_CHECK(start >= 0 && length >= 0 && start + length <= tokens.size(0), "sample ", b,
                             " has ", length, " rows from row ", start, " of ", tokens.size(0), " of ", name);
+            STD_TORCH_CHECK(start >= end, "sample ", b, " of ", name, " begins at row ", start,
+                            ", the one before it ends at row ", end);  // each writes its own gradient
+            end = start + length;
             rows.longest = std::max(rows.longest, length);
             total += length;
         }
@@ -40,22 +43,22 @@ struct Side {
     TokenRows rows;
 };
 
-// Both sides, whose plans have room for `longest` tokens.
-void set_sides(Transport& op, const Side& images, const Side& texts, int64_t longest_image,
-               int64_t longest_text) {
+// Both sides, and plans with room for this many tokens of each.
+void set_sides(Transport& op, const Side& images, const Side& texts, int64_t plan_images,
+               int64_t plan_texts) {
     STD_TORCH_CHECK(images.samples == texts.samples, "both sides must have as many samples, got ",
                     images.samples, " and ", texts.samples);
     check_type(texts.tokens, images.tokens.scalar_type(), "text_tokens");
     STD_TORCH_CHECK(texts.tokens.size(1) == images.tokens.size(1), "both sides must have as many columns");
-    STD_TORCH_CHECK(images.rows.longest <= longest_image && texts.rows.longest <= longest_text,
-                    "a sample has ", texts.rows.longest, " texts or ", images.rows.longest,
-                    " images, more than there is room for: ", longest_text, " and ", longest_image);
+    STD_TORCH_CHECK(images.rows.longest <= plan_images && texts.rows.longest <= plan_texts, "a sample has ",
+                    texts.rows.longest, " texts or ", images.rows.longest,
+                    " images, more than there is room for: ", plan_texts, " and ", plan_images);
     op.dtype = dtype_of(images.tokens, "image_tokens");
     op.width = images.tokens.size(1);
     op.images = images.rows;
     op.texts = texts.rows;
-    op.images.longest = longest_image;
-    op.texts.longest = longest_text;
+    op.plan_images = plan_images;
+    op.plan_texts = plan_texts;
 }
 
 // A thread is worth waking for a million products.

@@ -9,7 +9,7 @@ namespace {
 
 constexpr float smallest_norm = 1e-5f;
 
-// What a pair carries at least (MATH.md). It also spares the loops subnormal numbers, which are far slower.
+// What a pair carries at least (MATH.md). It also spares the loops most subnormal numbers, which are slower.
 constexpr float smallest_share = 1e-35f;
 
 // The tokens of one side and sample over their norms, as floats. Rows have room for whole registers and begin
@@ -222,13 +222,13 @@ class Forward {
     }
 
     void write_plan(int64_t sample, int64_t texts) const {
-        const int64_t longest = op_.images.longest, images = images_.count();
-        float* out = op_.plans + sample * op_.texts.longest * longest;
-        for (int64_t text = 0; text < texts; ++text, out += longest) {
+        const int64_t stride = op_.plan_images, images = images_.count();
+        float* out = op_.plans + sample * op_.plan_texts * stride;
+        for (int64_t text = 0; text < texts; ++text, out += stride) {
             __builtin_memcpy(out, weighted_.get() + text * columns_, images * sizeof(float));
-            __builtin_memset(out + images, 0, (longest - images) * sizeof(float));
+            __builtin_memset(out + images, 0, (stride - images) * sizeof(float));
         }
-        __builtin_memset(out, 0, (op_.texts.longest - texts) * longest * sizeof(float));
+        __builtin_memset(out, 0, (op_.plan_texts - texts) * stride * sizeof(float));
     }
 
     const TransportForward& op_;
@@ -255,7 +255,7 @@ class Backward {
             images_.write_zeros(op_.grad_images);
             return;
         }
-        const Rows plan{op_.plans + sample * op_.texts.longest * op_.images.longest, op_.images.longest};
+        const Rows plan{op_.plans + sample * op_.plan_texts * op_.plan_images, op_.plan_images};
         const int64_t width = round_up(op_.width, lanes);
         multiply(as_left(plan), images_.rows(), texts_.count(), images_.count(), width, grad_texts_.get(),
                  texts_.stride());

@@ -18,7 +18,8 @@ struct Transport {
     Dtype dtype;
     int64_t width;
     TokenRows texts, images;
-    float* plans;  // [samples, longest text, longest image], zeros in the padding; null when not wanted
+    int64_t plan_texts, plan_images;  // at least the longest of each: a bound, where lengths are a device's
+    float* plans;  // [samples, plan_texts, plan_images], zeros in the padding; null when not wanted
 };
 
 struct TransportForward : Transport {

@@ -217,6 +217,18 @@ def test_rows_of_any_stride_are_served(impl):
     assert torch.equal(one_sample(images, texts, impl=impl), expected)
 
 
+@pytest.mark.skipif(native.load() is not None, reason="needs the compiled library")
+@torch.no_grad()
+def test_a_loose_bound_of_the_lengths_costs_no_memory():
+    tokens, bounds = torch.randn(5, 8), torch.tensor([0, 3, 5])
+    exact, loose = (vk.SegmentLayout.from_cu_seqlens(bounds, max_seqlen=n) for n in (3, 2**40))
+    found, expected = (
+        vk.optimal_transport(tokens, tokens.flip(1), image_layout=layout, text_layout=layout, impl="cpp")
+        for layout in (loose, exact)
+    )
+    assert torch.equal(found, expected)
+
+
 # --- numbers at the edge ------------------------------------------------------------------------------------
 
 
@@ -228,20 +240,57 @@ def test_equal_and_opposite_tokens(impl, length):
     assert one_sample(same, -same, impl=impl).item() == pytest.approx(2, abs=1e-5)
 
 
+def equal_and_opposite(samples, axes):
+    """Tokens along a few axes in uneven numbers: pairs that the first steps give up are needed again later."""
+    generator = random.Random(1)
+    for _ in range(samples):
+        directions = torch.randn(axes, generator.randint(1, 5))
+        directions = torch.cat((directions, -directions))
+        counts = generator.randint(1, 40), generator.randint(1, 40)
+        yield [directions[torch.randint(0, 2 * axes, (count,))] for count in counts]
+
+
+def unfloored_transport(images, texts, beta, iterations):
+    """The published algorithm on logarithms in float64, where no share is too small."""
+    texts, images = (F.normalize(tokens.double(), dim=1) for tokens in (texts, images))
+    cost = 1 - texts @ images.T
+    log_m, log_n = (torch.tensor(float(n)).double().log() for n in cost.shape)
+    plan, text_scale = torch.zeros_like(cost), -log_m
+    for _ in range(iterations):
+        weighted = plan - cost / beta
+        image_scale = -log_n - (weighted + text_scale).logsumexp(0)
+        text_scale = (-log_m - (weighted + image_scale).logsumexp(1))[:, None]
+        plan = text_scale + weighted + image_scale
+    return (plan.exp() * cost).sum().item()
+
+
 @each_impl
 @pytest.mark.parametrize("beta, iterations", [(0.5, 50), (0.5, 400), (0.1, 50), (0.1, 400)])
-def test_plans_that_underflow_stay_exact(impl, beta, iterations):
-    """Equal and opposite tokens in uneven numbers: what an entry lost to underflow is needed again later."""
-    generator = random.Random(1)
-    for _ in range(8):
-        width = generator.randint(1, 5)
-        directions = torch.randn(3, width)
-        directions = torch.cat((directions, -directions))
-        images, texts = (directions[torch.randint(0, 6, (generator.randint(1, 40),))] for _ in range(2))
-        options = {"beta": beta, "iterations": iterations}
+def test_plans_that_reach_the_floor_are_the_definitions(impl, beta, iterations):
+    options = {"beta": beta, "iterations": iterations}
+    for images, texts in equal_and_opposite(8, axes=3):
         found = one_sample(images, texts, **options, impl=impl)
-        exact = one_sample(images.double(), texts.double(), **options)
-        assert found.item() == pytest.approx(exact.item(), abs=1e-5)
+        expected = one_sample(images.double(), texts.double(), **options)
+        assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@each_impl
+@pytest.mark.parametrize("beta, iterations", [(0.5, 50), (0.1, 10), (0.2, 20)])
+def test_up_to_100_beta_steps_the_floor_changes_nothing(impl, beta, iterations):
+    dtype, tolerance = (torch.float64, 1e-13) if impl == "reference" else (torch.float32, 1e-5)
+    for images, texts in equal_and_opposite(30, axes=2):
+        found = one_sample(images.to(dtype), texts.to(dtype), beta=beta, iterations=iterations, impl=impl)
+        expected = unfloored_transport(images, texts, beta, iterations)
+        assert found.item() == pytest.approx(expected, abs=tolerance)
+
+
+def test_beyond_100_beta_steps_the_floor_gives_another_plan():
+    """Entries at the floor come back before those that fell lower: MATH.md says so, and where."""
+    apart = 0.0
+    for images, texts in equal_and_opposite(60, axes=2):
+        floored = one_sample(images.double(), texts.double(), beta=0.1).item()
+        apart = max(apart, abs(floored - unfloored_transport(images, texts, 0.1, 50)))
+    assert apart > 0.05
 
 
 @each_impl
@@ -384,6 +433,9 @@ def test_the_raw_op_reads_no_foreign_memory():
         torch.ops.vlkernels.optimal_transport_forward(tokens, tokens, *where, 2, 3, 0.5, 50, True)
     with pytest.raises(RuntimeError, match="sample 1 has 2 rows from row 3 of 4 of text_tokens"):
         torch.ops.vlkernels.optimal_transport_forward(tokens, tokens[:4], *where, 3, 3, 0.5, 50, True)
+    with pytest.raises(RuntimeError, match="sample 1 of text_tokens begins at row 2, the one before .* 3"):
+        overlapping = [*where[:2], layout.starts - torch.tensor([[0], [1]], dtype=torch.int32), *where[3:]]
+        torch.ops.vlkernels.optimal_transport_forward(tokens, tokens, *overlapping, 3, 3, 0.5, 50, True)
     with pytest.raises(RuntimeError, match="grad_distances must have 2 elements"):
         plans = torch.zeros(2, 3, 3)
         torch.ops.vlkernels.optimal_transport_backward(torch.ones(1), tokens, tokens, *where, plans)

@@ -79,7 +79,8 @@ def optimal_transport(
     Gradients: to both tokens through the cosine alone, the plan is a constant; zero in all rows of other
         segments and of nobody. Given one tensor for both sides, autograd adds the two.
     Numerics: costs, plan and sums in float32 (float64 for float64), also under autocast; norms are at least
-        1e-5. NaN or infinite tokens make their own sample NaN and no other.
+        1e-5. Between steps a pair keeps 1e-35 of the plan, which can show beyond ``100 * beta`` iterations
+        (MATH.md). NaN or infinite tokens make their own sample NaN and no other.
     Memory: for the backward the plans, ``[B, longest text, longest image]``, and the tokens.
     Errors: ``ValueError`` for shapes, dtypes, devices and values out of range.
     Source: Xie et al. 2019 (IPOT); Chen et al. 2020 (UNITER).

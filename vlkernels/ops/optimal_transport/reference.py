@@ -9,7 +9,7 @@ from torch import Tensor
 from vlkernels.core.layout import SegmentLayout
 
 SMALLEST_NORM = 1e-5
-SMALLEST_SHARE = 1e-35  # of a pair in the plan: one that underflowed to zero could never be taken up again
+SMALLEST_SHARE = 1e-35  # of a pair in the plan: one that underflowed could never be taken up again (MATH.md)
 
 
 def optimal_transport(
