@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -79,14 +80,14 @@ def _check_sizes(folder: Path, stack: JointStack) -> None:
         path.is_file(),
         f"init_from.joint: {folder} has no config.json: it must be a folder of `transformers`",
     )
-    theirs: dict[str, Any] = DEFAULTS | json.loads(path.read_text())
+    theirs = _read_settings(path)
     kind, positions = theirs.get("model_type"), theirs["position_embedding_type"]
     require(
         (kind, positions) == ("bert", "absolute"),
         f"init_from.joint: {folder} must be a bert with absolute positions, got a {kind} with {positions} "
         "ones",
     )
-    theirs["hidden_act"] = ACTIVATIONS.get(theirs["hidden_act"], theirs["hidden_act"])
+    theirs["hidden_act"] = ACTIVATIONS.get(str(theirs["hidden_act"]), theirs["hidden_act"])
     differing = [
         f"model.joint.{ours} must be {theirs.get(name)}, got {getattr(stack, ours)}"
         for ours, name in SIZES.items()
@@ -97,6 +98,15 @@ def _check_sizes(folder: Path, stack: JointStack) -> None:
     require(not differing, f"init_from.joint: {folder} does not fit: {'; '.join(differing)}")
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"init_from.joint: {path} cannot be read ({error})") from None
+    require(isinstance(settings, dict), f"init_from.joint: {path} must be an object")
+    return DEFAULTS | settings
+
+
 def _read(folder: Path) -> dict[str, Tensor]:
     """The tensors under the names of today's `BertModel`; heads keep theirs, which begin with "cls."."""
     files = sorted(folder.glob("model*.safetensors"))
@@ -105,10 +115,17 @@ def _read(folder: Path) -> dict[str, Tensor]:
     require(bool(files), f"init_from.joint: {folder} has no model.safetensors{why}")
     renamed = {}
     for file in files:
-        for name, tensor in load_file(file).items():
+        for name, tensor in _read_tensors(file).items():
             name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
             renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
     return renamed
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"init_from.joint: {file} cannot be read ({error})") from None
 
 
 def _bert_names(layers: int) -> Iterator[tuple[str, list[str]]]:

@@ -196,3 +196,21 @@ def test_folders_that_are_no_bert(tmp_path):
     config.init_from = {"text": str(tmp_path)}
     with pytest.raises(ValueError, match="the part must be joint, got text"):
         load_initial_weights(config, model)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", b"{", "cannot be read"),
+        ("config.json", b"\xff\xfe", "cannot be read"),
+        ("config.json", b"[1]", "must be an object"),
+        ("model.safetensors", b"", "cannot be read"),
+        ("model.safetensors", b"\x80" * 100, "cannot be read"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, file, content, told):
+    saved(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    config = config_from(tmp_path)
+    with pytest.raises(ValueError, match=rf"^init_from.joint: .*{file} {told}"):
+        load_initial_weights(config, build_model(config, VOCAB))
