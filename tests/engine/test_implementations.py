@@ -20,6 +20,7 @@ FUSED = {  # no op of the model is left out
     "embed_layer_norm": "cpp",
     "hard_negatives": "torch",
     "layer_norm": "cpp",
+    "linear": "cpp",
     "linear_cross_entropy": "torch",
     "segment_mean": "cpp",
     "take_rows": "cpp",

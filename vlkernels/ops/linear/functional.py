@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from vlkernels.core import checks, dispatch, library, native
 from vlkernels.core.dispatch import Facts, Implementation
 from vlkernels.ops.linear import reference
 
-# Below this many products the host time of a training call outweighs what the kernel saves (MATH.md).
-FEWEST_PRODUCTS = 1 << 25
+# Below either, PyTorch's own is faster: host time and packing outweigh what the kernel saves (MATH.md).
+FEWEST_ROWS, FEWEST_PRODUCTS = 512, 1 << 26
 
 
 def _kernel_supports(facts: Facts) -> str | None:
@@ -79,8 +80,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
 def _better_elsewhere(x: Tensor, weight: Tensor) -> str | None:
     if not _products_are_slow_here():
         return "PyTorch's own was not measured to be slower on this processor"
-    if not torch.compiler.is_compiling() and x.numel() * weight.shape[0] < FEWEST_PRODUCTS:
-        return f"PyTorch's own is faster below {FEWEST_PRODUCTS:,} products"
+    if not torch.compiler.is_compiling():  # whose graphs are for any number of rows
+        products, rows = x.numel() * weight.shape[0], math.prod(x.shape[:-1])
+        if rows < FEWEST_ROWS or products < FEWEST_PRODUCTS:
+            return f"PyTorch's own is faster below {FEWEST_ROWS} rows and below {FEWEST_PRODUCTS:,} products"
     return None
 
 
