@@ -60,7 +60,7 @@ class Places(OnDevice):
     """Some tokens, wherever their segment lies: the same in a tower's own stream and in a joint one."""
 
     samples: Tensor
-    """int64 [M]: sample of the batch."""
+    """int64 [M]: sample of the batch, ascending."""
     offsets: Tensor
     """int64 [M]: position within the segment."""
 

@@ -6,13 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import vlkernels as vk
 from torch import Tensor
 
-from engine.batch import TEXT, Batch
+from engine.batch import Batch
 from engine.evaluation.gallery import Gallery, matching_logits
 from engine.models import AlignAndFuse, VisionLanguageModel
-from engine.models.transformer import Tokens
 
 
 def masked_language_accuracy(model: AlignAndFuse, batches: Iterable[Batch]) -> dict[str, float]:
@@ -25,8 +23,10 @@ def masked_language_accuracy(model: AlignAndFuse, batches: Iterable[Batch]) -> d
         image = model.encode_image(batch)
         shuffled = torch.arange(pairs, dtype=torch.int32, device=batch.labels.device).roll(pairs // 2)
         text = model.encode_text(batch, masked=True)
-        right += words_found(model, model.fuse(text, model.source_of(image)), batch)
-        right_shuffled += words_found(model, model.fuse(text, model.source_of(image, shuffled)), batch)
+        read = model.fuse(text, model.source_of(image))
+        read_shuffled = model.fuse(text, model.source_of(image, shuffled))
+        right += words_found(model, model.at_masked_words(read, batch), batch)
+        right_shuffled += words_found(model, model.at_masked_words(read_shuffled, batch), batch)
         total += len(batch.masked_words.targets)
     return {
         "accuracy": float(right) / max(total, 1),
@@ -35,12 +35,10 @@ def masked_language_accuracy(model: AlignAndFuse, batches: Iterable[Batch]) -> d
     }
 
 
-def words_found(model: VisionLanguageModel, read: Tokens, batch: Batch) -> Tensor:
-    """How many masked words have the highest logit, by states of the corrupted captions."""
-    words = batch.masked_words
-    selected = vk.take_rows(read.hidden, words.places.rows(read.layout, TEXT), impl=model.impl)
-    logits = model.masked_language_head.logits(selected, model.words)
-    return (logits.argmax(1) == words.targets).sum()
+def words_found(model: VisionLanguageModel, states: Tensor, batch: Batch) -> Tensor:
+    """How many masked words have the highest logit, by their states `[M, D]`."""
+    logits = model.masked_language_head.logits(states, model.words)
+    return (logits.argmax(1) == batch.masked_words.targets).sum()
 
 
 def matching_accuracy(model: AlignAndFuse, gallery: Gallery) -> dict[str, float]:

@@ -70,7 +70,7 @@ def masked_words(model: OneStream, objective: MaskedLanguageObjective, batches: 
         for seen, beside in ((batch, ""), (with_images(batch, others), "_shuffled_image")):
             with model.passes_shared():
                 totals["loss" + beside] += objective(model, seen)[0]["masked_language"].item()
-                totals["accuracy" + beside] += words_found(model, model.encode_masked_words(seen), seen).item()
+                totals["accuracy" + beside] += words_found(model, model.masked_word_states(seen), seen).item()
         count += batch.counts["masked_words"]
     require_some(count, "masked words beside two different images")
     figures = {name: total / count for name, total in totals.items()}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.batch import Batch
+from engine.batch import TEXT, Batch
 from engine.models.heads import MaskedLanguageHead
 from engine.models.transformer import PackedTransformer, Tokens
 
@@ -39,6 +39,14 @@ class VisionLanguageModel(nn.Module):
     def encode_masked_words(self, batch: Batch) -> Tokens:
         """States of the captions after corruption beside their images; text is segment 0."""
         raise NotImplementedError
+
+    def masked_word_states(self, batch: Batch) -> Tensor:
+        """`[M, D]`: the states of the masked words alone."""
+        return self.at_masked_words(self.encode_masked_words(batch), batch)
+
+    def at_masked_words(self, read: Tokens, batch: Batch) -> Tensor:
+        """`[M, D]`: their states among those of all tokens."""
+        return vk.take_rows(read.hidden, batch.masked_words.places.rows(read.layout, TEXT), impl=self.impl)
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Recompute every block in the backward instead of keeping its activations."""

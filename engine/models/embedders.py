@@ -9,6 +9,7 @@ import vlkernels as vk
 from torch import Tensor, nn
 
 from engine.batch import Regions
+from engine.models.transformer import Linear
 from engine.sections import JointStack, Stack
 
 TYPES = 2
@@ -109,7 +110,7 @@ class RegionRows(nn.Module):
 
     def __init__(self, stack: JointStack, feature_values: int, impl: str):
         super().__init__()
-        self.feature_projection = nn.Linear(feature_values, stack.width)
+        self.feature_projection = Linear(feature_values, stack.width, impl)
         self.feature_norm = vk.FusedLayerNorm(stack.width, stack.eps)
         self.box_projection = nn.Linear(self.BOX_VALUES, stack.width)
         self.box_norm = vk.FusedLayerNorm(stack.width, stack.eps)

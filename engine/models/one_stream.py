@@ -8,12 +8,12 @@ import torch
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.batch import IMAGE, TEXT, Batch
+from engine.batch import IMAGE, TEXT, Batch, Places
 from engine.models.base import VisionLanguageModel
 from engine.models.embedders import RegionRows, TextTables
 from engine.models.heads import MaskedLanguageHead, RegionClassHead, RegionFeatureHead
 from engine.models.initialization import initialize
-from engine.models.transformer import PackedTransformer, Tokens
+from engine.models.transformer import PackedTransformer, SelectedRows, Tokens
 from engine.sections import JointStack
 
 
@@ -60,6 +60,13 @@ class OneStream(VisionLanguageModel):
     def encode_masked_words(self, batch: Batch) -> Tokens:
         return self.encode(batch, masked=TEXT)
 
+    def masked_word_states(self, batch: Batch) -> Tensor:
+        return self._states_at(batch, TEXT, batch.masked_words.places)
+
+    def masked_region_states(self, batch: Batch) -> Tensor:
+        """`[M, D]`: the states of the masked regions alone."""
+        return self._states_at(batch, IMAGE, batch.masked_regions.places)
+
     def pooled(self, tokens: Tokens) -> Tensor:
         """`[B, D]`: what a pair's first token says of the pair."""
         first = vk.take_rows(tokens.hidden, tokens.layout.starts[:, 0], impl=self.impl)
@@ -73,9 +80,15 @@ class OneStream(VisionLanguageModel):
         """`[M, F]`: features predicted from the states of regions."""
         return self.region_feature_head.features(hidden, self.region_embedder.feature_projection.weight)
 
-    def _encode(self, batch: Batch, masked: int | None) -> Tokens:
+    def _encode(self, batch: Batch, masked: int | None, selected: SelectedRows | None = None) -> Tokens:
         hidden = self._embed(batch, masked)
-        return self.transformer(Tokens(hidden, batch.layout), rng=self.rng)
+        return self.transformer(Tokens(hidden, batch.layout), rng=self.rng, selected=selected)
+
+    def _states_at(self, batch: Batch, segment: int, places: Places) -> Tensor:
+        """`[M, D]`: states of what is masked in a segment; those of the other tokens are never computed."""
+        selected = SelectedRows.of(places.rows(batch.layout, segment), places.samples, batch.layout)
+        read = self._once(batch, f"masked {segment}", lambda: self._encode(batch, segment, selected))
+        return read.hidden
 
     def _embed(self, batch: Batch, masked: int | None) -> Tensor:
         """`[num_tokens, D]`: dropout(LN(word + position + type)) and dropout(LN(region + type)), each segment

@@ -7,7 +7,8 @@ dropout, the residual sum and the LayerNorm that follows to one fused call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import vlkernels as vk
@@ -55,19 +56,66 @@ class Source:
 
 
 @dataclass(frozen=True)
+class SelectedRows:
+    """Some tokens of a stream, sample after sample: all that a pass is asked for."""
+
+    index: Tensor
+    """int64 [M]: rows of the stream."""
+    layout: vk.SegmentLayout
+    """Lengths [B, 1]: how many of each sample; of a stream [M, D] of their own."""
+
+    @classmethod
+    def of(cls, rows: Tensor, samples: Tensor, layout: vk.SegmentLayout) -> SelectedRows:
+        """Rows `[M]` of the stream, which belong to `samples` `[M]`, in ascending order."""
+        bounds = torch.searchsorted(samples, torch.arange(layout.num_samples + 1, device=samples.device))
+        most = min(layout.max_seqlen, len(samples))
+        own = vk.SegmentLayout.from_cu_seqlens(bounds, max_seqlen=most, num_tokens=len(samples))
+        return cls(rows, own.with_sample_ids(layout.sample_ids))
+
+
+@dataclass(frozen=True)
 class Context:
     """What every sub-layer of one pass shares."""
 
     layout: vk.SegmentLayout
     rng: vk.Rng | None = None
     mask: vk.SegmentMask | None = None
+    selected: SelectedRows | None = None
+    """In the last block of a pass: the only rows that need go on from its self-attention."""
 
 
-class DeferredBiasLinear(nn.Linear):
+class Linear(nn.Linear):
+    """`nn.Linear` by `vk.linear`."""
+
+    def __init__(self, in_features: int, out_features: int, impl: str):
+        super().__init__(in_features, out_features)
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        return vk.linear(x, self.weight, self.bias, impl=self.impl)
+
+
+class DeferredBiasLinear(Linear):
     """A linear map whose bias is left to the fused add-and-norm behind it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return vk.linear(x, self.weight, impl=self.impl)
+
+
+class QueryKeyValue(Linear):
+    """The three projections of self-attention in one map: `[T, 3 D]`, or, where only some rows ask, their
+    queries `[M, D]` beside the keys and values `[T, 2 D]` of all."""
+
+    def forward(self, x: Tensor, selected: SelectedRows | None = None) -> Tensor | tuple[Tensor, ...]:
+        if selected is None:
+            return super().forward(x)
+        parts = x.shape[1], 2 * x.shape[1]
+        (query, key_value), biases = self.weight.split(parts), self.bias.split(parts)
+        rows = vk.take_rows(x, selected.index, impl=self.impl)
+        return tuple(
+            vk.linear(read, weight, bias, impl=self.impl)
+            for read, weight, bias in zip((rows, x), (query, key_value), biases, strict=True)
+        )
 
 
 class Sublayer(nn.Module):
@@ -76,7 +124,7 @@ class Sublayer(nn.Module):
     def __init__(self, stack: Stack, inner_width: int, streams: Iterator[int], impl: str):
         super().__init__()
         self.norm = vk.FusedLayerNorm(stack.width, stack.eps)
-        self.output = DeferredBiasLinear(inner_width, stack.width)
+        self.output = DeferredBiasLinear(inner_width, stack.width, impl)
         self.output_stream = next(streams)
         self.dropout = stack.dropout
         self.impl = impl
@@ -87,23 +135,31 @@ class SelfAttention(Sublayer):
 
     def __init__(self, stack: Stack, streams: Iterator[int], impl: str):
         super().__init__(stack, stack.width, streams, impl)
-        self.query_key_value = nn.Linear(stack.width, 3 * stack.width)
+        self.query_key_value = QueryKeyValue(stack.width, 3 * stack.width, impl)
         self.heads = stack.heads
         self.attention_dropout = stack.attention_dropout
         self.attention_stream = next(streams)
 
     def forward(self, x: Tensor, context: Context, _: None = None) -> Tensor:
-        qkv = self.query_key_value(x).view(x.shape[0], 3, self.heads, -1)
-        attended = vk.attention_qkvpacked(
-            qkv,
-            layout=context.layout,
-            mask=context.mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            rng=context.rng,
-            stream=self.attention_stream,
-            impl=self.impl,
-        )
-        return self.output(attended.flatten(1))
+        attend = self._attend if context.selected is None else self._attend_from_selected
+        options = {
+            "dropout_p": self.attention_dropout if self.training else 0.0,
+            "rng": context.rng,
+            "stream": self.attention_stream,
+            "impl": self.impl,
+        }
+        return self.output(attend(x, context, options).flatten(1))
+
+    def _attend(self, x: Tensor, context: Context, options: dict[str, Any]) -> Tensor:
+        qkv = self.query_key_value(x).unflatten(1, (3, self.heads, -1))
+        return vk.attention_qkvpacked(qkv, layout=context.layout, mask=context.mask, **options)
+
+    def _attend_from_selected(self, x: Tensor, context: Context, options: dict[str, Any]) -> Tensor:
+        assert context.mask is None, "selected rows belong to no segment of a mask table"
+        query, key_value = self.query_key_value(x, context.selected)
+        query, key_value = query.unflatten(1, (self.heads, -1)), key_value.unflatten(1, (2, self.heads, -1))
+        streams = {"layout": context.selected.layout, "kv_layout": context.layout}
+        return vk.attention(query, key_value[:, 0], key_value[:, 1], **streams, **options)
 
 
 class CrossAttention(Sublayer):
@@ -111,8 +167,8 @@ class CrossAttention(Sublayer):
 
     def __init__(self, stack: Stack, source_width: int, streams: Iterator[int], impl: str):
         super().__init__(stack, stack.width, streams, impl)
-        self.query = nn.Linear(stack.width, stack.width)
-        self.key_value = nn.Linear(source_width, 2 * stack.width)
+        self.query = Linear(stack.width, stack.width, impl)
+        self.key_value = Linear(source_width, 2 * stack.width, impl)
         self.heads = stack.heads
         self.attention_dropout = stack.attention_dropout
         self.attention_stream = next(streams)
@@ -144,7 +200,7 @@ class FeedForward(Sublayer):
 
     def __init__(self, stack: Stack, streams: Iterator[int], impl: str):
         super().__init__(stack, stack.mlp_width, streams, impl)
-        self.inner = nn.Linear(stack.width, stack.mlp_width)
+        self.inner = Linear(stack.width, stack.mlp_width, impl)
         self.activation = ACTIVATIONS[stack.activation]
 
     def forward(self, x: Tensor, context: Context, _: None = None) -> Tensor:
@@ -180,6 +236,9 @@ class Block(nn.Module):
             norms = [*norms[1:], exit_norm]
         for layer, norm in zip(sublayers, norms, strict=True):
             update = layer(x, context, source if layer is cross else None)
+            if layer is self.self_attention and context.selected is not None:
+                residual = vk.take_rows(residual, context.selected.index, impl=layer.impl)
+                context = Context(context.selected.layout, context.rng)
             x, residual = self._add_and_norm(norm, update, residual, layer, context)
         return x, residual
 
@@ -238,18 +297,23 @@ class PackedTransformer(nn.Module):
         rng: vk.Rng | None = None,
         mask: vk.SegmentMask | None = None,
         source: Source | None = None,
+        selected: SelectedRows | None = None,
     ) -> Tokens:
+        """States of all tokens, or of the `selected` ones, which are the same without dropout: the last block
+        then computes nothing but their keys and values for the others."""
         context = Context(tokens.layout, rng, mask)
         x, residual = tokens.hidden, tokens.hidden
         if self.final_norm is not None:
             x = self.blocks[0].self_attention.norm(x, impl=self.impl)
         unread = iter(source.keys_values) if source is not None else None
         for block, exit_norm in zip(self.blocks, self._exit_norms(), strict=True):
+            if block is self.blocks[-1]:
+                context = replace(context, selected=selected)
             read = (
                 (source, next(unread)) if unread is not None and block.cross_attention is not None else None
             )
             x, residual = self._run(block, x, residual, exit_norm, context, read)
-        return Tokens(x, tokens.layout)
+        return Tokens(x, tokens.layout if selected is None else selected.layout)
 
     def _exit_norms(self) -> list[nn.LayerNorm | None]:
         return [*(block.self_attention.norm for block in self.blocks[1:]), self.final_norm]

@@ -5,20 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import vlkernels as vk
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.batch import IMAGE, Batch
+from engine.batch import Batch
 from engine.models import OneStream
 from engine.objectives.normalization import normalizer, widened
-
-
-def masked_states(model: OneStream, batch: Batch) -> Tensor:
-    """`[M, D]`: the states of the masked regions."""
-    read = model.encode(batch, masked=IMAGE)
-    rows = batch.masked_regions.places.rows(read.layout, IMAGE)
-    return vk.take_rows(read.hidden, rows, impl=model.impl)
 
 
 @dataclass(frozen=True)
@@ -27,7 +19,7 @@ class MaskedRegionFeaturesObjective:
     too)."""
 
     def __call__(self, model: OneStream, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        predicted = widened(model.region_features(masked_states(model, batch)))
+        predicted = widened(model.region_features(model.masked_region_states(batch)))
         rows = batch.masked_regions.places.rows(batch.image_layout)
         targets = batch.image.features[rows].to(predicted.dtype)
         total = F.mse_loss(predicted, targets, reduction="sum") / targets.shape[1]
@@ -50,7 +42,7 @@ class MaskedRegionClassesObjective:
 
 def class_logits(model: OneStream, batch: Batch) -> Tensor:
     """`[M, C]`: the classes of the masked regions."""
-    return widened(model.region_class_head.logits(masked_states(model, batch)))
+    return widened(model.region_class_head.logits(model.masked_region_states(batch)))
 
 
 def best_classes(labels: Tensor) -> Tensor:

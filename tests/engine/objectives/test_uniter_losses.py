@@ -9,7 +9,7 @@ import vlkernels as vk
 from random_pairs import TASKS, packed, random_pairs, region_batch, small_one_stream
 from torch.nn import functional as F
 
-from engine.batch import Batch, MaskedRegions, MaskedWords, Places, Regions
+from engine.batch import IMAGE, TEXT, Batch, MaskedRegions, MaskedWords, Places, Regions
 from engine.models.heads import MaskedLanguageHead
 from engine.models.transformer import Tokens
 from engine.objectives import build_objectives
@@ -42,7 +42,11 @@ def places(*pairs: tuple[int, int]) -> Places:
 def model_of(hidden: torch.Tensor, batch: Batch, **heads) -> SimpleNamespace:
     """What objectives ask of a model; its states are these whatever it reads."""
     tokens = Tokens(hidden, batch.layout)
-    read = {"encode": lambda *_, **__: tokens, "encode_masked_words": lambda *_: tokens}
+    read = {
+        "encode": lambda *_: tokens,
+        "masked_word_states": lambda _: hidden[batch.masked_words.places.rows(batch.layout, TEXT)],
+        "masked_region_states": lambda _: hidden[batch.masked_regions.places.rows(batch.layout, IMAGE)],
+    }
     return SimpleNamespace(impl="auto", **read, **heads)
 
 
