@@ -28,9 +28,7 @@ class RecordFault(Exception):
     """A record that cannot be used: its name and the reason."""
 
     def __init__(self, key: str, reason: str) -> None:
-        super().__init__(
-            key, reason
-        )  # both as arguments, so that the exception survives pickling between processes
+        super().__init__(key, reason)  # both, so that it survives pickling between processes
         self.key = key
         self.reason = reason
 

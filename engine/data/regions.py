@@ -81,9 +81,8 @@ def select_regions(
     """
     confidence = _confidence(key, arrays)
     count = count_regions(key, arrays, options) if count is None else count
-    chosen = np.argsort(-confidence, kind="stable")[
-        :count
-    ]  # the first ones where they are sorted, as UNITER's are
+    # the first ones where they are sorted, as UNITER's are
+    chosen = np.argsort(-confidence, kind="stable")[:count]
 
     def rows(name: str, *widths: int) -> np.ndarray:
         table = _array(key, arrays, name)
@@ -116,9 +115,8 @@ def _array(key: str, arrays: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 
 def _finite(key: str, name: str, values: np.ndarray) -> np.ndarray:
-    if (
-        not np.isfinite(values.sum()) and (broken := values[~np.isfinite(values)]).size
-    ):  # the sum may overflow alone
+    # the sum may overflow alone
+    if not np.isfinite(values.sum()) and (broken := values[~np.isfinite(values)]).size:
         raise RecordFault(
             key, f"{name} holds {broken.size} values that are not finite, the first is {broken[0]}"
         )

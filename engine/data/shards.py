@@ -71,10 +71,7 @@ class ShardSource:
     With `regions` a record's picture is the regions in its KEY.npz.
     """
 
-    picture_roles = {
-        False: "image",
-        True: "regions",
-    }  # what a run without and one with regions needs of a record
+    picture_roles = {False: "image", True: "regions"}  # what a run without and one with regions needs
     reader = "npz"  # what makes the regions; a stored index is of one reader
 
     def __init__(

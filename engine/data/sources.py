@@ -119,16 +119,12 @@ class JoinedSources:
 
     def index(self, tokenizer: Tokenizer, max_tokens: int) -> ExampleIndex:
         parts = [source.index(tokenizer, max_tokens) for source in self.sources]
-        starts, first_images = self._starts.astype(np.int32), self._first_images.astype(np.int32)
+        starts, firsts = (counts[:-1].astype(np.int32) for counts in (self._starts, self._first_images))
         return ExampleIndex(
-            records=np.concatenate(
-                [part.records + start for part, start in zip(parts, starts, strict=False)]
-            ),
+            records=np.concatenate([part.records + start for part, start in zip(parts, starts, strict=True)]),
             captions=np.concatenate([part.captions for part in parts]),
             tokens=np.concatenate([part.tokens for part in parts]),
-            images=np.concatenate(
-                [part.images + start for part, start in zip(parts, first_images, strict=False)]
-            ),
+            images=np.concatenate([part.images + start for part, start in zip(parts, firsts, strict=True)]),
             regions=np.concatenate([part.regions for part in parts]),
         )
 
