@@ -28,11 +28,6 @@ def gather_tokens(tokens: Tokens, group: dist.ProcessGroup) -> Tokens:
     return Tokens(hidden, layout.to(tokens.hidden.device, non_blocking=True))
 
 
-def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Equally many rows of every rank, in rank order, without gradients."""
-    return _gather_equal(x.detach(), group)
-
-
 def _gather_equal(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = [
         torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))
