@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.data import RecordFault, load_source
-from engine.data.regions import ARRAYS, MAX_BYTES, read_npz, select_regions
+from engine.data.regions import ARRAYS, MAX_BYTES, number_used, read_npz, select_regions
 from engine.data.sources import JoinedSources
 from engine.sections import Regions
 from tests.engine.data.region_files import npz, region_arrays, tokenizer_of
@@ -34,6 +34,10 @@ def test_as_many_regions_are_used_as_uniter_uses(count, sure, used):
     assert np.array_equal(found.features, arrays["features"][:used].astype(np.float32))
     assert np.array_equal(found.soft_labels, arrays["soft_labels"][:used].astype(np.float32))
     assert {part.dtype for part in (found.features, found.boxes, found.soft_labels)} == {np.dtype(np.float32)}
+
+
+def test_the_limit_of_confidence_is_not_above_itself():
+    assert number_used(np.asarray([0.9, 0.5, 0.4]), Regions(confidence=0.5, min_count=1, max_count=9)) == 1
 
 
 def test_the_area_is_the_seventh_value_of_a_box_whether_six_or_seven_come():

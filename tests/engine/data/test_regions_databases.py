@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 
 import lz4.frame
 import msgpack
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from engine.data import DataError, RecordFault, held_out_batches, load_source
+from engine.data.lmdb_file import open_lmdb
 from engine.data.sources import JoinedSources, PermutedCaptions
 from engine.data.uniter_images import read_msgpack
 from engine.sections import Regions
@@ -109,12 +111,23 @@ def test_the_index_knows_all_lengths(databases, workshop, store, monkeypatch):
     assert source.index(TOKENIZER, 64).regions.tolist() == list(PICTURES.values())
 
 
+def test_the_index_follows_the_pictures(databases, workshop):
+    """Another image database under the same name; the texts are as they were."""
+    assert databases.write(counts=False).open(workshop).index(TOKENIZER, 64).regions.tolist() == [12, 13, 14, 15]
+    open_lmdb.cache_clear()
+    shutil.rmtree(databases.images)
+    write_images(databases.images, {name: npz(small(1, 11)) for name in PICTURES})
+    assert databases.open(workshop).index(TOKENIZER, 64).regions.tolist() == [11] * 4
+
+
 def test_stored_counts_are_used_as_the_original_uses_them(databases, workshop):
     databases.write()
     (databases.images / "nbb_th0.2_max100_min10.json").write_text(json.dumps(dict.fromkeys(PICTURES, 11)))
     source = databases.open(workshop)
     assert source.index(TOKENIZER, 64).regions.tolist() == [11] * 4
     assert [len(source.detections(image)[1].boxes) for image in range(4)] == [11] * 4
+    (databases.images / "nbb_th0.2_max100_min10.json").write_text(json.dumps(dict.fromkeys(PICTURES, 101)))
+    assert databases.open(workshop, max_records=3).index(TOKENIZER, 64).regions.tolist() == [100] * 3
 
 
 def test_texts_longer_than_the_limit_are_left_out_not_cut(databases, workshop):
@@ -182,11 +195,11 @@ def test_another_tokenizer_is_refused_in_one_line(databases, workshop, meta, dif
     assert "\n" not in str(caught.value)
 
 
-def test_another_tokenizer_is_refused_for_held_out_texts(databases, workshop):
+def test_another_tokenizer_is_refused_for_held_out_texts(databases, workshop, tmp_path):
     """Ids that both have would be read as other words."""
-    databases.write(workshop_texts={"1": ([7], "coco_000000000000.npz")}, CLS=101)
-    alone, config = databases.open(workshop), region_run()
-    for source in (alone, JoinedSources([alone, alone]), PermutedCaptions(alone, seed=0)):
+    alone, fits = databases.write(CLS=101).open(workshop), Databases(tmp_path / "fits").write().open(workshop)
+    config = region_run()
+    for source in (alone, JoinedSources([fits, alone]), PermutedCaptions(alone, seed=0)):
         with pytest.raises(DataError, match=r"txt.db was made with another tokenizer"):
             next(held_out_batches(config, source, TOKENIZER, 4, "masked_language"))
 

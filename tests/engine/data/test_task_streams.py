@@ -21,7 +21,7 @@ from engine.data import (
     training_stream,
 )
 from engine.data.streams import task_streams
-from tests.engine.data.region_set import CLASSES, TASKS, TOKENIZER, RegionSet, region_run, sets_of
+from tests.engine.data.region_set import CLASSES, TASKS, TOKENIZER, WORDS, RegionSet, region_run, sets_of
 
 
 def windows_of(config, steps, step=0, world=1, sets=None):
@@ -237,6 +237,25 @@ def test_what_cannot_be_trained_is_told_in_one_line():
     config.train.buckets.tokens = 20
     with pytest.raises(DataError, match="must hold train.buckets.multiple = 2 examples of 17 tokens, .* one"):
         windows_of(config, 1)
+
+
+def test_the_budget_holds_the_longest_text_with_the_largest_picture_where_any_may_meet():
+    """The first epoch may not have drawn them together; a later one does."""
+    source = RegionSet(records=60)
+    source.texts_of[0] = [" ".join(WORDS)]
+    index = source.index(TOKENIZER, 64)
+    words = index.tokens - 2
+    short = min(range(source.num_images), key=lambda image: words[index.images == image].max())
+    source.counts = np.where(np.arange(source.num_images) == short, 12, 3)
+    together = int((words + source.counts[index.images]).max())
+    assert together < words.max() + 12
+    for task, needed in (("random_matching", words.max() + 12), ("masked_language", together)):
+        config = region_run({"one": {task: 1.0}})
+        config.train.buckets.tokens = 2 * int(needed)
+        windows_of(config, 1, sets=sets_of(config, one=source))
+        config.train.buckets.tokens -= 1
+        with pytest.raises(DataError, match=f"2 examples of {needed} tokens, the longest of one"):
+            windows_of(config, 1, sets=sets_of(config, one=source))
 
 
 def test_faults_of_several_sets_count_together():
