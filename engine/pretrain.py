@@ -23,6 +23,7 @@ from engine.data import (
     Source,
     Tokenizer,
     TrainingSets,
+    check_streams,
     held_out_batches,
     load_source,
     load_tokenizer,
@@ -98,7 +99,7 @@ def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[TrainingS
             begun = known.exists() and has_checkpoint(start)
             (load_tokenizer(known) if begun else make_tokenizer(config, sets)).save(own)
         tokenizer = load_tokenizer(own)
-        sets.index(config, tokenizer)  # here, so that one process writes what the others then find on disk
+        check_streams(config, sets, held_out, tokenizer)  # indices too: what one process writes the others find
         return sets, held_out, tokenizer
 
     return ranks.main_first(open_once)

@@ -7,7 +7,7 @@ from engine.data.records import DataError, FaultLedger, Record, RecordFault, Reg
 from engine.data.samples import image_transform
 from engine.data.sets import TrainingSet, TrainingSets, load_training_sets, make_tokenizer
 from engine.data.sources import load_source
-from engine.data.streams import held_out_batches, training_stream
+from engine.data.streams import check_streams, held_out_batches, training_stream
 from engine.data.tokenization import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Tokenizer",
     "TrainingSet",
     "TrainingSets",
+    "check_streams",
     "collate",
     "held_out_batches",
     "image_transform",

@@ -190,6 +190,15 @@ def training_stream(
         yield window
 
 
+def check_streams(config: Config, sets: TrainingSets, held_out: Source, tokenizer: Tokenizer) -> None:
+    """Refuse before anything is trained what training or evaluation could not read."""
+    task_streams(config, sets, tokenizer)
+    for task in [None] if config.data.regions is None else config.objectives.active:
+        if next(held_out_batches(config, held_out, tokenizer, 1, task), None) is None:
+            purpose = "" if task is None else f" for objectives.{task}"
+            raise DataError(f"data.held_out has no usable pair{purpose}: {held_out.ledger.summary()}")
+
+
 def leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and schedulers signal a whole process group; a run that stops after its step needs its workers till
     then. They end with the loader, or with the process that started them."""

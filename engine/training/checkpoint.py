@@ -157,6 +157,7 @@ def plan_by_step(config: Config) -> dict[str, Any]:
         return {"data.sets": None, "train.buckets": None}
     return {
         "data.sets": {name: one.tasks for name, one in (data.sets or {}).items()},
+        "the order of tasks": [f"{name} {task}" for name, one in (data.sets or {}).items() for task in one.tasks],
         "data.regions": data.regions and asdict(data.regions),
         "data.max_caption_tokens": data.max_caption_tokens,
         "train.buckets": train.buckets and asdict(train.buckets),

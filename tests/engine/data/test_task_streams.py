@@ -15,6 +15,7 @@ from engine.data import (
     DataError,
     TrainingSet,
     TrainingSets,
+    check_streams,
     held_out_batches,
     load_training_sets,
     make_tokenizer,
@@ -237,6 +238,22 @@ def test_what_cannot_be_trained_is_told_in_one_line():
     config.train.buckets.tokens = 20
     with pytest.raises(DataError, match="must hold train.buckets.multiple = 2 examples of 17 tokens, .* one"):
         windows_of(config, 1)
+
+
+def test_what_training_or_evaluation_cannot_read_is_told_before_they_begin():
+    config = region_run({"one": {task: 1.0 for task in TASKS}})
+    sets, good = sets_of(config), RegionSet()
+    check_streams(config, sets, good, TOKENIZER)
+    for held_out, line in (
+        (RegionSet(soft_labels=False), "no soft labels, which masked_region_classes needs"),
+        (RegionSet(records=1), "data.held_out must have at least 2, got 1"),
+        (RegionSet(broken=range(40)), "data.held_out has no usable pair for objectives.masked_language"),
+    ):
+        with pytest.raises(DataError, match=line):
+            check_streams(config, sets, held_out, TOKENIZER)
+    config.train.buckets.tokens = 20
+    with pytest.raises(DataError, match="must hold train.buckets.multiple"):
+        check_streams(config, sets, good, TOKENIZER)
 
 
 def test_the_budget_holds_the_longest_text_with_the_largest_picture_where_any_may_meet():

@@ -23,7 +23,12 @@ MASKED = Objectives(contrastive=None, matching=None)
 
 
 def one_set(words: float) -> Data:
-    return Data(regions=Regions(), sets={"all": DataSet("builtin-scenes", {"masked_language": words})})
+    return sets_named("all", words=words)
+
+
+def sets_named(*names: str, words: float = 1.0) -> Data:
+    one = DataSet("builtin-scenes", {"masked_language": words})
+    return Data(regions=Regions(), sets={name: one for name in names})
 
 
 def losses(output: Path, name: str = "run") -> dict[int, float]:
@@ -146,6 +151,14 @@ def test_a_checkpoint_of_another_plan_is_one_clear_line(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"cannot resume from .*step_00000001: {line}"):
             train(**{**base, **change})
+
+
+def test_sets_in_another_order_are_another_plan(tmp_path):
+    """Their streams are numbered, so another order draws other examples."""
+    base = {"output": str(tmp_path), "max_steps": 1, "model": ONE_STREAM, "objectives": MASKED, "buckets": Buckets(64)}
+    train(**base, data=sets_named("one", "other"))
+    with pytest.raises(ValueError, match=r"the order of tasks was \['one masked_language', 'other .* is \['other"):
+        train(**base, data=sets_named("other", "one"))
 
 
 def test_a_kill_at_any_moment_loses_nothing_saved(tmp_path, monkeypatch):

@@ -63,14 +63,14 @@ def test_a_run_leaves_its_folder_and_its_result(tmp_path, cache, capsys):
 
 
 def test_faults_of_shards_and_of_held_out_records_are_told(tmp_path, cache, capsys):
-    """What the index of a shard finds is told at the start; too many broken held-out records end in one line."""
+    """At the start, where too many of them are one line, and those that evaluation meets later then."""
     shard, damaged = tmp_path / "own.tar", tmp_path / "damaged.tar"
-    for path, broken in ((shard, 0), (damaged, 3)):
+    for path, broken in ((shard, ()), (damaged, (0, 1, 4))):
         with tarfile.open(path, "w") as tar:
             for number in range(6):
                 image = io.BytesIO()
                 Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(image, "PNG")
-                picture = image.getvalue()[: 30 if number < broken else None]
+                picture = image.getvalue()[: 30 if number in broken else None]
                 members = {"png": picture, "txt": b"red number %d" % number, "pkl": b"."}
                 for suffix, data in members.items():
                     member = tarfile.TarInfo(f"{number}.{suffix}")
@@ -80,8 +80,11 @@ def test_faults_of_shards_and_of_held_out_records_are_told(tmp_path, cache, caps
     assert main(argv) == 0
     told = capsys.readouterr().out
     assert f"{shard}/0.pkl: a pickle, never opened" in told
-    assert f"held-out data: {damaged}/0: image cannot be decoded" in told
-    assert main([*argv, "--data.fault_limit", "7"]) == 1
+    assert f"{damaged}/0: image cannot be decoded" in told
+    assert f"held-out data: {damaged}/4: image cannot be decoded" in told
+    with pytest.raises(SystemExit) as stopped:
+        main([*argv, "--data.fault_limit", "7"])
+    assert stopped.value.code == 2
     err = capsys.readouterr().err
     assert "more than data.fault_limit = 7" in err and err.count("\n") == 1, err
 
