@@ -68,6 +68,7 @@ test-gpu: setup
 bench: setup
 	$(RUN) -m benchmarks.run --device cpu
 	$(RUN) -m benchmarks.plain_quickstart
+	$(RUN) -m benchmarks.uniter_step
 
 bench-gpu: setup
 	$(RUN) -m benchmarks.run --device cuda

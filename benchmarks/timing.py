@@ -42,11 +42,15 @@ def _summary(seconds: list[float]) -> Timing:
     return Timing(median, low, high, len(seconds))
 
 
+def host_seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
 class _HostClock:
     def measure(self, call: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
+        return host_seconds(call)
 
 
 class _CudaClock:

@@ -7,6 +7,7 @@ from random_pairs import SIZES, packed, random_pairs, small_one_stream
 
 from benchmarks.plain_uniter import PlainUniter, region_states, word_states
 from benchmarks.uniter_pairs import pad
+from benchmarks.uniter_step import engine_name, load_engine_weights
 from engine.batch import IMAGE
 from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching
@@ -22,25 +23,9 @@ CASES = {
 DTYPES = [(torch.float64, 1e-9), (torch.float32, 3e-4)]
 
 
-def our_name(name: str) -> str:
-    """The packed model's parameter for one of the plain model's."""
-    for theirs, ours in (
-        ("text_embedder.words.weight", "text_embedder.tables.0"),
-        ("text_embedder.positions.weight", "text_embedder.tables.1"),
-        ("text_embedder.types.weight", "text_embedder.tables.2"),
-        ("embedder.norm.", "embedder."),
-        ("region_class_head.0.", "region_class_head."),
-        ("region_class_head.1.", "region_class_head.classifier."),
-    ):
-        name = name.replace(theirs, ours)
-    return name
-
-
 def same_models(dtype: torch.dtype):
     ours, plain = small_one_stream(dtype=dtype), PlainUniter(SIZES).to(dtype)
-    weights = ours.state_dict()
-    plain.load_state_dict({name: weights.pop(our_name(name)) for name in plain.state_dict()})
-    assert not weights, "the plain model has no place for these"
+    load_engine_weights(plain, ours)
     return ours, plain
 
 
@@ -100,7 +85,7 @@ def test_losses_and_gradients(case, recompute, dtype, tolerance):
         losses[name].backward(retain_graph=True)
         expected[theirs].backward(retain_graph=True)
         for parameter_name, parameter in plain.named_parameters():
-            mine = gradients[our_name(parameter_name)].grad
+            mine = gradients[engine_name(parameter_name)].grad
             if parameter.grad is None:
                 assert mine is None, f"{parameter_name} takes no part in {name}"
                 continue
