@@ -14,7 +14,7 @@ import numpy as np
 import triton
 import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, InterpreterError, TensorHandle
 
 from vlkernels.core import triton_runtime
 
@@ -30,8 +30,28 @@ def install() -> None:
     InterpreterBuilder.create_dot = _dot
     for name in ("binary_op", "unary_op"):
         setattr(InterpreterBuilder, name, _refusing_bfloat16(name, getattr(InterpreterBuilder, name)))
+    InterpretedFunction.__call__ = _call
     triton_interpreter._patch_lang_tensor = _with_index(triton_interpreter._patch_lang_tensor)
     triton_runtime.serve_interpreted()
+
+
+def _call(function: InterpretedFunction, *arguments: Any, **options: Any) -> Any:
+    """A device function. Triton patches its language again for each call; the launch has done so, and once will do."""
+    if function.fn.__module__.startswith("triton."):
+        _patch_own_module(function.fn.__module__, function)
+    try:
+        return function.rewrite()(*arguments, **options)
+    except Exception as error:
+        raise InterpreterError(repr(error)) from error
+
+
+_patched: set[str] = set()
+
+
+def _patch_own_module(name: str, function: InterpretedFunction) -> None:
+    if name not in _patched:
+        _patched.add(name)
+        triton_interpreter._patch_lang(function.fn)
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:

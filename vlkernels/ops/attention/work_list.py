@@ -190,7 +190,7 @@ def _tiles(
     group = group.clamp(max=past.numel() - 1)
     tiles = fields[group]
     # The last tile of a group comes first: below a diagonal it has most to do.
-    tiles[:, 0] += (past[group] - 1 - number) * block
+    tiles.select(1, 0).add_((past[group] - 1 - number) * block)
     return torch.where(real[:, None], tiles, 0)
 
 
