@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 import vlkernels as vk
-from vlkernels.core import random, triton_math
+from vlkernels.core import random, triton_math, triton_runtime
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def test_softmax_over_tiles(hidden):
     if hidden:
         scores[:8, :64] = -torch.inf  # rows that see nothing in their first tiles
     result, lse = torch.empty(16), torch.empty(16)
-    softmax_kernel[(1,)](scores, result, lse, 0.25 * triton_math.LOG2_E, 96, 16, 32, hidden)
+    softmax_kernel[(1,)](scores, result, lse, 0.25 * triton_runtime.LOG2_E, 96, 16, 32, hidden)
     exact = 0.25 * scores.double()
     torch.testing.assert_close(lse, exact.logsumexp(1).float())
     torch.testing.assert_close(result, (exact.softmax(1) @ torch.arange(96.0, dtype=torch.float64)).float())

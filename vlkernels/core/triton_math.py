@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vlkernels.core import random
+from vlkernels.core import random, triton_runtime
 
 ROUNDS = tl.constexpr(random.ROUNDS)
 MULTIPLIER_0, MULTIPLIER_1 = (tl.constexpr(word) for word in random.MULTIPLIERS)
@@ -13,8 +13,7 @@ WEYL_0, WEYL_1 = (tl.constexpr(word) for word in random.WEYL)
 COLUMNS_PER_CALL = tl.constexpr(random.COLUMNS_PER_CALL)
 MAX_STREAMS = tl.constexpr(random.MAX_STREAMS)
 
-LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E, LN_2 = tl.constexpr(triton_runtime.LOG2_E), tl.constexpr(triton_runtime.LN_2)
 
 
 @triton.jit
@@ -58,8 +57,10 @@ def keep_block(key0, key1, stream, head, sample, position, first_column, thresho
         low, high = tl.where(word == 0, w0[:, :, None], w1[:, :, None]), tl.where(word == 2, w2[:, :, None], w3[:, :, None])
     kept = ((tl.where(word < 2, low, high) >> shift) & 0xFF) >= threshold
     if BY_COLUMN:
-        return tl.reshape(kept, [COLUMNS, position.shape[0]])
-    return tl.reshape(kept, [position.shape[0], COLUMNS])
+        block = tl.reshape(kept, [COLUMNS, position.shape[0]])
+    else:
+        block = tl.reshape(kept, [position.shape[0], COLUMNS])
+    return block
 
 
 @triton.jit

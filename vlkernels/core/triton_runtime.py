@@ -16,6 +16,9 @@ OLDEST_ARCHITECTURE = 80
 # The interpreter runs the tiles that a Hopper card would: what is proven without a card is what runs on one.
 INTERPRETED_ARCHITECTURE = 90
 
+# Softmax in powers of two: a scale holds log2 e, a logarithm is turned back by ln 2.
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
+
 _interpreted = False
 
 

@@ -49,6 +49,12 @@ def _cross(fill: InputMaker) -> Arguments:
     return {**_streams(fill, layout, keys, (2, 2), 8), "kv_layout": keys, "mask": SegmentMask([["full"], ["causal"]])}
 
 
+def _ends_aligned(fill: InputMaker) -> Arguments:
+    """Causal across streams, over more keys than a tile of any kernel holds."""
+    layout, keys = fill.layout([[66], [135], [3]]), fill.layout([[128], [70], [65]])
+    return {**_streams(fill, layout, keys, (1, 1), 16), "kv_layout": keys, "mask": SegmentMask.causal()}
+
+
 def _negatives(fill: InputMaker) -> Arguments:
     layout, keys = fill.layout([[4], [2], [5], [3], [1], [6]]), fill.layout([[4, 3], [2, 6], [17, 0]])
     index = fill.integers(0, 3, (6,), dtype=torch.int32)
@@ -150,7 +156,9 @@ SPECS = (
             Case("causal", _self(mask=SegmentMask.causal(2), softmax_scale=0.5)),
             Case("holes", _self([[3, 4, 5], [0, 20, 1], [6, 0, 2]], mask=HOLES)),
             Case("grouped_heads", _self(heads=(6, 2), width=5, mask=SegmentMask.causal(2))),
+            Case("longer_than_a_tile", _self([[70, 130], [1, 64]], heads=(1, 1), width=16, mask=SegmentMask.prefix_lm())),
             Case("cross", _cross),
+            Case("ends_aligned", _ends_aligned),
             Case("negatives", _negatives),
             Case("dropout", _dropped),
             Case("dropout_negatives", _dropped_negatives),

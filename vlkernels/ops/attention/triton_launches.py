@@ -10,14 +10,13 @@ from torch import Tensor
 
 from vlkernels.core import triton_runtime
 from vlkernels.core.random import COLUMNS_PER_CALL, dropout_scale, dropout_threshold
-from vlkernels.core.triton_runtime import Launch
+from vlkernels.core.triton_runtime import LOG2_E, Launch
 from vlkernels.ops.attention import work_list
 from vlkernels.ops.attention.tile_sizes import MOST_HEAD_DIM, padded_head_dim, tile_sizes
 from vlkernels.ops.attention.torch_kernels import split
 from vlkernels.ops.attention.work_list import Side, Streams
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOG2_E = 1.4426950408889634
 
 
 def refusal(facts: Mapping[str, Any]) -> str | None:
