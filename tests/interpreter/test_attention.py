@@ -7,6 +7,7 @@ import torch
 
 import vlkernels as vk
 from tests.ops import test_attention as shared
+from tests.ops.test_contract import RawCalls
 from vlkernels.core import dispatch, triton_runtime
 from vlkernels.ops.attention import reference, spec, tile_sizes, triton_kernels, triton_launches
 from vlkernels.testing import contract
@@ -23,6 +24,16 @@ CALLS = [(*names, torch.float32) for names in CASES] + [
 @pytest.mark.parametrize("op, name, dtype", CALLS)
 def test_contract(op, name, dtype):
     contract.verify(SPECS[op], CASES[op, name], dtype, "triton")
+
+
+def test_the_raw_ops_keep_their_schemas():
+    recorder = RawCalls()
+    with recorder:
+        qkv = torch.randn(6, 3, 1, 16, requires_grad=True)
+        vk.attention_qkvpacked(qkv, layout=vk.SegmentLayout([[4, 1]], capacity=6), impl="triton").sum().backward()
+    assert len(recorder.calls) == 2
+    for op, arguments in recorder.calls.items():
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -25,7 +25,9 @@ def draw_kernel(state, sample_ids, positions, kept, stream, head, first_column, 
 
 
 @pytest.mark.parametrize("by_column", (False, True))
-@pytest.mark.parametrize("seed, step, stream, head, first", ((1234, 0, 0, 0, 0), (-5, 7, 65535, 63, 48), (2**61 + 11, 2**33, 7, 2, 1600)))
+@pytest.mark.parametrize(
+    "seed, step, stream, head, first", ((1234, 0, 0, 0, 0), (-5, 7, 65535, 63, 48), (2**61 + 11, 2**33, 7, 2, 1600))
+)
 def test_the_draw_is_that_of_core_random(by_column, seed, step, stream, head, first):
     rng = vk.Rng(seed)
     rng.advance(step)
@@ -33,7 +35,8 @@ def test_the_draw_is_that_of_core_random(by_column, seed, step, stream, head, fi
     samples = torch.tensor([3, 2**31 - 1], dtype=torch.int32)
     positions = torch.randint(0, 100_000, (rows,), dtype=torch.int32)
     kept = torch.empty(2, rows, columns, dtype=torch.bool)
-    draw_kernel[(2,)](rng.state, samples, positions, kept, stream, head, first, random.dropout_threshold(p), rows, columns, by_column)
+    threshold = random.dropout_threshold(p)
+    draw_kernel[(2,)](rng.state, samples, positions, kept, stream, head, first, threshold, rows, columns, by_column)
     wanted = random.keep_mask(
         rng.state, stream, samples[:, None, None], positions[:, None], first + torch.arange(columns), p, head
     )

@@ -29,8 +29,10 @@ def draw_streams(seed):
     elif segments == 1:
         layout = keys = vk.SegmentLayout.padded(layout.lengths[:, 0], longest)
     if keys.num_samples != samples or draw.random() < 0.4:
-        index = torch.tensor([draw.randrange(keys.num_samples) for _ in range(samples)], dtype=draw.choice((torch.int32, torch.int64)))
-    rows = [[draw.choice(CELLS if keys is not layout or q == k else CELLS[:2]) for k in range(keys.num_segments)] for q in range(segments)]
+        index = torch.tensor([draw.randrange(keys.num_samples) for _ in range(samples)])
+        index = index.to(draw.choice((torch.int32, torch.int64)))
+    columns = range(keys.num_segments)
+    rows = [[draw.choice(CELLS if keys is not layout or q == k else CELLS[:2]) for k in columns] for q in range(segments)]
     mask = draw.choice((vk.SegmentMask(rows), vk.SegmentMask([["full"] * keys.num_segments] * segments)))
     other = (None, None) if keys is layout else (keys.starts, keys.lengths)
     return Streams(layout.starts, layout.lengths, *other, index, mask.table("cpu"), layout.sample_ids), layout, keys, mask
@@ -52,7 +54,8 @@ def walk(side, block):
 @pytest.mark.parametrize("seed", range(60))
 def test_query_tiles_show_what_the_table_shows(seed):
     streams, layout, keys, mask = draw_streams(seed)
-    seen, written = torch.zeros(layout.num_tokens, keys.num_tokens, dtype=torch.int32), torch.zeros(layout.num_tokens, dtype=torch.int32)
+    seen = torch.zeros(layout.num_tokens, keys.num_tokens, dtype=torch.int32)
+    written = torch.zeros(layout.num_tokens, dtype=torch.int32)
     for tile, rows, runs in walk(work_list.query_side(streams, layout.num_tokens, 16), 16):
         for i in rows:
             written[i] += 1
@@ -67,7 +70,8 @@ def test_query_tiles_show_what_the_table_shows(seed):
 @pytest.mark.parametrize("seed", range(60))
 def test_key_tiles_show_what_the_table_shows(seed, multiple):
     streams, layout, keys, mask = draw_streams(seed)
-    seen, written = torch.zeros(layout.num_tokens, keys.num_tokens, dtype=torch.int32), torch.zeros(keys.num_tokens, dtype=torch.int32)
+    seen = torch.zeros(layout.num_tokens, keys.num_tokens, dtype=torch.int32)
+    written = torch.zeros(keys.num_tokens, dtype=torch.int32)
     for tile, rows, runs in walk(work_list.key_side(streams, keys.num_tokens, 16, multiple), 16):
         assert (tile["first"] - tile["origin"]) % multiple == 0
         for j in rows:
@@ -81,9 +85,10 @@ def test_key_tiles_show_what_the_table_shows(seed, multiple):
 
 def test_readers_come_in_their_order_and_runs_name_their_samples():
     layout, keys = vk.SegmentLayout([[2], [3], [4], [5]], sample_ids=[9, 8, 7, 6]), vk.SegmentLayout([[3], [20]])
-    index = torch.tensor([1, 0, 1, 1])
-    streams = Streams(layout.starts, layout.lengths, keys.starts, keys.lengths, index, vk.SegmentMask.full().table("cpu"), layout.sample_ids)
-    found = {t["origin"]: [(r["begin"], r["identity"]) for r in runs] for t, _, runs in walk(work_list.key_side(streams, 23, 32), 32)}
+    index, table = torch.tensor([1, 0, 1, 1]), vk.SegmentMask.full().table("cpu")
+    streams = Streams(layout.starts, layout.lengths, keys.starts, keys.lengths, index, table, layout.sample_ids)
+    tiles = walk(work_list.key_side(streams, 23, 32), 32)
+    found = {tile["origin"]: [(run["begin"], run["identity"]) for run in runs] for tile, _, runs in tiles}
     assert found == {0: [(2, 8)], 3: [(0, 9), (5, 7), (9, 6)]}
 
 

@@ -33,12 +33,15 @@ def draw_key(state):
     """The two words every draw of this step is keyed by, from ``Rng``'s [seed, step]."""
     seed, step = tl.load(state).to(tl.uint64), tl.load(state + 1).to(tl.uint64)
     zero = (seed * 0).to(tl.uint32)
-    low, high, _, _ = philox(seed.to(tl.uint32), (seed >> 32).to(tl.uint32), step.to(tl.uint32), (step >> 32).to(tl.uint32), zero, zero)
-    return low, high
+    seed_high, step_high = (seed >> 32).to(tl.uint32), (step >> 32).to(tl.uint32)
+    key0, key1, _, _ = philox(seed.to(tl.uint32), seed_high, step.to(tl.uint32), step_high, zero, zero)
+    return key0, key1
 
 
 @triton.jit
-def keep_block(key0, key1, stream, head, sample, position, first_column, threshold, COLUMNS: tl.constexpr, BY_COLUMN: tl.constexpr):
+def keep_block(
+    key0, key1, stream, head, sample, position, first_column, threshold, COLUMNS: tl.constexpr, BY_COLUMN: tl.constexpr
+):  # fmt: skip
     """bool: what dropout keeps of columns ``first_column ..`` of the rows ``position``, one draw for sixteen columns.
 
     ``[rows, COLUMNS]``, or ``[COLUMNS, rows]`` with ``BY_COLUMN``; ``first_column`` is a multiple of sixteen.

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import SegmentMask
 from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec, Peer
-from vlkernels.ops.attention import functional, reference
+from vlkernels.ops.attention import functional, reference, variants
 
 RAGGED = [[3, 5], [0, 4], [7, 0], [0, 0], [2, 2]]
 
@@ -167,6 +167,7 @@ SPECS = (
             Case("empty_batch", _empty),
         ),
         dtypes=DTYPES,
+        variants=variants.variants,
     ),
     OpSpec(
         name="attention_qkvpacked",

@@ -13,8 +13,8 @@ TILE_WIDTH, RUN_WIDTH = tl.constexpr(len(TILE_FIELDS)), tl.constexpr(len(RUN_FIE
 DRAWN_TOGETHER = tl.constexpr(COLUMNS_PER_CALL)
 NOTHING = tl.constexpr(-float("inf"))
 
-# Integers that change with lengths or tokens: specialising on them would compile a variant for each.
-UNSPECIALIZED = ("statistic_stride", "scale", "stream", "threshold", "keep_scale")
+# Numbers that differ between calls of one model: specialising on them would compile a variant for each.
+UNSPECIALIZED = ("statistic_stride", "stream", "threshold")
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _scores(q, k):
 
 @triton.jit
 def _key_range(run, first, last, sample_start, KEYS: tl.constexpr, DROPOUT: tl.constexpr):
-    """Where queries ``first .. last`` meet the keys of a run: (start, end of the tiles without a mask, end of all, run's fields)."""
+    """Where queries ``first .. last`` meet the keys of a run: (start, end of what needs no mask, end of all, its fields)."""
     begin, end, fixed, slope = tl.load(run), tl.load(run + 1), tl.load(run + 2), tl.load(run + 3)
     origin = tl.load(run + 4)
     start = begin
@@ -108,7 +108,7 @@ def forward_kernel(
 ):  # fmt: skip
     """out and lse of a tile of queries and a head."""
     tile = tiles + tl.program_id(0) * TILE_WIDTH
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     first, end, stop = tl.load(tile), tl.load(tile + 2), tl.load(tile + 3)
     if first >= stop:
         return
@@ -140,7 +140,7 @@ def forward_kernel(
     blind = (total == 0.0) | (queries >= end)
     share = tl.where(blind, 0.0, keep_scale / tl.where(blind, 1.0, total))
     lse = tl.where(blind, NOTHING, (highest + tl.log2(tl.where(blind, 1.0, total))) * triton_math.LN_2)
-    tl.store(lse_base + head.to(tl.int64) * statistic_stride + queries, lse, mask=queries < stop)
+    tl.store(lse_base + head * statistic_stride + queries, lse, mask=queries < stop)
     acc = tl.where(blind[:, None], 0.0, acc * share[:, None])
     _write_rows(out_base + head * out_head, acc, first, out_stride, first, stop, QUERIES, HEAD_DIM, WIDTH)
 
@@ -168,7 +168,7 @@ def _differentiate_scores(
     return dq
 
 
-@triton.jit(do_not_specialize=(*UNSPECIALIZED, "softmax_scale"))
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_gradient_kernel(
     q_base, k_base, v_base, out_base, do_base, lse_base, grad_lse_base, delta_base, dq_base, tiles, runs, rng_state,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride, out_head, do_stride, do_head, dq_stride, dq_head,
@@ -178,7 +178,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """dq of a tile of queries and a head; leaves delta for the kernel of the keys."""
     tile = tiles + tl.program_id(0) * TILE_WIDTH
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     first, end, stop = tl.load(tile), tl.load(tile + 2), tl.load(tile + 3)
     if first >= stop:
         return
@@ -190,7 +190,7 @@ def query_gradient_kernel(
     q = _rows(q_base + head * q_head, first, q_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
     do = _rows(do_base + head * do_head, first, do_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
     out = _rows(out_base + head * out_head, first, out_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
-    statistics = head.to(tl.int64) * statistic_stride
+    statistics = head * statistic_stride
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if GRAD_LSE:
         delta -= _statistics(grad_lse_base + statistics, queries, end, 0.0)
@@ -251,7 +251,7 @@ def _seen_by_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=(*UNSPECIALIZED, "softmax_scale"))
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def key_gradient_kernel(
     q_base, k_base, v_base, do_base, lse_base, delta_base, dk_base, dv_base, tiles, runs, rng_state,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride, do_head, dk_stride, dk_head, dv_stride, dv_head,
@@ -260,7 +260,7 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """dk and dv of a tile of keys and a key head: the sum over its query heads, readers and runs, in their order."""
     tile = tiles + tl.program_id(0) * TILE_WIDTH
-    key_head = tl.program_id(1)
+    key_head = tl.program_id(1).to(tl.int64)
     first, tile_begin, end, stop = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     if first >= stop:
         return
@@ -277,7 +277,7 @@ def key_gradient_kernel(
     first_run, last_run = tl.load(tile + 4), tl.where(first < end, tl.load(tile + 5), 0)
     for member in range(0, heads_per_key):
         head = key_head * heads_per_key + member
-        statistics = head.to(tl.int64) * statistic_stride
+        statistics = head * statistic_stride
         for number in range(first_run, last_run):
             run = runs + number * RUN_WIDTH
             run_begin, run_end, fixed, slope = tl.load(run), tl.load(run + 1), tl.load(run + 2), tl.load(run + 3)
@@ -297,5 +297,8 @@ def key_gradient_kernel(
                 key0, key1, stream, head, identity, first_column, origin, threshold, keep_scale,
                 QUERIES, KEYS, HEAD_DIM, WIDTH, False, DROPOUT,
             )  # fmt: skip
-    _write_rows(dk_base + key_head * dk_head, tl.where((keys < end)[:, None], dk * softmax_scale, 0.0), first, dk_stride, tile_begin, stop, KEYS, HEAD_DIM, WIDTH)
-    _write_rows(dv_base + key_head * dv_head, tl.where((keys < end)[:, None], dv, 0.0), first, dv_stride, tile_begin, stop, KEYS, HEAD_DIM, WIDTH)
+    owned = (keys < end)[:, None]
+    dk = tl.where(owned, dk * softmax_scale, 0.0)
+    dv = tl.where(owned, dv, 0.0)
+    _write_rows(dk_base + key_head * dk_head, dk, first, dk_stride, tile_begin, stop, KEYS, HEAD_DIM, WIDTH)
+    _write_rows(dv_base + key_head * dv_head, dv, first, dv_stride, tile_begin, stop, KEYS, HEAD_DIM, WIDTH)

@@ -12,7 +12,7 @@ from vlkernels.core import triton_runtime
 from vlkernels.core.random import COLUMNS_PER_CALL, dropout_scale, dropout_threshold
 from vlkernels.core.triton_runtime import LOG2_E, Launch
 from vlkernels.ops.attention import work_list
-from vlkernels.ops.attention.tile_sizes import MOST_HEAD_DIM, padded_head_dim, tile_sizes
+from vlkernels.ops.attention.tile_sizes import MOST_HEAD_DIM, TileSizes, padded_head_dim, tile_sizes
 from vlkernels.ops.attention.torch_kernels import split
 from vlkernels.ops.attention.work_list import Side, Streams
 
@@ -39,6 +39,7 @@ class Options(NamedTuple):
     softmax_scale: float
     dropout_p: float
     stream: int
+    architecture: int
 
     def drawn(self) -> tuple[int, int, float]:
         """The kernels' (stream, threshold, keep_scale)."""
@@ -65,8 +66,9 @@ def forward(
     if _nothing(q, starts):
         return out.zero_(), lse.fill_(-torch.inf)
     streams = Streams(starts, lengths, kv_starts, kv_lengths, kv_index, table, None if rng_state is None else sample_ids)
+    options = Options(rng_state, softmax_scale, dropout_p, stream, triton_runtime.architecture(q.device))
     with torch.cuda.device_of(q):
-        forward_launch(q, k, v, out, lse, streams, Options(rng_state, softmax_scale, dropout_p, stream)).run()
+        forward_launch(q, k, v, out, lse, streams, options).run()
     return out, lse
 
 
@@ -96,7 +98,7 @@ def backward(
     if _nothing(q, starts):
         return [grad.zero_() for grad in grads]
     streams = Streams(starts, lengths, kv_starts, kv_lengths, kv_index, table, None if rng_state is None else sample_ids)
-    options = Options(rng_state, softmax_scale, dropout_p, stream)
+    options = Options(rng_state, softmax_scale, dropout_p, stream, triton_runtime.architecture(q.device))
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = split(grads)
@@ -146,7 +148,7 @@ def key_gradient_launch(
 
 
 def _launch(
-    kernel: Any, side: Side, heads: int, arguments: tuple[Any, ...], q: Tensor, options: Options, sizes: Any, **flags: bool
+    kernel: Any, side: Side, heads: int, arguments: tuple[Any, ...], q: Tensor, options: Options, sizes: TileSizes, **flags: bool
 ) -> Launch:
     constants = {
         "QUERIES": sizes.queries,
@@ -159,8 +161,8 @@ def _launch(
     return Launch(kernel, (side.tiles.shape[0], heads), arguments, constants, sizes.warps, sizes.stages)
 
 
-def _sizes(kernel: str, q: Tensor, options: Options) -> Any:
-    return tile_sizes(kernel, q.dtype, q.shape[2], options.rng_state is not None, triton_runtime.architecture(q.device))
+def _sizes(kernel: str, q: Tensor, options: Options) -> TileSizes:
+    return tile_sizes(kernel, q.dtype, q.shape[2], options.rng_state is not None, options.architecture)
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -85,7 +85,7 @@ def _kept(kind: str, streams: Streams, tokens: int, block: int, multiple: int) -
 
 
 def _must_not_keep(tensor: Tensor) -> bool:
-    """A captured graph is replayed with other lengths in the same tensors; tensors of inference mode do not count their changes."""
+    """A captured graph is replayed with other lengths in the same tensors; inference tensors do not count their changes."""
     return tensor.is_inference() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
@@ -184,7 +184,8 @@ def _tiles(
     order = met.flatten().argsort(descending=True, stable=True)
     fields = _columns(begin, starts, end, stop, first_run, last_run, origin, identity).view(-1, len(TILE_FIELDS))[order]
     past = count[order].cumsum(0, dtype=torch.int32)
-    number = torch.arange((tokens + starts.numel() * (multiple - 1)) // block + starts.numel(), dtype=torch.int32, device=starts.device)
+    most = (tokens + starts.numel() * (multiple - 1)) // block + starts.numel()
+    number = torch.arange(most, dtype=torch.int32, device=starts.device)
     group = torch.searchsorted(past, number, right=True)
     real = group < past.numel()
     group = group.clamp(max=past.numel() - 1)
