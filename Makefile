@@ -1,5 +1,6 @@
 # make setup      .venv from requirements.lock, kernels compiled, vlkernels installed; the others do it first
 # make pretrain   train the quickstart
+# make uniter     train UNITER, small, on built-in scenes
 # make test       the test suite                 make test-gpu   the tests that need a card
 # make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
 # make static     compile the Triton kernels for three architectures: registers, spills, tensor-core instructions
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 SETUP ?= 1
 SHELL := /bin/bash
-.PHONY: setup build pretrain test test-gpu bench bench-gpu static clean
+.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu static clean
 
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
@@ -54,6 +55,9 @@ build:
 
 pretrain: setup
 	$(DEEPSPEED) engine/pretrain.py --config engine/recipes/quickstart.yaml
+
+uniter: setup
+	$(DEEPSPEED) engine/pretrain.py --config engine/recipes/uniter_scenes.yaml
 
 # Two workers of one thread each; the tests of a file share a worker and its fixtures.
 test: setup

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.plain_transformer import TiedHead, Transformer, attention_mask, padding_mask
 from benchmarks.provenance import RESULTS, ROOT, store
 from benchmarks.timing import interleaved
 from engine.batch import IMAGE, TEXT, Batch
 from engine.config import Config
-from engine.data import load_source, make_tokenizer, training_stream
+from engine.data import load_training_sets, make_tokenizer, training_stream
 from engine.models import VisionLanguageModel, build_model
 from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import Model, Stack
@@ -29,79 +30,6 @@ from engine.training import zero
 from engine.training.command_line import parse
 from engine.training.optimizer import make_optimizer
 from engine.training.step import agree, normalizers, run_window
-
-
-class Attention(nn.Module):
-    def __init__(self, stack: Stack, source_width: int | None = None):
-        super().__init__()
-        width = stack.width
-        self.norm = nn.LayerNorm(width, stack.eps)
-        self.output = nn.Linear(width, width)
-        if source_width is None:
-            self.query_key_value = nn.Linear(width, 3 * width)
-        else:
-            self.query = nn.Linear(width, width)
-            self.key_value = nn.Linear(source_width, 2 * width)
-        self.heads = stack.heads
-
-    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        batch, length, _ = x.shape
-        return x.view(batch, length, parts, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-        return self.output(attended.transpose(1, 2).flatten(2))
-
-    def forward(
-        self, x: Tensor, visible: Tensor | None, keys_values: tuple[Tensor, ...] | None = None
-    ) -> Tensor:
-        if keys_values is None:
-            return self.attend(*self.split(self.query_key_value(x), 3), visible)
-        return self.attend(*self.split(self.query(x), 1), *keys_values, visible)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, stack: Stack):
-        super().__init__()
-        self.norm = nn.LayerNorm(stack.width, stack.eps)
-        self.output = nn.Linear(stack.mlp_width, stack.width)
-        self.inner = nn.Linear(stack.width, stack.mlp_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(F.gelu(self.inner(x), approximate="tanh"))
-
-
-class Block(nn.Module):
-    def __init__(self, stack: Stack, source_width: int | None):
-        super().__init__()
-        self.self_attention = Attention(stack)
-        self.cross_attention = None if source_width is None else Attention(stack, source_width)
-        self.feed_forward = FeedForward(stack)
-
-    def forward(
-        self, x: Tensor, visible: Tensor | None, keys_values=None, source_visible: Tensor | None = None
-    ) -> Tensor:
-        x = x + self.self_attention(self.self_attention.norm(x), visible)
-        if self.cross_attention is not None:
-            x = x + self.cross_attention(self.cross_attention.norm(x), source_visible, keys_values)
-        return x + self.feed_forward(self.feed_forward.norm(x))
-
-
-class Transformer(nn.Module):
-    def __init__(self, stack: Stack, source_width: int | None = None):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(stack, source_width) for _ in range(stack.layers))
-        self.final_norm = nn.LayerNorm(stack.width, stack.eps)
-
-    def project_source(self, source: Tensor) -> list[tuple[Tensor, ...]]:
-        return [b.cross_attention.split(b.cross_attention.key_value(source), 2) for b in self.blocks]
-
-    def forward(
-        self, x: Tensor, visible: Tensor | None, source=None, source_visible: Tensor | None = None
-    ) -> Tensor:
-        for block, keys_values in zip(self.blocks, source or [None] * len(self.blocks), strict=True):
-            x = block(x, visible, keys_values, source_visible)
-        return self.final_norm(x)
 
 
 class Embedder(nn.Module):
@@ -139,17 +67,6 @@ class MatchingHead(nn.Module):
         return self.classifier(x[:, 0])
 
 
-class MaskedLanguageHead(nn.Module):
-    def __init__(self, width: int, vocab_size: int, eps: float):
-        super().__init__()
-        self.transform = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        return F.linear(self.norm(F.gelu(self.transform(x), approximate="tanh")), table, self.bias)
-
-
 class PlainModel(nn.Module):
     """Parameters are named as in `VisionLanguageModel`, so one's weights load into the other."""
 
@@ -165,7 +82,7 @@ class PlainModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.fusion = Transformer(fusion, image.width)
         self.matching_head = MatchingHead(fusion.width)
-        self.masked_language_head = MaskedLanguageHead(fusion.width, vocab_size, fusion.eps)
+        self.masked_language_head = TiedHead(fusion, vocab_size)
 
     def encode_text(self, ids: Tensor, visible: Tensor | None) -> Tensor:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
@@ -210,16 +127,6 @@ class PlainModel(nn.Module):
 def padded(rows: Tensor, counts: Tensor) -> Tensor:
     """What a padding collate function would have made: `[B, longest, ...]`, zeros behind each sample's rows."""
     return pad_sequence(rows.split(counts.tolist()), batch_first=True)
-
-
-def padding_mask(lengths: Tensor, longest: int) -> Tensor:
-    return torch.arange(longest) < lengths[:, None]
-
-
-def attention_mask(real: Tensor) -> Tensor | None:
-    """Broadcast over heads and queries; none where nothing is padded, which lets attention take its fast
-    road."""
-    return None if bool(real.all()) else real[:, None, None]
 
 
 def pick(mask: Tensor | None, index: Tensor) -> Tensor | None:
@@ -278,11 +185,11 @@ def main() -> int:
     options = parser.parse_args()
     config = parse(["--config", str(ROOT / "engine/recipes/quickstart.yaml"), f"--train.global_batch={options.pairs}"])
     ranks = zero.join(config)
-    source = load_source(config.data, "train", config.seed)
-    tokenizer = make_tokenizer(config, source)
+    sets = load_training_sets(config)
+    tokenizer = make_tokenizer(config, sets)
 
     def stream() -> Iterator[list[Batch]]:
-        return training_stream(config, source, tokenizer, ranks.rank, ranks.world, 0)
+        return training_stream(config, sets, tokenizer, ranks.rank, ranks.world, step=0, samples_seen=0)
 
     packed, plain = make_models(config, tokenizer.vocab_size)
     under_zero, _ = make_models(config, tokenizer.vocab_size)

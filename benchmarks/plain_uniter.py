@@ -1,7 +1,7 @@
 """UNITER in plain, padded PyTorch: the peer of the engine's step, and an oracle for its losses.
 
-Chen et al., 2020, "UNITER: UNiversal Image-TExt Representation Learning". Text and regions are embedded into one padded
-tensor, gathered so that padding stands at the end only, and read by BERT. `model(batch, task)` gives the task's losses.
+Chen et al., 2020, "UNITER: UNiversal Image-TExt Representation Learning". Text and regions are embedded into
+one padded tensor, gathered so that padding stands at the end only, and read by BERT.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.plain_transformer import HeadTransform, TiedHead, Transformer, attention_mask, padding_mask
-from engine.models.initialization import initialize
 from engine.sections import Stack
 
 TASKS = ("mlm", "mrfr", "mrc", "mrc_kl", "itm")
@@ -25,8 +24,8 @@ ALIGNMENT_WEIGHT = 0.1
 
 def bert(width: int, layers: int, heads: int, dropout: float = 0.1) -> Stack:
     return Stack(
-        width=width, layers=layers, heads=heads, mlp_width=4 * width, norm="post", eps=1e-12, activation="gelu",
-        dropout=dropout, attention_dropout=dropout,
+        width=width, layers=layers, heads=heads, mlp_width=4 * width,
+        norm="post", eps=1e-12, activation="gelu", dropout=dropout, attention_dropout=dropout,
     )  # fmt: skip
 
 
@@ -124,7 +123,11 @@ class PlainUniter(nn.Module):
         self.region_feature_head = TiedHead(sizes.stack, sizes.feature_values)
         self.region_class_head = nn.Sequential(HeadTransform(sizes.stack), nn.Linear(width, sizes.classes))
         self.matching_head = nn.Linear(width, 2)
-        initialize(self, initializer_range)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=initializer_range)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def encode(self, batch: PaddedBatch, ids: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
         """Hidden states `[B, joint_length, D]` of caption and regions; `masked` regions are hidden."""
@@ -167,7 +170,8 @@ class PlainUniter(nn.Module):
 
 
 def gather_index(batch: PaddedBatch) -> Tensor:
-    """`[B, joint_length]`: which column of padded text, then padded regions, stands where in the joint sequence."""
+    """`[B, joint_length]`: which column of padded text, then padded regions, stands where in the joint
+    sequence."""
     place = torch.arange(batch.joint_length)
     behind_text = place - batch.text_lengths[:, None]
     longest_text, most_regions = batch.text_ids.shape[1], batch.features.shape[1]
@@ -211,8 +215,8 @@ def optimal_transport(
     beta: float = 0.5,
     iterations: int = 50,
 ) -> Tensor:
-    """`[B]`: cost of moving each caption's words to its regions under cosine distance, in fp32 at least; no gradient
-    through the plan."""
+    """`[B]`: cost of moving each caption's words to its regions under cosine distance, in fp32 at least; no
+    gradient through the plan."""
     dtype = torch.promote_types(words.dtype, torch.float32)
     words, regions = (F.normalize(x.to(dtype), dim=-1, eps=1e-5) for x in (words, regions))
     real = real_words[:, :, None] & real_regions[:, None]

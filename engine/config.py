@@ -153,6 +153,10 @@ class Config:
         needed = objectives.need_joint if self.model.joint is None else objectives.need_towers
         kind = "model.joint" if self.model.joint is None else "towers, not model.joint"
         require(not needed, f"objectives.{' and objectives.'.join(needed)} need {kind}")
+        require(
+            self.model.joint is None or self.evaluation.zero_shot is None,
+            "evaluation.zero_shot compares features of two towers, which model.joint has not: set it to null",
+        )
         if sets is None:
             alone = len(objectives.active) == 1 or not objectives.need_joint
             names = " and ".join(f"objectives.{name}" for name in objectives.need_joint)

@@ -27,7 +27,8 @@ class Loaded(NamedTuple):
 
     model: VisionLanguageModel
     tokenizer: Tokenizer
-    transform: ImageTransform
+    transform: ImageTransform | None
+    """None where the model reads regions."""
 
 
 def export(folder: str | Path, model: VisionLanguageModel, config: Config, tokenizer: Tokenizer) -> None:
@@ -43,7 +44,8 @@ def export(folder: str | Path, model: VisionLanguageModel, config: Config, token
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
-    """The model of a run folder in evaluation mode, its tokenizer, its transform without random choices."""
+    """The model of a run folder in evaluation mode, its tokenizer, its transform of pictures without random
+    choices."""
     folder = Path(folder)
     missing = [name for name in (WEIGHTS, CONFIG, TOKENIZER) if not (folder / name).is_file()]
     if missing:
@@ -56,7 +58,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
     if differing:
         raise ValueError(f"{folder / WEIGHTS} does not fit the model of {CONFIG}: {', '.join(differing)}")
     model.load_state_dict(weights, strict=False)
-    return Loaded(model.to(device).eval(), tokenizer, image_transform(config))
+    transform = image_transform(config) if config.model.image is not None else None
+    return Loaded(model.to(device).eval(), tokenizer, transform)
 
 
 def distinct_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
@@ -77,6 +80,9 @@ def _rebuild_value(hint: Any, value: Any) -> Any:
     for kind in (hint, *typing.get_args(hint)):
         if isinstance(value, dict) and dataclasses.is_dataclass(kind):
             return rebuild(kind, value)
+        if isinstance(value, dict) and typing.get_origin(kind) is dict:
+            inner = typing.get_args(kind)[1]
+            return {name: _rebuild_value(inner, item) for name, item in value.items()}
         if isinstance(value, list) and typing.get_origin(kind) is tuple:
             return tuple(value)
     return value

@@ -9,6 +9,7 @@ configuration or the data, told in one line; 1 the run could not go on.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +22,18 @@ from engine.data import (
     DataError,
     Source,
     Tokenizer,
+    TrainingSets,
     held_out_batches,
     load_source,
     load_tokenizer,
+    load_training_sets,
     make_tokenizer,
     training_stream,
 )
 from engine.evaluation import describe, evaluate
 from engine.evaluation.zero_shot import find_classes
 from engine.export import export
+from engine.initial_weights import load_initial_weights
 from engine.models import build_model
 from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import require
@@ -48,20 +52,22 @@ def main(argv: list[str] | None = None) -> int:
     with one_line_errors():
         ranks = zero.join(config)
         start = open_run(config, ranks)
-        source, held_out, tokenizer = open_data(config, ranks, start)
-        engine, learning_rate = build_engine(config, ranks, tokenizer.vocab_size)
-        rng = engine.module.model.rng
+        sets, held_out, tokenizer = open_data(config, ranks, start)
         checkpoints = Checkpoints(config, ranks, Path(config.folder) / CHECKPOINTS)
-        progress = checkpoints.load(engine, rng, start / CHECKPOINTS) or Progress()
+        saved = checkpoints.newest(start / CHECKPOINTS)
+        engine, learning_rate = build_engine(config, ranks, tokenizer.vocab_size, new=saved is None)
+        rng = engine.module.model.rng
+        progress = checkpoints.load(saved, engine, rng) if saved else Progress()
         require_steps_left(config, progress)
 
     telemetry = Telemetry(config, ranks, progress.step)
-    telemetry.say(opening_line(config, ranks, engine, len(source), progress))
-    if found := [*source.ledger.faults, *held_out.ledger.faults]:
+    telemetry.say(opening_line(config, ranks, engine, sets, progress))
+    if found := [*sets.ledger.faults, *held_out.ledger.faults]:
         telemetry.warn(progress.step, "found in the data", found)
     evaluation = held_out_evaluation(config, ranks, engine, held_out, tokenizer, telemetry)
     trainer = Trainer(config, ranks, engine, rng, learning_rate, checkpoints, telemetry, progress, evaluation)
-    stream = training_stream(config, source, tokenizer, ranks.rank, ranks.world, progress.samples_seen)
+    done = {"step": progress.step, "samples_seen": progress.samples_seen}
+    stream = training_stream(config, sets, tokenizer, ranks.rank, ranks.world, **done)
     try:
         interruption = trainer.train(stream)
         if progress.step == config.train.total_steps:
@@ -78,11 +84,11 @@ def main(argv: list[str] | None = None) -> int:
         telemetry.close()
 
 
-def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[Source, Source, Tokenizer]:
+def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[TrainingSets, Source, Tokenizer]:
     """Training and held-out records, and the tokenizer: a new one, or the one the run began with."""
 
-    def open_once() -> tuple[Source, Source, Tokenizer]:
-        source = load_source(config.data, "train", config.seed)
+    def open_once() -> tuple[TrainingSets, Source, Tokenizer]:
+        sets = load_training_sets(config)
         held_out = load_source(config.data, "held_out")
         if config.evaluation.zero_shot is not None:
             find_classes(config.evaluation.zero_shot)  # a mistake is told now, not after hours of training
@@ -90,17 +96,24 @@ def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[Source, S
         own = Path(config.folder) / "tokenizer.json"
         if ranks.is_main:
             begun = known.exists() and has_checkpoint(start)
-            (load_tokenizer(known) if begun else make_tokenizer(config, source)).save(own)
-        return source, held_out, load_tokenizer(own)
+            (load_tokenizer(known) if begun else make_tokenizer(config, sets)).save(own)
+        tokenizer = load_tokenizer(own)
+        sets.index(config, tokenizer)  # here, so that one process writes what the others then find on disk
+        return sets, held_out, tokenizer
 
     return ranks.main_first(open_once)
 
 
-def build_engine(config: Config, ranks: zero.Ranks, vocab_size: int) -> tuple[zero.Engine, LearningRate]:
-    """Model, objectives and optimizer under ZeRO. Weights depend on the seed alone."""
+def build_engine(
+    config: Config, ranks: zero.Ranks, vocab_size: int, new: bool = True
+) -> tuple[zero.Engine, LearningRate]:
+    """Model, objectives and optimizer under ZeRO. Weights of a new run depend on seed and init_from alone."""
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size)
     model.rng.state[0] = config.seed
+    for line in ranks.main_first(lambda: load_initial_weights(config, model)) if new else ():
+        if ranks.is_main:
+            print(line, flush=True)
     optimizer = make_optimizer(config.optimizer, model.named_parameters(), ranks.device)
     learning_rate = LearningRate(config, optimizer)
     module = PretrainingModule(model, build_objectives(config.objectives))
@@ -127,9 +140,9 @@ def held_out_evaluation(
         failure, known = None, len(held_out.ledger.faults)
         with torch.random.fork_rng(), engine.whole_module() as module:
             if ranks.is_main:
-                batches = held_out_batches(config, held_out, tokenizer, config.evaluation.batch)
+                read = functools.partial(held_out_batches, config, held_out, tokenizer)
                 try:
-                    results = evaluate(module.model, batches, config, tokenizer=tokenizer, sheet=sheet)
+                    results = evaluate(module.model, read, config, tokenizer=tokenizer, sheet=sheet)
                     telemetry.say(describe(results))
                 except DataError as error:
                     failure = f"the evaluation is not possible: {error}"
@@ -160,13 +173,16 @@ def export_model(config: Config, ranks: zero.Ranks, engine: zero.Engine, tokeniz
 
 
 def opening_line(
-    config: Config, ranks: zero.Ranks, engine: zero.Engine, records: int, progress: Progress
+    config: Config, ranks: zero.Ranks, engine: zero.Engine, sets: TrainingSets, progress: Progress
 ) -> str:
     """The run in one line."""
+    buckets = config.train.buckets
+    unit = "pairs" if buckets is None else f"batches of {buckets.tokens} tokens"
     size = f"{engine.num_parameters / 1e6:.2f} M parameters"
-    steps = f"steps {progress.step}-{config.train.total_steps} of {config.train.global_batch} pairs"
+    steps = f"steps {progress.step}-{config.train.total_steps} of {config.train.global_batch} {unit}"
     machine = f"{config.precision}, ZeRO {config.zero.stage}, {ranks.world} x {ranks.device.type}"
-    source = f"{records} records of {config.data.source}, evaluated on {config.data.held_out}"
+    names = config.data.source if config.data.sets is None else ", ".join(config.data.sets)
+    source = f"{len(sets)} records of {names}, evaluated on {config.data.held_out}"
     return f"{config.folder}: {steps} from {source}, {size}, {machine}"
 
 

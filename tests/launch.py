@@ -64,6 +64,9 @@ def finish(processes: list[subprocess.Popen], timeout: float = 60) -> list[Finis
     deadline = time.monotonic() + timeout
     try:
         outputs = [p.communicate(timeout=max(0.1, deadline - time.monotonic())) for p in processes]
+    except subprocess.TimeoutExpired as late:
+        said = b"\n".join(part for part in (late.stdout, late.stderr) if part).decode(errors="replace")
+        raise AssertionError(f"not over after {timeout} s: {said[-4000:]}") from late
     finally:
         for process in processes:
             if process.poll() is None:

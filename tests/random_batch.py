@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-from engine.batch import Batch
+from engine.batch import Batch, Patches
 from engine.data import collate
 from engine.data.samples import Sample
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 from engine.sections import FusionStack, ImageStack, Model, TextStack
 
 VOCAB = 40
@@ -25,13 +25,18 @@ def random_sample(number: int) -> Sample:
     masked_ids = text_ids.copy()
     masked_ids[chosen] = MASK_ID
     return Sample(
-        patches=random.standard_normal((rows * columns, 3 * PATCH**2)).astype(np.float32),
-        patch_positions=np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T,
         text_ids=text_ids,
+        image=random_patches(rows, columns, random),
         identity=0 if number == 5 else number,
         masked_ids=masked_ids,
         masked_positions=chosen.astype(np.int64),
     )
+
+
+def random_patches(rows: int, columns: int, random: np.random.Generator) -> Patches:
+    values = random.standard_normal((rows * columns, 3 * PATCH**2)).astype(np.float32)
+    positions = np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T
+    return Patches(torch.from_numpy(values), torch.from_numpy(positions))
 
 
 def random_batch(numbers: range) -> Batch:
@@ -57,11 +62,11 @@ def small_config(dropout: float = 0.0, cross_every: int = 1) -> Model:
 
 def small_model(
     dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32
-) -> VisionLanguageModel:
+) -> AlignAndFuse:
     """Redrawn so that every parameter matters: at its initialisation a model hides lost biases and swapped
     norms."""
     torch.manual_seed(3)
-    model = VisionLanguageModel(small_config(dropout), VOCAB, impl)
+    model = AlignAndFuse(small_config(dropout), VOCAB, impl)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "logit_scale":

@@ -57,6 +57,12 @@ inline Tensor new_float(const Tensor& like, const std::vector<int64_t>& sizes) {
     return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
 }
 
+// Whether rows begin and end where cache lines do, as stream() wants.
+inline bool rows_fill_cache_lines(const Tensor& tensor) {
+    const int64_t row_bytes = tensor.size(tensor.dim() - 1) * static_cast<int64_t>(tensor.element_size());
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 64 == 0 && row_bytes % 64 == 0;
+}
+
 // work(begin, end) over rows, on torch's threads. `row_bytes` is what one row reads and writes: a thread is
 // worth waking for 64 KiB.
 template <typename Work>

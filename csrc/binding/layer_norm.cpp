@@ -5,13 +5,11 @@
 namespace vlk {
 namespace {
 
-// Rows that fill whole cache lines of a tensor larger than the caches can be written past them.
+// A tensor larger than the caches can be written past them.
 bool can_stream(const Tensor& tensor) {
     constexpr int64_t larger_than_caches = 16 << 20;
-    const int64_t row_bytes = tensor.size(tensor.dim() - 1) * static_cast<int64_t>(tensor.element_size());
-    const bool aligned =
-        reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 64 == 0 && row_bytes % 64 == 0;
-    return aligned && tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= larger_than_caches;
+    return rows_fill_cache_lines(tensor) &&
+           tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= larger_than_caches;
 }
 
 int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }

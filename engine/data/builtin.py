@@ -9,9 +9,11 @@ import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, features
 
 from engine.data import glyphs, scenes
@@ -20,9 +22,14 @@ from engine.data.held_out import HELD_OUT_CODE_POINTS
 from engine.data.records import DataError, Region
 
 GLYPHS, SCENES, EMOJI = NAMES = ("builtin", "builtin-scenes", "builtin-emoji")
-NUM_SCENES = {"train": 4096, "held_out": 512}
+NUM_SCENES = {"train": 8192, "held_out": 512}
+NUM_KINDS = 64  # of glyphs in scenes
 _RECORDS_PER_SHARD = 1000
-_FORMAT = "1"
+_FORMAT = "3"
+_FAMILY = 8  # kinds whose names begin alike
+_KIND_WORDS = (2, 3)  # names of that many words
+_KIND_SIDE = 16  # pixels that two kinds are compared at
+_KIND_SIMILARITY = 0.7  # cosine between two kinds, at most
 
 Item = tuple[Image.Image, tuple[str, ...], list[Region]]  # picture, captions, regions
 
@@ -50,8 +57,8 @@ def _items(name: str, split: str) -> Iterator[Item]:
     elif name == GLYPHS:
         yield from map(_alone, _shuffled(split_glyphs(split)))
     else:
-        # held-out scenes too are made of training glyphs: what is new is the combination
-        members = _shuffled(split_glyphs("train"))
+        # held-out scenes too are made of these glyphs: what is new is the combination
+        members = scene_glyphs()
         drawn = scenes.draw_scenes(len(members), sum(NUM_SCENES.values()))
         for scene in drawn[: NUM_SCENES["train"]] if split == "train" else drawn[NUM_SCENES["train"] :]:
             picture, caption, regions = scenes.compose(scene, members)
@@ -65,6 +72,31 @@ def split_glyphs(split: str) -> list[Glyph]:
         for glyph in glyphs.glyphs()
         if (split == "held_out") == (not HELD_OUT_CODE_POINTS.isdisjoint(glyph.code_points))
     ]
+
+
+@lru_cache(maxsize=1)
+def scene_glyphs() -> tuple[Glyph, ...]:
+    """The kinds of glyph in scenes: families of training glyphs whose names differ in the last word alone.
+
+    So the name without its picture does not tell that word. No two of them look alike.
+    """
+    families: dict[str, list[Glyph]] = {}
+    seen = np.zeros((0, _KIND_SIDE**2), dtype=np.int64)  # integers: the choice depends on no rounding
+    for glyph in _shuffled(split_glyphs("train")):
+        words = glyph.captions[0].split()
+        family = families.setdefault(" ".join(words[:-1]), [])
+        if len(glyph.captions) > 1 or len(words) not in _KIND_WORDS or len(family) == _FAMILY:
+            continue
+        size = (_KIND_SIDE, _KIND_SIDE)
+        pixels = np.asarray(glyph.picture.resize(size, Image.Resampling.BOX, box=glyph.ink), dtype=np.int64)
+        ink = 127 - pixels.reshape(1, -1)
+        norms = np.sqrt((seen**2).sum(1) * (ink**2).sum())
+        if (seen @ ink[0] <= _KIND_SIMILARITY * norms).all():
+            seen = np.concatenate([seen, ink])
+            family.append(glyph)
+    kinds = [glyph for family in families.values() if len(family) == _FAMILY for glyph in family]
+    assert len(kinds) >= NUM_KINDS, len(kinds)
+    return tuple(kinds[:NUM_KINDS])
 
 
 def _shuffled(found: Iterable[Glyph]) -> list[Glyph]:

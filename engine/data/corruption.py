@@ -1,4 +1,6 @@
-"""Masked-language corruption: of the selected tokens 80 % become [MASK], 10 % another token, 10 % stay."""
+"""What is hidden: words (of the selected 80 % become [MASK], 10 % another token, 10 % stay) and regions."""
+
+from typing import Literal
 
 import numpy as np
 
@@ -14,12 +16,17 @@ def corrupt(
     probability: float,
     whole_word: bool,
     random: np.random.Generator,
+    when_none: Literal["any", "first"] = "any",
 ) -> tuple[np.ndarray, np.ndarray]:
     """(corrupted ids, selected positions). Words below 0 are special tokens; one other is always selected."""
     candidates = np.flatnonzero(words >= 0)
     if candidates.size == 0:
         return ids.copy(), candidates
-    selected = candidates[_select(words[candidates] if whole_word else candidates, probability, random)]
+    distinct, units = np.unique(words[candidates] if whole_word else candidates, return_inverse=True)
+    taken = random.random(distinct.size) < probability
+    if not taken.any() and when_none == "first":
+        return _all_masked(ids, candidates[units == 0], tokenizer)
+    selected = candidates[_one_at_least(taken, random)[units]]
     fate = random.random(selected.size)
     replacement = tokenizer.ordinary_ids[random.integers(tokenizer.ordinary_ids.size, size=selected.size)]
     corrupted = ids.copy()
@@ -29,10 +36,18 @@ def corrupt(
     return corrupted, selected
 
 
-def _select(units: np.ndarray, probability: float, random: np.random.Generator) -> np.ndarray:
-    """Which candidates are taken, drawn per distinct unit (a token, or a word); one unit if none was."""
-    distinct, unit_of = np.unique(units, return_inverse=True)
-    taken = random.random(distinct.size) < probability
+def choose_regions(count: int, probability: float, random: np.random.Generator) -> np.ndarray:
+    """Positions of the regions, of `count`, that are masked: each with the probability, one at least."""
+    return np.flatnonzero(_one_at_least(random.random(count) < probability, random))
+
+
+def _one_at_least(taken: np.ndarray, random: np.random.Generator) -> np.ndarray:
     if not taken.any():
-        taken[random.integers(distinct.size)] = True
-    return taken[unit_of]
+        taken[random.integers(taken.size)] = True
+    return taken
+
+
+def _all_masked(ids: np.ndarray, selected: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    corrupted = ids.copy()
+    corrupted[selected] = tokenizer.mask_id
+    return corrupted, selected

@@ -1,18 +1,23 @@
-"""The order of a run and its random choices: pure functions of (seed, epoch, record).
+"""The order of a run and its random choices: pure functions of (seed, epoch, example).
 
 So the data position of a run is one integer.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
+from typing import Generic, TypeVar
 
 import numpy as np
 
 _ROUNDS = 8
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64's finaliser
+_KEPT_EPOCHS = 2  # a step may end one epoch and begin the next
+
+Result = TypeVar("Result")
 
 
 class Purpose(IntEnum):
-    """What a random choice is for; each has its own stream. The numbers are part of every run's result."""
+    """What a random choice is for; each has its own numbers. They are part of every run's result."""
 
     ORDER = 0
     CAPTION = 1
@@ -21,21 +26,29 @@ class Purpose(IntEnum):
     REPLACEMENT = 4
     PERMUTED_CAPTIONS = 5
     SCENES = 6
+    TASK = 7
+    BATCHES = 8
+    REGIONS = 9
+    PICTURE = 10
+    PICTURE_REPLACEMENT = 11
 
 
-def generator(seed: int, epoch: int, record: int, purpose: Purpose) -> np.random.Generator:
-    """The Philox generator of one choice. Draws advance the counter's low word, so no two overlap."""
-    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, epoch, record]))
+def generator(seed: int, epoch: int, example: int, purpose: Purpose, stream: int = 0) -> np.random.Generator:
+    """The Philox generator of one choice. Draws advance the counter's low word, so no two overlap.
+
+    `stream` numbers the tasks of all sets, which meet the same example in the same of their epochs.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, stream, epoch, example]))
 
 
 class Permutation:
     """A bijection of 0 .. size-1, evaluated where it is asked for: a Feistel network with cycle walking."""
 
-    def __init__(self, size: int, seed: int, epoch: int, purpose: Purpose) -> None:
+    def __init__(self, size: int, seed: int, epoch: int, purpose: Purpose, stream: int = 0) -> None:
         self.size = size
         self.half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
         self.half_mask = np.uint64((1 << int(self.half_bits)) - 1)
-        self.keys = generator(seed, epoch, 0, purpose).bit_generator.random_raw(_ROUNDS)
+        self.keys = generator(seed, epoch, 0, purpose, stream).bit_generator.random_raw(_ROUNDS)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         values = self._network(np.asarray(indices, dtype=np.uint64))
@@ -57,33 +70,66 @@ def _mix(words: np.ndarray) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-class BatchPlan:
-    """Which record comes at which position of the endless stream: position p is place p % n of epoch p // n.
+class OfEpoch(Generic[Result]):
+    """A function of the epoch that keeps its latest results."""
 
-    >>> plan = BatchPlan(num_records=5, seed=0)
-    >>> sorted(record for epoch, record in plan.records(5, 5))
+    def __init__(self, function: Callable[[int], Result]) -> None:
+        self.function = function
+        self.results: dict[int, Result] = {}
+
+    def __call__(self, epoch: int) -> Result:
+        if epoch not in self.results:
+            while len(self.results) >= _KEPT_EPOCHS:
+                del self.results[next(iter(self.results))]
+            self.results[epoch] = self.function(epoch)
+        return self.results[epoch]
+
+
+class Plan:
+    """An endless stream of units of examples; every epoch has each example once.
+
+    Positions count units: single pairs, or bucketed batches. `stream` tells plans of one run apart.
+    """
+
+    def __init__(self, num_examples: int, seed: int, stream: int = 0) -> None:
+        if num_examples < 1:
+            raise ValueError(f"num_examples must be at least 1, got {num_examples}")
+        self.num_examples = num_examples
+        self.seed = seed
+        self.stream = stream
+
+    def examples(self, position: int, count: int) -> list[tuple[int, int]]:
+        """(epoch, example) of all of `count` consecutive units."""
+        raise NotImplementedError
+
+    def examples_before(self, position: int) -> int:
+        """Number of examples in all units before `position`: the place of its first one in the stream."""
+        raise NotImplementedError
+
+    def replacement(self, place: int, attempt: int) -> tuple[int, int]:
+        """(epoch, example) that stands in for a broken one, the example number `place` of the stream."""
+        random = generator(self.seed, attempt, place, Purpose.REPLACEMENT, self.stream).bit_generator
+        return place // self.num_examples, int(random.random_raw() % self.num_examples)
+
+
+class PairPlan(Plan):
+    """Units of one pair: position p is place p % n of the permutation of epoch p // n.
+
+    >>> plan = PairPlan(num_examples=5, seed=0)
+    >>> sorted(example for epoch, example in plan.examples(5, 5))
     [0, 1, 2, 3, 4]
-    >>> plan.records(3, 4) == plan.records(0, 7)[3:]
+    >>> plan.examples(3, 4) == plan.examples(0, 7)[3:]
     True
     """
 
-    def __init__(self, num_records: int, seed: int) -> None:
-        if num_records < 1:
-            raise ValueError(f"num_records must be at least 1, got {num_records}")
-        self.num_records = num_records
-        self.seed = seed
-
-    def records(self, position: int, count: int) -> list[tuple[int, int]]:
-        """(epoch, record index) of `count` consecutive positions."""
+    def examples(self, position: int, count: int) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
         while len(found) < count:
-            epoch, offset = divmod(position + len(found), self.num_records)
-            offsets = np.arange(offset, min(self.num_records, offset + count - len(found)))
-            permutation = Permutation(self.num_records, self.seed, epoch, Purpose.ORDER)
-            found += [(epoch, int(record)) for record in permutation(offsets)]
+            epoch, offset = divmod(position + len(found), self.num_examples)
+            offsets = np.arange(offset, min(self.num_examples, offset + count - len(found)))
+            permutation = Permutation(self.num_examples, self.seed, epoch, Purpose.ORDER, self.stream)
+            found += [(epoch, example) for example in permutation(offsets).tolist()]
         return found
 
-    def replacement(self, position: int, attempt: int) -> tuple[int, int]:
-        """(epoch, record index) that stands in for a broken record at `position`."""
-        draw = generator(self.seed, attempt, position, Purpose.REPLACEMENT).bit_generator.random_raw()
-        return position // self.num_records, int(draw % self.num_records)
+    def examples_before(self, position: int) -> int:
+        return position

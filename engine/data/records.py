@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
+
+from engine.data.tokenization import Tokenizer
 
 MAX_CAPTION_CHARACTERS = 8_192  # a caption is cut here, before any tokenizer sees it
 MAX_JSON_BYTES = 1 << 24
@@ -44,15 +47,62 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Record:
-    """An image with its captions; `identity` is equal for equal image files, `notes` names mended faults."""
+class Detections:
+    """A detector's regions of one picture, checked."""
+
+    features: np.ndarray
+    """float32 [n, F]."""
+    boxes: np.ndarray
+    """float32 [n, 7]: x1, y1, x2, y2, w, h as shares of the picture's sides, and w * h."""
+    soft_labels: np.ndarray | None
+    """float32 [n, C]: the detector's distribution over its classes, where it is known and was asked for."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is said about a picture: captions, or in their place their ids without [CLS] and [SEP]."""
 
     key: str
-    image: Image.Image
+    captions: list[str]
+    token_ids: list[list[int]] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.captions if self.token_ids is None else self.token_ids)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture with its captions; `identity` is equal for equal image files, `notes` names mended faults.
+
+    A run that reads regions has `detections` in place of `image`; a set of ids has `token_ids` in place of
+    captions.
+    """
+
+    key: str
+    image: Image.Image | None
     captions: list[str]
     regions: list[Region]
     identity: int
     notes: tuple[str, ...] = ()
+    detections: Detections | None = None
+    token_ids: list[list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class ExampleIndex:
+    """The examples of a source that reads regions, and how long they are: one per caption of a record."""
+
+    records: np.ndarray
+    """int32 [E]: record of each example."""
+    captions: np.ndarray
+    """int32 [E]: which of its captions."""
+    tokens: np.ndarray
+    """int32 [E]: tokens of the caption, [CLS] and [SEP] included, as it will be read."""
+    images: np.ndarray
+    """int32 [E]: picture of the record."""
+    regions: np.ndarray
+    """int32 [num_images]: regions of each picture; 0 where no example needs it or it cannot be read."""
 
 
 class FaultLedger:
@@ -78,7 +128,11 @@ class FaultLedger:
 
 
 class Source(Protocol):
-    """A map-style set of records. `source[index]` and `captions` raise RecordFault for a broken record."""
+    """A map-style set of records. Reading one raises RecordFault where it is broken.
+
+    Pictures have numbers of their own, because several records may share one. All below `texts` is for runs
+    that read regions.
+    """
 
     ledger: FaultLedger
 
@@ -87,7 +141,25 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
     def captions(self, index: int) -> list[str]:
-        """The captions alone, without touching the image."""
+        """The captions alone, without touching the picture."""
+
+    def texts(self, index: int) -> Texts:
+        """What the record says, without touching the picture."""
+
+    @property
+    def num_images(self) -> int: ...
+
+    def image_of(self, index: int) -> int:
+        """The picture of a record."""
+
+    def detections(self, image: int, soft_labels: bool = True) -> tuple[int, Detections]:
+        """(identity, regions) of a picture; without soft labels it is faster."""
+
+    def index(self, tokenizer: Tokenizer, max_tokens: int) -> ExampleIndex:
+        """All examples that can be read; the ledger names what cannot. Kept on disk where it is slow.
+
+        Refuses a tokenizer other than the one the source's ids were made with.
+        """
 
 
 def image_identity(data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Scenes: two or three glyphs in a row or a column, a caption that says so, and the exact box of each."""
+"""Scenes: two to four glyphs in a row or a column, a caption that says so, and the exact box of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from engine.data.plan import Purpose, generator
 from engine.data.records import Region
 
 _RELATIONS = ("left of", "above")
-_SHARE_OF_THREE = 0.25
+_SIZES = (2, 4)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def draw_scenes(num_glyphs: int, count: int) -> list[Scene]:
     attempt = 0
     while len(scenes) < count:
         random = generator(0, 0, attempt, Purpose.SCENES)
-        size = 3 if random.random() < _SHARE_OF_THREE else 2
+        size = random.integers(*_SIZES, endpoint=True)
         relation = _RELATIONS[random.integers(len(_RELATIONS))]
         scenes[Scene(tuple(random.integers(num_glyphs, size=size).tolist()), relation)] = None
         attempt += 1
@@ -35,7 +35,7 @@ def draw_scenes(num_glyphs: int, count: int) -> list[Scene]:
 
 
 def compose(scene: Scene, glyphs: Sequence[Glyph]) -> tuple[Image.Image, str, list[Region]]:
-    """(picture, caption, regions); one cell per glyph, so three in a row are 96 x 32 pixels."""
+    """(picture, caption, regions); one cell per glyph, so four in a row are 128 x 32 pixels."""
     members = [glyphs[member] for member in scene.members]
     step = (CELL, 0) if scene.relation == "left of" else (0, CELL)
     last = len(members) - 1

@@ -4,18 +4,23 @@ import glob
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.data.examples import build_index, cached_index
 from engine.data.records import (
     MAX_CAPTION_CHARACTERS,
     MAX_JSON_BYTES,
     DataError,
+    Detections,
+    ExampleIndex,
     FaultLedger,
     Record,
     RecordFault,
+    Texts,
     clean_captions,
     decode_image,
     decode_json,
@@ -23,7 +28,10 @@ from engine.data.records import (
     image_identity,
     parse_regions,
 )
+from engine.data.regions import ARRAYS, MAX_BYTES, count_regions, read_npz, select_regions
 from engine.data.tar_index import ROLES, load_index
+from engine.data.tokenization import Tokenizer
+from engine.sections import Regions
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_SHARDS = 1_000_000
@@ -53,8 +61,21 @@ def expand_pattern(pattern: str) -> list[Path]:
     return paths
 
 
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "replace")
+
+
 class ShardSource:
-    """The records of some shards, in order. Safe to use in forked and spawned workers."""
+    """The records of some shards, in order. Safe to use in forked and spawned workers.
+
+    With `regions` a record's picture is the regions in its KEY.npz.
+    """
+
+    picture_roles = {
+        False: "image",
+        True: "regions",
+    }  # what a run without and one with regions needs of a record
+    reader = "npz"  # what makes the regions; a stored index is of one reader
 
     def __init__(
         self,
@@ -62,13 +83,16 @@ class ShardSource:
         caption_keys: Iterable[str],
         max_image_pixels: int,
         cache: Path,
-        fault_limit: int,
+        ledger: FaultLedger,
         max_records: int | None = None,
+        regions: Regions | None = None,
     ) -> None:
         self.shards = list(shards)
         self.caption_keys = tuple(caption_keys)
         self.max_image_pixels = max_image_pixels
-        self.ledger = FaultLedger(fault_limit)
+        self.cache = cache
+        self.regions = regions
+        self.ledger = ledger
         self._descriptors: dict[int, int] = {}
         missing = [shard for shard in self.shards if not shard.is_file()]
         if missing:
@@ -78,9 +102,13 @@ class ShardSource:
         self._tables: list[np.ndarray] = []
         for shard in self.shards:
             index = load_index(shard, cache)
-            self._tables.append(index.table)
             for fault in index.faults:
                 self.ledger.add(fault)
+            role = self.picture_roles[regions is not None]
+            there = index.table[role][:, 0] > 0
+            for row in index.table[~there]:
+                self.ledger.add(f"{shard}/{_text(row['key'])}: no {role}")
+            self._tables.append(index.table[there])
         self._starts = np.cumsum([0, *map(len, self._tables)])
         self._length = min(int(self._starts[-1]), max_records or int(self._starts[-1]))
         if not len(self):
@@ -92,19 +120,66 @@ class ShardSource:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
-        shard, row = self._locate(index)
-        key = self._name(shard, row)
-        content = self._json(shard, row, key)
-        captions, notes = self._captions(shard, row, key, content)
-        data = self._read(shard, row, "image")
+        texts, content = self._described(index)
+        key, captions, notes = texts.key, texts.captions, texts.notes
+        if self.regions is not None:
+            identity, detections = self.detections(index)
+            return Record(key, None, captions, [], identity, notes, detections)
+        data = self._read(*self._locate(index), "image")
         image = decode_image(key, data, self.max_image_pixels)
         regions = parse_regions(key, content.get("regions") or [])
         return Record(key, image, captions, regions, image_identity(data), notes)
 
     def captions(self, index: int) -> list[str]:
+        return self.texts(index).captions
+
+    def texts(self, index: int) -> Texts:
+        return self._described(index)[0]
+
+    @property
+    def num_images(self) -> int:
+        return len(self)
+
+    def image_of(self, index: int) -> int:
+        return index
+
+    def detections(self, image: int, soft_labels: bool = True) -> tuple[int, Detections]:
+        assert self.regions is not None
+        data, arrays = self._region_arrays(image, ARRAYS if soft_labels else ARRAYS[:-1])
+        return image_identity(data), select_regions(self._name(*self._locate(image)), arrays, self.regions)
+
+    def index(self, tokenizer: Tokenizer, max_tokens: int) -> ExampleIndex:
+        states = [(str(shard.resolve()), os.stat(shard)) for shard in self.shards]
+        content = [
+            self.reader,
+            *((path, state.st_size, state.st_mtime_ns) for path, state in states),
+            (self.caption_keys, len(self), self.regions),
+            (tokenizer.model.to_str(), max_tokens),
+        ]
+        build = partial(build_index, self, self._count_regions, tokenizer, max_tokens)
+        return cached_index(self.cache, content, self.ledger, build)
+
+    def _count_regions(self, image: int) -> int:
+        assert self.regions is not None
+        _, arrays = self._region_arrays(image, ("conf",))
+        return count_regions(self._name(*self._locate(image)), arrays, self.regions)
+
+    def _region_arrays(self, image: int, names: Iterable[str]) -> tuple[bytes, dict[str, np.ndarray]]:
+        """(what the picture is known by, those of its arrays that there are)."""
+        shard, row = self._locate(image)
+        key = self._name(shard, row)
+        if row["regions"][1] > MAX_BYTES:
+            raise RecordFault(key, f"npz of {row['regions'][1]} bytes, the limit is {MAX_BYTES}")
+        data = self._read(shard, row, "regions")
+        return data, read_npz(key, data, names)
+
+    def _described(self, index: int) -> tuple[Texts, dict[str, Any]]:
+        """(captions, content of the json)."""
         shard, row = self._locate(index)
         key = self._name(shard, row)
-        return self._captions(shard, row, key, self._json(shard, row, key))[0]
+        content = self._json(shard, row, key)
+        captions, notes = self._captions(shard, row, key, content)
+        return Texts(key, captions, notes=notes), content
 
     def _locate(self, index: int) -> tuple[int, np.void]:
         if not 0 <= index < len(self):
@@ -113,7 +188,7 @@ class ShardSource:
         return shard, self._tables[shard][index - self._starts[shard]]
 
     def _name(self, shard: int, row: np.void) -> str:
-        return f"{self.shards[shard]}/{row['key'].decode('utf-8', 'replace')}"
+        return f"{self.shards[shard]}/{_text(row['key'])}"
 
     def _captions(
         self, shard: int, row: np.void, key: str, content: dict[str, Any]

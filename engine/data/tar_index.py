@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROLES = ("image", "text", "json")
+ROLES = ("image", "text", "json", "regions")
 _ROLE_OF_EXTENSION = {
     "jpg": "image",
     "jpeg": "image",
@@ -23,12 +23,13 @@ _ROLE_OF_EXTENSION = {
     "webp": "image",
     "txt": "text",
     "json": "json",
+    "npz": "regions",
 }
 _PICKLES = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "joblib"})
 _BLOCK = 512
 _MAX_EXTENDED_HEADER = 1 << 20
 _MAX_KEY_BYTES = 200
-_FORMAT = "vlkernels tar index 1"
+_FORMAT = "vlkernels tar index 2"
 
 
 class TarDamaged(Exception):
@@ -165,7 +166,7 @@ def _sort_in(
 
 
 def _missing(roles: dict[str, tuple[int, int]]) -> str | None:
-    if "image" not in roles:
+    if "image" not in roles and "regions" not in roles:
         return "no image"
     return None if "text" in roles or "json" in roles else "no caption"
 

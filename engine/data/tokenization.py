@@ -13,6 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 PAD, CLS, SEP, MASK, UNK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 _CONTINUATION = "##"
+_UNUSED = "[unused"  # places that BERT's vocabularies keep free
 
 
 class Tokenizer:
@@ -31,8 +32,11 @@ class Tokenizer:
         model.no_truncation()
         self.model = model
         self.cls_id, self.sep_id, self.mask_id = (model.token_to_id(token) for token in (CLS, SEP, MASK))
-        special = [model.token_to_id(token) for token in SPECIAL_TOKENS]
-        self.ordinary_ids = np.setdiff1d(np.arange(self.vocab_size), special)
+        pieces = [model.id_to_token(number) or "" for number in range(self.vocab_size)]
+        ordinary = [piece not in SPECIAL_TOKENS and not piece.startswith(_UNUSED) for piece in pieces]
+        self.ordinary_ids = np.flatnonzero(ordinary)
+        # with the word before
+        self.goes_on = np.asarray([piece.startswith(_CONTINUATION) for piece in pieces])
 
     @property
     def vocab_size(self) -> int:
@@ -44,6 +48,16 @@ class Tokenizer:
         ids = np.asarray([self.cls_id, *encoding.ids[: max_tokens - 2], self.sep_id], dtype=np.int64)
         words = np.asarray([-1, *encoding.word_ids[: max_tokens - 2], -1], dtype=np.int64)
         return ids, words
+
+    def enclose(self, ids: list[int], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode`, of a caption that comes as ids without [CLS] and [SEP]."""
+        inner = np.asarray(ids[: max_tokens - 2], dtype=np.int64)
+        if inner.size and not (0 <= inner.min() and inner.max() < len(self.goes_on)):
+            raise ValueError(
+                f"token ids must be from 0 to {len(self.goes_on) - 1}, got {inner.min()} to {inner.max()}"
+            )
+        words = np.maximum(np.cumsum(~self.goes_on[inner]) - 1, 0)  # the first has no word to go on with
+        return np.concatenate(([self.cls_id], inner, [self.sep_id])), np.concatenate(([-1], words, [-1]))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.model.decode(list(ids))

@@ -9,13 +9,13 @@ import torch
 import vlkernels as vk
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import TEXT, Batch
 from engine.evaluation.gallery import Gallery, matching_logits
-from engine.models import VisionLanguageModel
-from engine.models.transformer import Source
+from engine.models import AlignAndFuse, VisionLanguageModel
+from engine.models.transformer import Tokens
 
 
-def masked_language_accuracy(model: VisionLanguageModel, batches: Iterable[Batch]) -> dict[str, float]:
+def masked_language_accuracy(model: AlignAndFuse, batches: Iterable[Batch]) -> dict[str, float]:
     """Share of masked words found beside the caption's own image and beside another one of its batch."""
     right, right_shuffled, total = 0, 0, 0
     for batch in batches:
@@ -24,25 +24,26 @@ def masked_language_accuracy(model: VisionLanguageModel, batches: Iterable[Batch
             continue
         image = model.encode_image(batch)
         shuffled = torch.arange(pairs, dtype=torch.int32, device=batch.labels.device).roll(pairs // 2)
-        right += _words_found(model, batch, model.source_of(image))
-        right_shuffled += _words_found(model, batch, model.source_of(image, shuffled))
+        text = model.encode_text(batch, masked=True)
+        right += words_found(model, model.fuse(text, model.source_of(image)), batch)
+        right_shuffled += words_found(model, model.fuse(text, model.source_of(image, shuffled)), batch)
         total += len(batch.masked_words.targets)
     return {
         "accuracy": float(right) / max(total, 1),
         "accuracy_shuffled_image": float(right_shuffled) / max(total, 1),
-        "chance": 1 / len(model.text_embedder.words),
+        "chance": 1 / len(model.words),
     }
 
 
-def _words_found(model: VisionLanguageModel, batch: Batch, source: Source) -> Tensor:
-    fused = model.fuse(model.encode_text(batch, masked=True), source)
+def words_found(model: VisionLanguageModel, read: Tokens, batch: Batch) -> Tensor:
+    """How many masked words have the highest logit, by states of the corrupted captions."""
     words = batch.masked_words
-    selected = vk.take_rows(fused.hidden, words.places.rows(fused.layout), impl=model.impl)
-    logits = model.masked_language_head.logits(selected, model.text_embedder.words)
+    selected = vk.take_rows(read.hidden, words.places.rows(read.layout, TEXT), impl=model.impl)
+    logits = model.masked_language_head.logits(selected, model.words)
     return (logits.argmax(1) == words.targets).sum()
 
 
-def matching_accuracy(model: VisionLanguageModel, gallery: Gallery) -> dict[str, float]:
+def matching_accuracy(model: AlignAndFuse, gallery: Gallery) -> dict[str, float]:
     """Accuracy on as many wrong pairs as right ones: text `i` with image `i`, and with one that is not its
     own."""
     own = torch.arange(len(gallery), device=gallery.labels.device)

@@ -10,7 +10,7 @@ import vlkernels as vk
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 from engine.models.transformer import Tokens
 
 PAIRS_PER_PASS = 1024
@@ -41,7 +41,7 @@ class Gallery:
         return self.image_features.float() @ self.text_features.float().T
 
 
-def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gallery:
+def encode_gallery(model: AlignAndFuse, batches: Iterable[Batch]) -> Gallery:
     """Both towers over all batches."""
     images, texts, image_features, text_features, labels = [], [], [], [], []
     for batch in batches:
@@ -67,7 +67,7 @@ def concatenate(streams: Sequence[Tokens]) -> Tokens:
     return Tokens(hidden, vk.SegmentLayout(lengths).to(hidden.device))
 
 
-def matching_logits(model: VisionLanguageModel, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:
+def matching_logits(model: AlignAndFuse, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:
     """`[P, 2]` for pairs (`images[p]`, `texts[p]`); pairs sorted by image cost one projection per image."""
     logits = []
     for some_images, some_texts in zip(

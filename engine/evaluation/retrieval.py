@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.evaluation.gallery import Gallery, matching_logits
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 
 DEPTHS = (1, 5, 10)
 
@@ -16,7 +16,7 @@ def retrieval(gallery: Gallery) -> dict[str, float]:
     return both_ways(gallery.similarity, gallery.similarity.T, gallery.related)
 
 
-def reranked_retrieval(model: VisionLanguageModel, gallery: Gallery, top: int) -> dict[str, float]:
+def reranked_retrieval(model: AlignAndFuse, gallery: Gallery, top: int) -> dict[str, float]:
     """The same after the matching head has put the `top` candidates of every query in a new order."""
     similarity = gallery.similarity
     top = min(top, len(gallery))

@@ -14,14 +14,14 @@ from torch import Tensor
 from engine.config import Config
 from engine.data import DataError, RecordFault, Tokenizer, image_transform
 from engine.data.records import decode_image
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 from engine.models.transformer import Tokens
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def zero_shot(
-    model: VisionLanguageModel, folder: str | Path, tokenizer: Tokenizer, config: Config
+    model: AlignAndFuse, folder: str | Path, tokenizer: Tokenizer, config: Config
 ) -> dict[str, float]:
     """Accuracy on `folder/CLASS/*.png`, where the name of each sub-folder is the caption of its class."""
     classes, files = find_classes(folder)
@@ -57,7 +57,7 @@ def read_picture(path: Path, config: Config) -> Image.Image:
 
 
 def caption_features(
-    model: VisionLanguageModel, captions: Sequence[str], tokenizer: Tokenizer, config: Config
+    model: AlignAndFuse, captions: Sequence[str], tokenizer: Tokenizer, config: Config
 ) -> Tensor:
     """`[N, E]` of captions."""
     rows = [tokenizer.encode(caption, config.data.max_caption_tokens)[0] for caption in captions]
@@ -67,7 +67,7 @@ def caption_features(
     return model.features_of_text(model.text_tower(Tokens(hidden, layout)))
 
 
-def picture_features(model: VisionLanguageModel, paths: Sequence[Path], config: Config) -> Tensor:
+def picture_features(model: AlignAndFuse, paths: Sequence[Path], config: Config) -> Tensor:
     """`[N, E]` of image files."""
     transform = image_transform(config)
     pictures = [transform(read_picture(path, config)) for path in paths]

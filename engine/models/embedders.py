@@ -8,7 +8,11 @@ import torch
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.sections import Stack
+from engine.batch import Regions
+from engine.sections import JointStack, Stack
+
+TYPES = 2
+"""Rows of UNITER's type table: one per segment of a pair."""
 
 
 class Embedder(nn.Module):
@@ -78,24 +82,47 @@ class PatchEmbedder(Embedder):
         return self.embed(positions, layout, rng, dense)
 
 
-class RegionEmbedder(Embedder):
-    """UNITER's: normalised maps of a detector's feature and of the box (x1, y1, x2, y2, w, h, w * h), and a
-    type."""
+class TextTables(nn.Module):
+    """UNITER's for words: word, position and type tables, and the norm of their sum."""
+
+    def __init__(self, stack: JointStack, vocab_size: int):
+        super().__init__()
+        sizes = (vocab_size, stack.max_positions, TYPES)
+        self.tables = nn.ParameterList(torch.empty(size, stack.width) for size in sizes)
+        self.weight = nn.Parameter(torch.ones(stack.width))
+        self.bias = nn.Parameter(torch.zeros(stack.width))
+
+    @property
+    def words(self) -> Tensor:
+        """The word table `[V, D]`, which the masked-language decoder shares."""
+        return self.tables[0]
+
+
+class RegionRows(nn.Module):
+    """UNITER's for regions: normalised maps of a detector's feature and of the box, and the norm of their sum
+    with a type. A masked region shows `mask_row` in place of its feature.
+
+    The published model keeps a second row beside `mask_row`, for regions that are not masked: always zero.
+    """
 
     BOX_VALUES = 7
 
-    def __init__(self, stack: Stack, feature_values: int, streams: Iterator[int], impl: str):
-        super().__init__(stack, (1,), streams, impl)
+    def __init__(self, stack: JointStack, feature_values: int, impl: str):
+        super().__init__()
         self.feature_projection = nn.Linear(feature_values, stack.width)
         self.feature_norm = vk.FusedLayerNorm(stack.width, stack.eps)
         self.box_projection = nn.Linear(self.BOX_VALUES, stack.width)
         self.box_norm = vk.FusedLayerNorm(stack.width, stack.eps)
+        self.mask_row = nn.Parameter(torch.empty(1, feature_values))
+        self.weight = nn.Parameter(torch.ones(stack.width))
+        self.bias = nn.Parameter(torch.zeros(stack.width))
+        self.impl = impl
 
-    def forward(
-        self, features: Tensor, boxes: Tensor, layout: vk.SegmentLayout, rng: vk.Rng | None
-    ) -> Tensor:
-        """`features` `[num_tokens, values]`, `boxes` `[num_tokens, 7]` in shares of the image."""
-        dense = self.feature_norm(self.feature_projection(features), impl=self.impl)
-        dense = self.box_norm(self.box_projection(boxes), impl=self.impl) + dense
-        kind = torch.zeros(len(features), 1, dtype=torch.int32, device=features.device)
-        return self.embed(kind, layout, rng, dense)
+    def forward(self, regions: Regions, masked: Tensor | None) -> Tensor:
+        """`[N, D]` before type and norm; `masked` `[M]` are the regions to hide."""
+        dtype = self.mask_row.dtype
+        features, boxes = regions.features.to(dtype), regions.boxes.to(dtype)
+        if masked is not None:
+            features = features.index_put((masked,), self.mask_row.expand(len(masked), -1))
+        rows = self.feature_norm(self.feature_projection(features), impl=self.impl)
+        return self.box_norm(self.box_projection(boxes), impl=self.impl) + rows

@@ -36,20 +36,27 @@ class MatchingHead(nn.Module):
         return self.classifier(first)
 
 
-class MaskedLanguageHead(nn.Module):
-    """BERT's: linear map, activation, LayerNorm, then the word table as decoder with a bias per word."""
+class HeadTransform(nn.Module):
+    """BERT's: linear map, activation, LayerNorm."""
 
-    def __init__(self, width: int, table_width: int, vocab_size: int, activation: str, eps: float, impl: str):
+    def __init__(self, width: int, out_width: int, activation: str, eps: float, impl: str):
         super().__init__()
-        self.transform = nn.Linear(width, table_width)
+        self.transform = nn.Linear(width, out_width)
         self.activation = ACTIVATIONS[activation]
-        self.norm = vk.FusedLayerNorm(table_width, eps)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        self.norm = vk.FusedLayerNorm(out_width, eps)
         self.impl = impl
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """What the decoder multiplies with the word table."""
+        """What a decoder reads."""
         return self.norm(self.activation(self.transform(hidden)), impl=self.impl)
+
+
+class MaskedLanguageHead(HeadTransform):
+    """The transform, then the word table as decoder with a bias per word."""
+
+    def __init__(self, width: int, table_width: int, vocab_size: int, activation: str, eps: float, impl: str):
+        super().__init__(width, table_width, activation, eps, impl)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def loss(self, hidden: Tensor, targets: Tensor, table: Tensor) -> Tensor:
         """Sum of the cross-entropies, in nats; the logits `[M, V]` are never stored."""
@@ -59,3 +66,26 @@ class MaskedLanguageHead(nn.Module):
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         return F.linear(self(hidden), table, self.bias)
+
+
+class RegionFeatureHead(HeadTransform):
+    """The transform, then the transposed map that embeds features as decoder, with a bias per value."""
+
+    def __init__(self, width: int, feature_values: int, activation: str, eps: float, impl: str):
+        super().__init__(width, width, activation, eps, impl)
+        self.bias = nn.Parameter(torch.zeros(feature_values))
+
+    def features(self, hidden: Tensor, projection: Tensor) -> Tensor:
+        """`[M, F]`; `projection` `[D, F]` is the weight of the embedding map."""
+        return F.linear(self(hidden), projection.T, self.bias)
+
+
+class RegionClassHead(HeadTransform):
+    """The transform, then a linear map to the detector's classes."""
+
+    def __init__(self, width: int, classes: int, activation: str, eps: float, impl: str):
+        super().__init__(width, width, activation, eps, impl)
+        self.classifier = nn.Linear(width, classes)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.classifier(self(hidden))

@@ -8,7 +8,7 @@ import vlkernels as vk
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 from engine.objectives.normalization import negatives_group, rank_counts
 
 
@@ -18,9 +18,7 @@ class ContrastiveObjective:
 
     negatives: str = "global"
 
-    def __call__(
-        self, model: VisionLanguageModel, batch: Batch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(self, model: AlignAndFuse, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         image, text, scale = model.image_features(batch), model.text_features(batch), model.scale()
         group = negatives_group(self.negatives)
         counts = rank_counts(batch, group)

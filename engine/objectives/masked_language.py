@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import vlkernels as vk
 from torch import Tensor
 
-from engine.batch import Batch
+from engine.batch import TEXT, Batch
 from engine.models import VisionLanguageModel
 from engine.objectives.normalization import normalizer
 
@@ -19,8 +19,7 @@ class MaskedLanguageObjective:
     def __call__(
         self, model: VisionLanguageModel, batch: Batch
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        fused = model.fuse(model.encode_text(batch, masked=True), model.image_source(batch))
-        words = batch.masked_words
-        selected = vk.take_rows(fused.hidden, words.places.rows(fused.layout), impl=model.impl)
-        total = model.masked_language_head.loss(selected, words.targets, model.text_embedder.words)
+        read, words = model.encode_masked_words(batch), batch.masked_words
+        selected = vk.take_rows(read.hidden, words.places.rows(read.layout, TEXT), impl=model.impl)
+        total = model.masked_language_head.loss(selected, words.targets, model.words)
         return {"masked_language": total * normalizer(batch, "masked_words")}, {}

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.batch import Batch
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 from engine.models.exchange import gather_tokens
-from engine.models.model import Variant
+from engine.models.align_and_fuse import Variant
 from engine.models.transformer import Source, Tokens
-from engine.objectives.normalization import negatives_group, normalizer, rank_counts
+from engine.objectives.normalization import negatives_group, normalizer, rank_counts, widened
 
 ORDER = (Variant.PLAIN, Variant.NEGATIVE_TEXT, Variant.NEGATIVE_IMAGE)
 
@@ -32,14 +32,11 @@ class MatchingObjective:
     negatives: str = "global"
     hardness: float = 1.0
 
-    def __call__(
-        self, model: VisionLanguageModel, batch: Batch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(self, model: AlignAndFuse, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         group = negatives_group(self.negatives)
         hard_texts, hard_images = draw_negatives(model, batch, group, self.hardness)
         texts, images = pair_up(model, batch, hard_texts.clamp(min=0), hard_images.clamp(min=0), group)
-        logits = model.matching_logits(model.fuse(texts, images))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = widened(model.matching_logits(model.fuse(texts, images)))
         own = torch.ones_like(hard_texts)
         targets = torch.cat((own, torch.zeros_like(hard_texts), torch.zeros_like(hard_images)))
         # A batch of one label has no negatives (-1): what stands in their place counts for nothing.
@@ -51,7 +48,7 @@ class MatchingObjective:
 
 
 def draw_negatives(
-    model: VisionLanguageModel, batch: Batch, group: dist.ProcessGroup | None, hardness: float
+    model: AlignAndFuse, batch: Batch, group: dist.ProcessGroup | None, hardness: float
 ) -> tuple[Tensor, Tensor]:
     """A hard text per image and a hard image per text: rows of the batch of all ranks in the group, -1 for
     none."""
@@ -70,7 +67,7 @@ def draw_negatives(
 
 
 def pair_up(
-    model: VisionLanguageModel,
+    model: AlignAndFuse,
     batch: Batch,
     hard_texts: Tensor,
     hard_images: Tensor,

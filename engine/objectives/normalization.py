@@ -1,7 +1,8 @@
-"""Factors on local sums, and the ranks that share negatives."""
+"""Factors on local sums, their precision, and the ranks that share negatives."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -11,6 +12,11 @@ from engine.batch import Batch
 def normalizer(batch: Batch, count: str) -> Tensor | float:
     """What a local sum over `count` is multiplied by: the trainer's factor, or this batch's own mean."""
     return batch.normalizers.get(count, 1 / max(batch.counts[count], 1))
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least: what a loss sums over all that is counted."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def negatives_group(negatives: str) -> dist.ProcessGroup | None:

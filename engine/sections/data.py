@@ -52,7 +52,7 @@ class Data:
     """Where records come from and how they become tensors."""
 
     source: str | list[str] = "builtin"
-    """Training records: "builtin" (rendered glyphs and their names), "builtin-scenes" (two or three of them),
+    """Training records: "builtin" (rendered glyphs and their names), "builtin-scenes" (two to four of them),
     "builtin-emoji" (where the Noto font is installed), img2dataset tar shards as a path or a brace pattern such
     as shards/{00000..00099}.tar, UNITER's databases as "TEXT_DB + IMAGE_DB", or a list of all these."""
     sets: dict[str, DataSet] | None = None

@@ -63,9 +63,9 @@ class Buckets:
     """Batches of a token budget, of examples of like length (UNITER's token bucket sampler)."""
 
     tokens: int = 10_240
-    """Longest example times number of examples of one batch, at most: its size where it is padded."""
+    """Words and regions of the longest example of a bucket, times the examples of one batch, at most."""
     size: int = 8192
-    """Examples, in random order, that are sorted by length together (1: none are)."""
+    """Examples, in random order, that are sorted by length together."""
     multiple: int = 8
     """Batches have a multiple of this many examples."""
 
@@ -98,13 +98,16 @@ class Train:
     resume: str = "auto"
     """auto: go on from the run's own newest checkpoint if there is one; never: start again, an existing run
     folder is renamed; otherwise the path of a run folder to go on from."""
+    join_timeout: int = 600
+    """Seconds the processes of a run wait for each other at the start."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile, from the second step on."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward instead of keeping their activations."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "train", "global_batch", "accumulation", "log_every", "max_steps", "max_pairs")
+        counts = ("global_batch", "accumulation", "log_every", "max_steps", "max_pairs", "join_timeout")
+        require_positive(self, "train", *counts)
         require_not_negative(self, "train", "save_every", "evaluate_every")
         require(
             self.keep_checkpoints >= 2,
@@ -131,7 +134,8 @@ class Evaluation:
     """Evaluation on held-out records."""
 
     gallery: int = 1000
-    """Pairs that are ranked against each other, at most."""
+    """Pairs that are ranked against each other, at most. A joint model has to read every caption with every image:
+    at most 100 pairs."""
     batch: int = 64
     """Pairs per forward."""
     rerank_top: int = 16

@@ -27,7 +27,7 @@ RESTORED = ("kind", "betas", "eps", "weight_decay", "momentum", "lr_multipliers"
 
 @dataclass
 class Progress:
-    """Where a run stands. `samples_seen` is the position in the stream of records."""
+    """Where a run stands. The stream goes on from `step` and `samples_seen`, the pairs of all steps."""
 
     step: int = 0
     samples_seen: int = 0
@@ -37,8 +37,16 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole, and of a run like this one."""
+
+    path: Path
+    progress: Progress
+
+
 class Checkpoints:
-    """The checkpoints of one run folder; `save` and `load` are called on every rank."""
+    """The checkpoints of one run folder; every method is called on every rank."""
 
     def __init__(self, config: Config, ranks: Ranks, folder: Path):
         self.ranks, self.folder, self.keep = ranks, folder, config.train.keep_checkpoints
@@ -64,25 +72,22 @@ class Checkpoints:
                 shutil.rmtree(old)
         self.ranks.barrier()
 
-    def load(self, engine: Engine, rng: vk.Rng, folder: Path | None = None) -> Progress | None:
-        """Restore the newest checkpoint that verifies, of this run or another's folder; None without any."""
-        found = self.newest(folder or self.folder)
-        if found is None:
-            return None
-        path, manifest = found
-        refuse_differences(path, manifest["identity"], self.identity)
-        engine.load(str(path.parent), path.name)
-        state = torch.load(path / f"rank_{self.ranks.rank}.pt", weights_only=True)
-        restore_random_state(state, self.ranks, rng)
-        return Progress(**manifest["progress"])
-
-    def newest(self, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose files are all as its manifest says."""
+    def newest(self, folder: Path | None = None) -> Checkpoint | None:
+        """The newest whose files are all as its manifest says, of this run or in another's folder."""
         for path in self._folders(folder):
             manifest = read_manifest(path)
             if manifest is not None and self._describe(path) == manifest["files"]:
-                return path, manifest
+                refuse_differences(path, manifest["identity"], self.identity)
+                return Checkpoint(path, Progress(**manifest["progress"]))
         return None
+
+    def load(self, checkpoint: Checkpoint, engine: Engine, rng: vk.Rng) -> Progress:
+        """Restore what `newest` found."""
+        path = checkpoint.path
+        engine.load(str(path.parent), path.name)
+        state = torch.load(path / f"rank_{self.ranks.rank}.pt", weights_only=True)
+        restore_random_state(state, self.ranks, rng)
+        return checkpoint.progress
 
     def _folders(self, folder: Path | None = None) -> list[Path]:
         """Newest first."""
@@ -140,8 +145,24 @@ def identity(config: Config, world: int) -> dict[str, Any]:
         "precision": config.precision,
         "zero.stage": config.zero.stage,
         "the number of processes": world,
+        **plan_by_step(config),
     }
     return json.loads(json.dumps(shared))  # tuples become lists, as in the manifest
+
+
+def plan_by_step(config: Config) -> dict[str, Any]:
+    """What else decides which batches a step takes, where it draws its set or takes bucketed batches."""
+    data, train = config.data, config.train
+    if data.sets is None and train.buckets is None:
+        return {"data.sets": None, "train.buckets": None}
+    return {
+        "data.sets": {name: one.tasks for name, one in (data.sets or {}).items()},
+        "data.regions": data.regions and asdict(data.regions),
+        "data.max_caption_tokens": data.max_caption_tokens,
+        "train.buckets": train.buckets and asdict(train.buckets),
+        "train.global_batch": train.global_batch,
+        "seed": config.seed,
+    }
 
 
 def refuse_differences(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

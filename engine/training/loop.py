@@ -84,13 +84,13 @@ class Trainer:
 
     def take_step(self, window: list[Batch], agreement: Agreement, started: float) -> None:
         """One optimizer step."""
-        progress, pairs = self.progress, self.config.train.global_batch
+        progress = self.progress
         self.lr = self.learning_rate.set(progress.step)
         result = run_window(self.engine, window, agreement.counts, self.ranks, self.rng)
         seconds = time.perf_counter() - started
-        self.meter.add(result, pairs, seconds)
+        self.meter.add(result, agreement, seconds)
         progress.step += 1
-        progress.samples_seen += pairs
+        progress.samples_seen += agreement.counts["pairs"]
         progress.seconds += seconds
         progress.skipped += not result.applied
         progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
@@ -136,9 +136,10 @@ class Trainer:
         row = {
             "samples_seen": self.progress.samples_seen,
             **self.meter.means(self.ranks),
+            **({"steps": self.meter.steps} if self.config.data.sets else {}),
             "lr": self.lr,
             "grad_norm": self.engine.gradient_norm,
-            **self.meter.speeds(self.ranks),
+            **self.meter.speeds(),
             "skipped": self.progress.skipped,
             "faults": self.progress.faults,
         }

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import socket
+import time
+import uuid
 from pathlib import Path
 
 from engine.config import Config
+from engine.sections import require
 from engine.training.zero import Ranks
 
 CHECKPOINTS = "checkpoints"
+SHARED_AFTER = 5.0  # seconds a network file system may take to show a new file on the other hosts
 
 
 def open_run(config: Config, ranks: Ranks) -> Path:
     """Make the run's folder; returns the one whose newest checkpoint, if any, the run goes on from."""
+    own = Path(config.folder)
 
-    def open_once() -> Path:
-        own = Path(config.folder)
-        if config.train.resume == "never" and ranks.is_main and own.exists():
-            own.rename(unused_name(own))
-        own.mkdir(parents=True, exist_ok=True)
+    def make() -> None:
+        if ranks.is_main:
+            if config.train.resume == "never" and own.exists():
+                own.rename(unused_name(own))
+            own.mkdir(parents=True, exist_ok=True)
+
+    def choose() -> Path:
         if config.train.resume in ("auto", "never") or has_checkpoint(own):
             return own
         other = Path(config.train.resume)
@@ -25,7 +33,32 @@ def open_run(config: Config, ranks: Ranks) -> Path:
             raise ValueError(f"train.resume: {other} holds no checkpoint; auto, never or a run folder")
         return other
 
-    return ranks.main_first(open_once)
+    ranks.main_first(make)
+    require_shared(own, ranks)
+    return ranks.main_first(choose)
+
+
+def require_shared(folder: Path, ranks: Ranks) -> None:
+    """One line when a host does not see the folder that rank 0 made: shards and tokenizer pass through it."""
+    probe = folder / ranks.gather(f".{uuid.uuid4().hex}")[0]  # a new name: no host has it in a cache
+    ranks.main_first(lambda: probe.touch() if ranks.is_main else None)
+    blind = None if appears(probe, SHARED_AFTER) else f"rank {ranks.rank} on {socket.gethostname()}"
+    blind = [rank for rank in ranks.gather(blind) if rank is not None]
+    if ranks.is_main:
+        probe.unlink()
+    require(
+        not blind,
+        f"the run folder {folder} that rank 0 made is not there for {', '.join(blind)}: output must name a "
+        "folder that all hosts share",
+    )
+
+
+def appears(path: Path, seconds: float) -> bool:
+    """Whether a file is there within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (found := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
 
 
 def has_checkpoint(folder: Path) -> bool:

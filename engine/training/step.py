@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,9 @@ class Agreement:
     stop: bool
     failed: bool
     num_faults: int
+    tokens: int
     counts: dict[str, int]
+    """By what is counted; "pairs" are always among it."""
 
 
 def agree(window: list[Batch], ranks: Ranks, stop: bool) -> Agreement:
@@ -31,9 +34,11 @@ def agree(window: list[Batch], ranks: Ranks, stop: bool) -> Agreement:
     assert len(names) <= MAX_COUNTS, f"at most {MAX_COUNTS} counts per batch, got {names}"
     counts = [sum(batch.counts[name] for batch in window) for name in names]
     faults = sum(len(batch.faults) for batch in window)
+    tokens = sum(batch.layout.num_tokens for batch in window)
     padding = [0] * (MAX_COUNTS - len(names))
-    stops, failures, num_faults, *totals = ranks.sum_integers([stop, not window, faults, *counts, *padding])
-    return Agreement(stops > 0, failures > 0, num_faults, dict(zip(names, totals)))
+    summed = ranks.sum_integers([stop, not window, faults, tokens, *counts, *padding])
+    stops, failures, num_faults, tokens, *totals = summed
+    return Agreement(stops > 0, failures > 0, num_faults, tokens, dict(zip(names, totals)))
 
 
 def normalizers(counts: dict[str, int], parts: int, device: torch.device) -> dict[str, Tensor]:
@@ -50,7 +55,6 @@ class StepResult:
 
     applied: bool
     values: dict[str, Tensor]
-    tokens: int
 
 
 def run_window(
@@ -72,37 +76,36 @@ def run_window(
         for name, value in {"loss": loss, **losses, **report}.items():
             values[name] = values.get(name, 0) + value.detach().float() / len(window)
     rng.advance()
-    tokens = sum(batch.layout.num_tokens for batch in window)
-    return StepResult(applied, values, tokens)
+    return StepResult(applied, values)
 
 
 @dataclass
 class Meter:
-    """Means since the last line of the log; steps that were skipped do not count."""
+    """Means since the last line of the log, each over the steps that had it; skipped steps do not count."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
-    applied: int = 0
+    steps: Counter[str] = field(default_factory=Counter)
     pairs: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
-    def add(self, result: StepResult, pairs: int, seconds: float) -> None:
-        self.pairs += pairs
-        self.tokens += result.tokens
+    def add(self, result: StepResult, agreement: Agreement, seconds: float) -> None:
+        self.pairs += agreement.counts["pairs"]
+        self.tokens += agreement.tokens
         self.seconds += seconds
         if result.applied:
-            self.applied += 1
             for name, value in result.values.items():
                 self.sums[name] = self.sums.get(name, 0) + value
+                self.steps[name] += 1
 
     def means(self, ranks: Ranks) -> dict[str, float]:
-        """Means over the steps and the ranks; on every rank."""
+        """Means over the steps and the ranks; on every rank. All ranks had the same tasks, so these names."""
         if not self.sums:
             return {}
-        stacked = torch.stack([value / self.applied for value in self.sums.values()])
+        stacked = torch.stack([value / self.steps[name] for name, value in self.sums.items()])
         return dict(zip(self.sums, ranks.mean(stacked).tolist(), strict=True))
 
-    def speeds(self, ranks: Ranks) -> dict[str, float]:
-        """`pairs` are those of all ranks, tokens are counted here and taken as equal on the others."""
+    def speeds(self) -> dict[str, float]:
+        """Of all ranks together."""
         seconds = max(self.seconds, 1e-9)
-        return {"samples_per_s": self.pairs / seconds, "tokens_per_s": self.tokens * ranks.world / seconds}
+        return {"samples_per_s": self.pairs / seconds, "tokens_per_s": self.tokens / seconds}

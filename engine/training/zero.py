@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from engine.config import Config
 from engine.models.transformer import Block
 from engine.training.host_memory import keep_large_blocks
+from engine.training.network import choose_interface, deadline
 
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -141,13 +142,21 @@ def join(config: Config) -> Ranks:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=os.environ.get("LOCAL_RANK", "0"))
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
-        if missing and not dist.is_initialized():
-            raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set")
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        else:
+            require_launch_variables()
+            choose_interface()
+        with deadline(config.train.join_timeout):
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     world = dist.get_world_size()
     host_group = dist.new_group(backend="gloo") if backend == "nccl" and world > 1 else None
     return Ranks(dist.get_rank(), world, device, host_group)
+
+
+def require_launch_variables() -> None:
+    """One line for a launch that is not whole."""
+    missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not set")
 
 
 # ---- the engine
@@ -231,8 +240,8 @@ class Engine:
     def _guard_plain_gradients(self) -> bool:
         """Give ZeRO-0 the guard that the other stages have: a gradient that is not finite changes no weight.
 
-        The gradients are already reduced, so all ranks decide alike; an optimizer leaves parameters without a
-        gradient as they are, moments and decay included.
+        The gradients are already reduced, so all ranks decide alike, and DeepSpeed has given 0 to parameters
+        that no batch used; an optimizer leaves those without a gradient as they are, moments and decay too.
         """
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters]

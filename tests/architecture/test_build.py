@@ -60,7 +60,7 @@ def locked(python: str) -> dict[str, str]:
 def test_the_lock_pins_what_the_project_needs(python):
     pins, table = locked(python), project()["project"]
     extras = table["optional-dependencies"]
-    for text in [*table["dependencies"], *extras["build"], *extras["test"]]:
+    for text in [*table["dependencies"], *extras["build"], *extras["test"], *extras["uniter"]]:
         requirement = Requirement(text)
         version = pins.get(canonicalize_name(requirement.name))
         assert version and requirement.specifier.contains(version), f"{text}: the lock has {version}"

@@ -13,7 +13,7 @@ PUBLIC = {
     "pack", "unpack", "take_rows", "take_segments", "put_segments", "segment_mean",
     "layer_norm", "FusedLayerNorm", "embed_layer_norm",
     "attention", "attention_qkvpacked",
-    "contrastive_loss", "hard_negatives", "linear_cross_entropy",
+    "contrastive_loss", "hard_negatives", "linear_cross_entropy", "optimal_transport",
 }  # fmt: skip
 
 FUNCTIONS = sorted(name for name in vk.ops.__all__ if inspect.isfunction(getattr(vk, name)))

@@ -7,7 +7,7 @@ from launch import ROOT
 
 from engine import pretrain
 from engine.config import Config
-from engine.data import load_source, make_tokenizer, training_stream
+from engine.data import load_training_sets, make_tokenizer, training_stream
 from engine.models import build_model
 from engine.objectives import PretrainingModule, build_objectives
 from engine.training import zero
@@ -33,9 +33,9 @@ def quickstart(cache: str, stage: int = 1) -> Config:
 
 def windows(config: Config, rank: int, world: int) -> tuple[int, Iterator[list]]:
     """Size of the vocabulary, and the real stream of batches."""
-    source = load_source(config.data, "train", config.seed)
-    tokenizer = make_tokenizer(config, source)
-    return tokenizer.vocab_size, training_stream(config, source, tokenizer, rank, world, 0)
+    sets = load_training_sets(config)
+    tokenizer = make_tokenizer(config, sets)
+    return tokenizer.vocab_size, training_stream(config, sets, tokenizer, rank, world, step=0, samples_seen=0)
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -3,43 +3,52 @@
 import torch
 from standin import StandInModule, small_config, stream
 
+from engine.config import Config
+from engine.sections import Optimizer
 from engine.training import zero
+from engine.training.optimizer import make_optimizer
 from engine.training.step import agree, normalizers, run_window
 
-STEPS = 4
+STEPS = 6
+SGD = Optimizer(kind="sgd", lr=0.02, weight_decay=0.0, clip=0.0)
+ADAMW = Optimizer(kind="adamw", lr=0.02, eps=1e-3, weight_decay=0.1, clip=0.5)  # eps far above rounding
 KINDS = {
-    "accumulated": {"accumulation": 2, "alternate": False},
-    "alternating": {"accumulation": 1, "alternate": True},
+    "accumulated": {"optimizer": SGD, "accumulation": 2, "alternate": False},
+    "alternating": {"optimizer": SGD, "accumulation": 1, "alternate": True},
+    "alternating, with moments and decay": {"optimizer": ADAMW, "accumulation": 2, "alternate": True},
 }
 
 
-def plain_curve(alternate: bool) -> list[dict]:
-    """The definition: one process, one batch, torch's SGD. Loss, gradient norm and weights."""
-    config = small_config()
+def plain_curve(optimizer: Optimizer, alternate: bool) -> list[dict]:
+    """The definition: one process, one batch, torch's optimizer. Loss, gradient norm and weights.
+
+    A branch that a step does not use has the gradient 0.
+    """
+    config = small_config(optimizer=optimizer)
     module = StandInModule()
-    optimizer = torch.optim.SGD(module.parameters(), lr=config.optimizer.lr)
+    rule = make_optimizer(optimizer, module.model.named_parameters(), torch.device("cpu"))
     points = []
     windows = stream(config, alternate=alternate)
     for _ in range(STEPS):
         (batch,) = next(windows)
         batch.normalizers = normalizers(batch.counts, 1, torch.device("cpu"))
         loss, _, _ = module(batch)
-        optimizer.zero_grad()
+        rule.zero_grad(set_to_none=False)
         loss.backward()
-        norm = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).norm()
-        optimizer.step()
+        for unused in (p for p in module.parameters() if p.grad is None):
+            unused.grad = torch.zeros_like(unused)
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), optimizer.clip or float("inf"))
+        rule.step()
         module.model.rng.advance()
         points.append({"loss": loss.item(), "gradient_norm": norm.item(), "weights": weights_of(module)})
     return points
 
 
-def zero_curve(stage: int, accumulation: int, alternate: bool) -> list[dict]:
+def zero_curve(stage: int, optimizer: Optimizer, alternate: bool, accumulation: int) -> list[dict]:
     """The same through the engine, on all ranks."""
-    config = small_config(stage, accumulation=accumulation)
+    config = small_config(stage, accumulation=accumulation, optimizer=optimizer)
     ranks = zero.join(config)
-    module = StandInModule()
-    optimizer = torch.optim.SGD(module.parameters(), lr=config.optimizer.lr)
-    engine = zero.Engine(config, module, optimizer, ranks)
+    engine = small_engine(config, ranks)
     windows = stream(config, ranks.rank, ranks.world, alternate=alternate)
     points = []
     for _ in range(STEPS):
@@ -51,6 +60,12 @@ def zero_curve(stage: int, accumulation: int, alternate: bool) -> list[dict]:
         with engine.whole_module() as whole:
             points.append({"loss": loss, "gradient_norm": engine.gradient_norm, "weights": weights_of(whole)})
     return points
+
+
+def small_engine(config: Config, ranks: zero.Ranks) -> zero.Engine:
+    module = StandInModule()
+    rule = make_optimizer(config.optimizer, module.model.named_parameters(), ranks.device)
+    return zero.Engine(config, module, rule, ranks)
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vlkernels as vk
-from engine.data import load_source, make_tokenizer, training_stream
+from engine.data import load_training_sets, make_tokenizer, training_stream
 from engine.models import build_model
 from engine.objectives import PretrainingModule, build_objectives
 from engine.training.command_line import parse
@@ -21,7 +21,6 @@ FUSED = {  # no op of the model is left out
     "hard_negatives": "torch",
     "layer_norm": "cpp",
     "linear_cross_entropy": "torch",
-    "pack": "cpp",
     "segment_mean": "cpp",
     "take_rows": "cpp",
 }
@@ -33,9 +32,9 @@ def windows(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
     recipe = ["--config=engine/recipes/quickstart.yaml", f"--data.cache={cache}", f"--train.global_batch={BATCH}"]
     config = parse([*recipe, *OPTIONS])
-    source = load_source(config.data, "train", config.seed)
-    tokenizer = make_tokenizer(config, source)
-    stream = training_stream(config, source, tokenizer, 0, 1, 0)
+    sets = load_training_sets(config)
+    tokenizer = make_tokenizer(config, sets)
+    stream = training_stream(config, sets, tokenizer, 0, 1, step=0, samples_seen=0)
     return config, tokenizer.vocab_size, [next(stream)[0] for _ in range(STEPS)]
 
 
@@ -59,7 +58,7 @@ def train(windows, impl, dtype):
     losses = []
     with vk.recorded() as served:
         for batch in batches:
-            batch.patches = batch.patches.to(dtype)
+            batch.image.values = batch.image.values.to(dtype)
             batch.normalizers = {name: torch.tensor(1 / count, dtype=dtype) for name, count in batch.counts.items()}
             loss, _, _ = module(batch)
             loss.backward()

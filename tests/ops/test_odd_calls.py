@@ -49,4 +49,4 @@ def test_the_raw_attention_backward_reads_no_foreign_memory():
 
 def test_the_raw_embedding_needs_ids_for_tables():
     with pytest.raises(RuntimeError, match="tables need ids"):
-        torch.ops.vlkernels.embed_layer_norm_forward(None, [torch.randn(2, 4)], None, None, None, None, None, 0, 0, 1e-5)
+        torch.ops.vlkernels.embed_layer_norm_forward(None, [torch.randn(2, 4)], *[None] * 6, 0, 0, 1e-5)

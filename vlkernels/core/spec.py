@@ -92,6 +92,8 @@ class OpSpec:
         peers: other people's way to compute the same, timed side by side: a function of the case's arguments, or a
             :class:`Peer`.
         cost: floor of a call from its arguments.
+        held: for an op whose gradient by definition holds something constant: ``held(**arguments)`` returns the reference
+            with that thing kept as it is there, so that finite differences do not see it move.
         deterministic: two runs give the same bits.
         variants: the Triton kernels worth compiling ahead of time for an architecture (90 is sm_90); imports Triton.
     """
@@ -105,5 +107,6 @@ class OpSpec:
     benchmarks: Mapping[str, Callable[[InputMaker], Arguments]] = field(default_factory=dict)
     peers: Mapping[str, Callable[..., Any] | Peer] = field(default_factory=dict)
     cost: Callable[..., Cost] | None = None
+    held: Callable[..., Callable[..., Any]] | None = None
     deterministic: bool = True
     variants: Callable[[int], Iterable[Variant]] | None = None

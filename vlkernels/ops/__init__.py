@@ -11,6 +11,7 @@ from vlkernels.ops.embed_layer_norm import embed_layer_norm
 from vlkernels.ops.hard_negatives import hard_negatives
 from vlkernels.ops.layer_norm import FusedLayerNorm, layer_norm
 from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
+from vlkernels.ops.optimal_transport import optimal_transport
 from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
 
 FOLDERS: tuple[str, ...] = (
@@ -20,6 +21,7 @@ FOLDERS: tuple[str, ...] = (
     "hard_negatives",
     "layer_norm",
     "linear_cross_entropy",
+    "optimal_transport",
     "packing",
 )
 
@@ -32,6 +34,7 @@ __all__: list[str] = [
     "hard_negatives",
     "layer_norm",
     "linear_cross_entropy",
+    "optimal_transport",
     "pack",
     "put_segments",
     "segment_mean",

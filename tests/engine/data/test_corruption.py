@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.data import train_tokenizer
-from engine.data.corruption import corrupt
+from engine.data.corruption import choose_regions, corrupt
 from engine.data.plan import Purpose, generator
 
 TOKENIZER = train_tokenizer(
@@ -75,3 +75,41 @@ def test_corruption_depends_on_seed_epoch_and_record_alone():
     results = [drawn(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert results == [drawn(*key) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert len({tuple(result) for result in results}) == 4
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
+def test_where_the_draw_selects_nothing_the_first_token_can_be_masked(whole_word):
+    """UNITER's rule: an empty draw, 0.85^n of them, masks the first unit always; others are as they were."""
+    ids, words = sentence(6, pieces_per_word=2)
+    units, first = (3, [1, 2]) if whole_word else (6, [1])
+    empty = 0
+    for record in range(4000):
+
+        def drawn(when_none):
+            random = generator(0, 0, record, Purpose.MASK)
+            return corrupt(ids, words, TOKENIZER, 0.15, whole_word, random, when_none)
+
+        (corrupted, selected), (other, positions) = drawn("first"), drawn("any")
+        nothing = (generator(0, 0, record, Purpose.MASK).random(units) >= 0.15).all()
+        empty += nothing
+        if nothing:
+            assert selected.tolist() == first and (corrupted[first] == TOKENIZER.mask_id).all()
+            assert np.array_equal(np.delete(corrupted, first), np.delete(ids, first))
+        else:
+            assert np.array_equal(corrupted, other) and np.array_equal(selected, positions)
+    share = 0.85**units
+    assert abs(empty / 4000 - share) < 4 * np.sqrt(share * (1 - share) / 4000)
+
+
+def test_regions_are_masked_by_their_share_and_one_at_least():
+    """Share within 4 standard deviations; an empty draw masks each region equally often."""
+    chosen = choose_regions(200_000, 0.15, generator(0, 0, 0, Purpose.REGIONS))
+    assert abs(len(chosen) / 200_000 - 0.15) < 4 * np.sqrt(0.15 * 0.85 / 200_000)
+    counts = np.zeros(3)
+    for record in range(6000):
+        chosen = choose_regions(3, 0.0, generator(0, 0, record, Purpose.REGIONS))
+        assert len(chosen) == 1
+        counts[chosen] += 1
+    assert (np.abs(counts / 6000 - 1 / 3) < 4 * np.sqrt(2 / 9 / 6000)).all()
+    few = [len(choose_regions(10, 0.15, generator(0, 0, record, Purpose.REGIONS))) for record in range(6000)]
+    assert min(few) == 1 and abs(np.mean(few) - (1.5 + 0.85**10)) < 4 * np.sqrt(1.3 / 6000)

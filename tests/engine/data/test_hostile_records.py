@@ -9,7 +9,15 @@ import zlib
 
 import pytest
 
-from engine.data import DataError, RecordFault, held_out_batches, load_source, make_tokenizer, training_stream
+from engine.data import (
+    DataError,
+    RecordFault,
+    held_out_batches,
+    load_source,
+    load_training_sets,
+    make_tokenizer,
+    training_stream,
+)
 from engine.data.records import MAX_CAPTION_CHARACTERS
 from engine.data.tar_index import build_index
 
@@ -135,21 +143,22 @@ def test_a_caption_of_a_hundred_thousand_words_is_cut_before_it_is_tokenized_and
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_run_goes_on_and_names_every_fault(workshop, workers):
     config = workshop.config(str(hostile_shard(workshop)), workers=workers)
-    source = load_source(config.data, "train")
-    stream = training_stream(config, source, make_tokenizer(config, source), 0, 1, 0)
-    windows = [next(stream) for _ in range(3 * len(source) // 8)]
+    sets = load_training_sets(config)
+    stream = training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0)
+    windows = [next(stream) for _ in range(3 * len(sets) // 8)]
     assert all(len(batch.labels) == 8 for (batch,) in windows)
     broken = {name for name, _, _ in broken_members(workshop)}
-    assert names_of(source.ledger.faults) == EXPECTED_AT_INDEXING | broken | {"long"}
-    assert "boxes: regions must be" in source.ledger.summary()
+    assert names_of(sets.ledger.faults) == EXPECTED_AT_INDEXING | broken | {"long"}
+    assert "boxes: regions must be" in sets.ledger.summary()
 
 
 def test_replacements_do_not_depend_on_workers_or_ranks(workshop):
     def labels(world, workers):
         config = workshop.config(str(hostile_shard(workshop)), workers=workers)
-        source = load_source(config.data, "train")
-        tokenizer = make_tokenizer(config, source)
-        streams = [training_stream(config, source, tokenizer, rank, world, 0) for rank in range(world)]
+        sets = load_training_sets(config)
+        tokenizer = make_tokenizer(config, sets)
+        start = {"step": 0, "samples_seen": 0}
+        streams = [training_stream(config, sets, tokenizer, rank, world, **start) for rank in range(world)]
         return [label for _ in range(8) for stream in streams for label in next(stream)[0].labels.tolist()]
 
     assert labels(1, 0) == labels(2, 0) == labels(1, 2)
@@ -158,8 +167,9 @@ def test_replacements_do_not_depend_on_workers_or_ranks(workshop):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_past_the_limit_the_run_stops_with_one_line(workshop, workers):
     config = workshop.config(str(hostile_shard(workshop)), workers=workers, fault_limit=12)
-    source = load_source(config.data, "train")
-    stream = training_stream(config, source, make_tokenizer_of_good(config, source), 0, 1, 0)
+    sets = load_training_sets(config)
+    tokenizer = make_tokenizer_of_good(sets.sets[0].source)
+    stream = training_stream(config, sets, tokenizer, 0, 1, step=0, samples_seen=0)
     with pytest.raises(
         DataError, match=r"^13 broken records, more than data.fault_limit = 12; the last is .*hostile.tar/.*$"
     ):
@@ -167,7 +177,7 @@ def test_past_the_limit_the_run_stops_with_one_line(workshop, workers):
             next(stream)
 
 
-def make_tokenizer_of_good(config, source):
+def make_tokenizer_of_good(source):
     """Of the good records alone, so that the ledger counts what the stream meets."""
     from engine.data import train_tokenizer
 
@@ -181,17 +191,18 @@ def test_a_source_of_broken_records_alone_ends(workshop, workers):
         "bad.tar", [member for i in range(9) for member in ((f"{i}.png", b""), (f"{i}.txt", b"x"))]
     )
     config = workshop.config(str(shard), workers=workers)
-    tokenizer = make_tokenizer(config, load_source(workshop.config(str(good)).data, "train"))
+    tokenizer = make_tokenizer(config, load_training_sets(workshop.config(str(good))))
     with pytest.raises(
         DataError, match=r"^32 records drawn for stream position 0 are all broken; the last is .*$"
     ):
-        next(training_stream(config, load_source(config.data, "train"), tokenizer, 0, 1, 0))
+        next(training_stream(config, load_training_sets(config), tokenizer, 0, 1, step=0, samples_seen=0))
 
 
 def test_held_out_records_that_are_broken_are_left_out(workshop):
     config = workshop.config(str(hostile_shard(workshop)))
     source = load_source(config.data, "held_out")
-    batches = list(held_out_batches(config, source, make_tokenizer(config, source), 16))
+    tokenizer = make_tokenizer(config, load_training_sets(config))
+    batches = list(held_out_batches(config, source, tokenizer, 16))
     assert sum(batch.counts["pairs"] for batch in batches) == 21
     faults = [fault for batch in batches for fault in batch.faults]
     assert names_of(faults) == {name for name, _, _ in broken_members(workshop)} | {"long"}

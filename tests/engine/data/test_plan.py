@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from engine.data.plan import BatchPlan, Permutation, Purpose, generator
+from engine.data.plan import PairPlan, Permutation, Purpose, generator
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097])
 def test_every_epoch_is_a_permutation(size):
-    plan = BatchPlan(size, seed=3)
+    plan = PairPlan(size, seed=3)
     orders = []
     for epoch in range(3):
-        found = plan.records(epoch * size, size)
+        found = plan.examples(epoch * size, size)
         assert {number for number, _ in found} == {epoch}
         orders.append([record for _, record in found])
         assert sorted(orders[-1]) == list(range(size))
@@ -20,14 +20,14 @@ def test_every_epoch_is_a_permutation(size):
 
 
 def test_any_stretch_equals_that_part_of_the_whole():
-    plan = BatchPlan(37, seed=1)
-    whole = plan.records(0, 200)
+    plan = PairPlan(37, seed=1)
+    whole = plan.examples(0, 200)
     for position, count in ((0, 0), (0, 1), (30, 20), (36, 2), (37, 37), (10, 150)):
-        assert plan.records(position, count) == whole[position : position + count]
+        assert plan.examples(position, count) == whole[position : position + count]
 
 
 def test_seeds_give_different_orders():
-    assert BatchPlan(1000, 0).records(0, 1000) != BatchPlan(1000, 1).records(0, 1000)
+    assert PairPlan(1000, 0).examples(0, 1000) != PairPlan(1000, 1).examples(0, 1000)
 
 
 def test_a_permutation_of_many_records_is_evaluated_where_it_is_asked():
@@ -57,7 +57,7 @@ def _assert_uniform(counts, expected, freedom):
 
 
 def test_replacements_are_drawn_from_all_records():
-    plan = BatchPlan(10, seed=0)
+    plan = PairPlan(10, seed=0)
     drawn = {plan.replacement(position, attempt) for position in range(10) for attempt in range(20)}
     assert {record for _, record in drawn} == set(range(10)) and {epoch for epoch, _ in drawn} == {0}
 
@@ -76,5 +76,5 @@ def test_generators_of_different_choices_differ_and_repeat():
 
 
 def test_an_empty_plan_is_refused():
-    with pytest.raises(ValueError, match="num_records must be at least 1, got 0"):
-        BatchPlan(0, seed=0)
+    with pytest.raises(ValueError, match="num_examples must be at least 1, got 0"):
+        PairPlan(0, seed=0)

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from engine.data.records import DataError, RecordFault, Region
+from engine.data.records import DataError, FaultLedger, RecordFault, Region
 from engine.data.shards import ShardSource, expand_pattern
 from engine.data.sources import load_source
 from engine.data.tar_index import build_index, load_index
@@ -176,7 +176,7 @@ def test_a_source_serves_other_processes(workshop, method):
 def test_few_descriptors_stay_open(workshop, monkeypatch):
     monkeypatch.setattr("engine.data.shards._MAX_OPEN_SHARDS", 2)
     shards = [workshop.shard(f"{number}.tar", workshop.pair(number)) for number in range(5)]
-    source = ShardSource(shards, ["txt"], 10**6, workshop.folder / "cache", 0)
+    source = ShardSource(shards, ["txt"], 10**6, workshop.folder / "cache", FaultLedger(0))
     before = len(os.listdir("/proc/self/fd"))
     for index in [*range(5), *range(5)]:
         assert source.captions(index) == [f"picture number {index} of many"]

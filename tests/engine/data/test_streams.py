@@ -1,14 +1,23 @@
 """Streams of batches: the same pairs and choices whatever workers, ranks, accumulation and restarts."""
 
+import multiprocessing
+import os
+import signal
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
-from engine.batch import TEXT
-from engine.data import held_out_batches, load_source, make_tokenizer, training_stream
-from engine.data.batches import collate
+from engine.batch import TEXT, Patches
+from engine.data import (
+    collate,
+    held_out_batches,
+    load_source,
+    load_training_sets,
+    make_tokenizer,
+    training_stream,
+)
 from engine.data.samples import Sample
 
 
@@ -21,9 +30,10 @@ def run(workshop):
         config = workshop.config(
             pattern, batch=24, accumulation=accumulation, workers=workers, random_crop="translate", flip=True
         )
-        source = load_source(config.data, "train")
-        tokenizer = make_tokenizer(config, source)
-        streams = [training_stream(config, source, tokenizer, rank, world, position) for rank in range(world)]
+        sets = load_training_sets(config)
+        tokenizer = make_tokenizer(config, sets)
+        done = {"step": position // 24, "samples_seen": position}
+        streams = [training_stream(config, sets, tokenizer, rank, world, **done) for rank in range(world)]
         found = []
         for windows in islice(zip(*streams, strict=True), steps):
             assert all(len(window) == accumulation for window in windows)
@@ -92,8 +102,8 @@ def test_starting_workers_draws_nothing_from_the_global_generator(run):
 
 def test_masked_rows_point_into_the_packed_stream(workshop):
     config = workshop.config(workshop.good_shards())
-    source = load_source(config.data, "train")
-    (batch,) = next(training_stream(config, source, make_tokenizer(config, source), 0, 1, 0))
+    sets = load_training_sets(config)
+    (batch,) = next(training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0))
     words, layout = batch.masked_words, batch.text_layout
     rows = words.places.rows(layout)
     assert torch.equal(batch.text_ids[rows], words.targets)
@@ -113,7 +123,8 @@ def test_pictures_of_different_sizes_share_a_batch():
         ids = np.arange(3)
         positions = np.indices((1, patches), dtype=np.int32).reshape(2, -1).T
         pixels = np.ones((patches, 192), np.float32)
-        return Sample(pixels, positions, ids, identity=1, masked_ids=ids, masked_positions=ids[:0])
+        image = Patches(torch.from_numpy(pixels), torch.from_numpy(positions))
+        return Sample(ids, image, identity=1, masked_ids=ids, masked_positions=ids[:0])
 
     batch = collate([sample(4), sample(8)], [5, 9])
     assert batch.image.values.shape == (12, 192)
@@ -135,9 +146,9 @@ def test_several_captions_take_turns_in_training_and_the_first_is_evaluated(work
         for part, data in (("png", workshop.image(number)), ("json", content))
     ]
     config = workshop.config(str(workshop.shard("s.tar", members)))
-    source = load_source(config.data, "train")
-    tokenizer = make_tokenizer(config, source)
-    stream = training_stream(config, source, tokenizer, 0, 1, 0)
+    sets = load_training_sets(config)
+    source, tokenizer = sets.sets[0].source, make_tokenizer(config, sets)
+    stream = training_stream(config, sets, tokenizer, 0, 1, step=0, samples_seen=0)
     counts = np.bincount([ids[1] for _ in range(75) for ids in captions_of(next(stream)[0])])
     assert sorted(counts[counts > 0]) == pytest.approx([200, 200, 200], abs=60)
     evaluated = [
@@ -149,7 +160,7 @@ def test_several_captions_take_turns_in_training_and_the_first_is_evaluated(work
 def test_held_out_batches_repeat_in_order_whatever_the_seed_and_batch(workshop):
     config = workshop.config(workshop.good_shards(), random_crop="translate", flip=True)
     source = load_source(config.data, "held_out")
-    tokenizer = make_tokenizer(config, source)
+    tokenizer = make_tokenizer(config, load_training_sets(config))
 
     def evaluated(batch):
         return [
@@ -166,8 +177,8 @@ def test_held_out_batches_repeat_in_order_whatever_the_seed_and_batch(workshop):
 def test_without_masked_language_nothing_is_masked(workshop):
     config = workshop.config(workshop.good_shards())
     config.objectives.masked_language = None
-    source = load_source(config.data, "train")
-    (batch,) = next(training_stream(config, source, make_tokenizer(config, source), 0, 1, 0))
+    sets = load_training_sets(config)
+    (batch,) = next(training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0))
     assert batch.masked_words is None and batch.counts == {"pairs": 8}
 
 
@@ -181,3 +192,18 @@ def test_permuted_captions_are_a_permutation_that_leaves_the_images(workshop):
     assert [plain[i].identity for i in range(50)] == [permuted[i].identity for i in range(50)]
     assert [held_out.captions(i)[0] for i in range(50)] == own
     assert [load_source(data, "train", seed=1).captions(i)[0] for i in range(50)] != other
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(workshop):
+    """A whole process group gets them, and the step in progress is still to be finished."""
+    config = workshop.config(workshop.good_shards(records=20), batch=8, workers=1)
+    sets = load_training_sets(config)
+    stream = training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+        assert len(list(islice(stream, 12))) == 12
+    stream.close()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
-from engine.data import load_tokenizer, train_tokenizer
+from engine.data import Tokenizer, load_tokenizer, train_tokenizer
 from engine.data.glyphs import caption_of
 from engine.data.tokenization import SPECIAL_TOKENS
 
@@ -66,6 +67,33 @@ def test_captions_are_cut_and_unknown_characters_survive(kind):
     ids, _ = tokenizer.encode("\U0001f600 \u4e00", 16)
     assert len(ids) > 2 and (ids >= 0).all()
     assert len(tokenizer.encode("x" * 8192, 16)[0]) <= 16
+
+
+def test_ids_in_place_of_a_caption_are_enclosed_and_cut_like_it():
+    tokenizer = train_tokenizer(CAPTIONS, "wordpiece", 400, lowercase=True)
+    sentence = "unheard stalactites hang above " + SENTENCE
+    for max_tokens in (64, 9):
+        ids, words = tokenizer.encode(sentence, max_tokens)
+        whole = tokenizer.encode(sentence, 64)[0][1:-1].tolist()
+        enclosed, numbered = tokenizer.enclose(whole, max_tokens)
+        assert enclosed.tolist() == ids.tolist() and numbered.tolist() == words.tolist()
+    assert np.bincount(words[1:-1]).max() > 1, "some word has several pieces"
+    assert [part.tolist() for part in tokenizer.enclose([], 64)] == [[1, 2], [-1, -1]]
+
+
+def test_ids_that_no_token_has_are_refused():
+    tokenizer = train_tokenizer(CAPTIONS, "wordpiece", 400, lowercase=True)
+    last = tokenizer.vocab_size - 1
+    for wrong in ([5, last + 1], [-1, 5]):
+        with pytest.raises(ValueError, match=f"must be from 0 to {last}, got {min(wrong)} to {max(wrong)}"):
+            tokenizer.enclose(wrong, 64)
+
+
+def test_the_free_places_of_berts_vocabularies_are_no_words():
+    vocabulary = ["[PAD]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused2]", "!", "a", "##s"]
+    numbers = {piece: number for number, piece in enumerate(vocabulary)}
+    model = tokenizers.models.WordPiece(numbers, unk_token="[UNK]")
+    assert Tokenizer(tokenizers.Tokenizer(model)).ordinary_ids.tolist() == [7, 8, 9]
 
 
 def test_case_is_kept_on_request():

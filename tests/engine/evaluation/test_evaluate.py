@@ -46,10 +46,15 @@ def batches(count: int = 24) -> list:
     return [random_batch(range(first, min(first + 8, count))) for first in range(0, count, 8)]
 
 
+def read(pairs: int, task: str | None) -> list:
+    assert pairs == 8 and task is None
+    return batches()
+
+
 def test_an_untrained_model_is_at_chance(tmp_path):
     model = small_model()
     results = evaluate(
-        model, batches(), make_config(), tokenizer=make_tokenizer(), sheet=tmp_path / "sheet.png"
+        model, read, make_config(), tokenizer=make_tokenizer(), sheet=tmp_path / "sheet.png"
     )
     assert results["pairs"] == 24
     assert results["contrastive"]["chance_recall@1"] == pytest.approx(1 / 24, rel=0.2)
@@ -79,7 +84,7 @@ def test_a_trained_model_finds_its_pairs():
         module(seen)[0].backward()
         optimizer.step()
         model.rng.advance()
-    results = evaluate(model, [seen], config)
+    results = evaluate(model, lambda *_: [seen], config)
     assert (
         results["contrastive"]["image_to_text_recall@1"]
         > 0.9
@@ -93,10 +98,10 @@ def test_a_trained_model_finds_its_pairs():
 
 
 def test_the_gallery_is_limited_to_whole_batches():
-    assert evaluate(small_model(), batches(), make_config(gallery=17))["pairs"] == 16
-    assert evaluate(small_model(), batches(), make_config(gallery=1))["pairs"] == 8
+    assert evaluate(small_model(), read, make_config(gallery=17))["pairs"] == 16
+    assert evaluate(small_model(), read, make_config(gallery=1))["pairs"] == 8
     with pytest.raises(ValueError, match="there are no held-out pairs"):
-        evaluate(small_model(), [], make_config())
+        evaluate(small_model(), lambda *_: [], make_config())
 
 
 @torch.no_grad()
@@ -130,7 +135,7 @@ def test_zero_shot_reads_a_folder_of_classes(tmp_path):
             pixels[..., channel] = 250
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     results = evaluate(
-        small_model(), batches(), make_config(zero_shot=str(tmp_path)), tokenizer=make_tokenizer()
+        small_model(), read, make_config(zero_shot=str(tmp_path)), tokenizer=make_tokenizer()
     )
     assert results["zero_shot"]["images"] == 6 and results["zero_shot"]["chance"] == 0.5
     assert 0 <= results["zero_shot"]["accuracy"] <= 1
@@ -139,7 +144,7 @@ def test_zero_shot_reads_a_folder_of_classes(tmp_path):
         ValueError, match="at least two sub-folders of images, got .* with 0 sub-folders and 0 images"
     ):
         config = make_config(zero_shot=str(tmp_path / "empty"))
-        evaluate(small_model(), batches(), config, tokenizer=make_tokenizer())
+        evaluate(small_model(), read, config, tokenizer=make_tokenizer())
 
 
 def test_a_run_folder_loads_back(tmp_path):

@@ -3,34 +3,56 @@
 import pytest
 import torch
 from random_batch import random_batch, small_model
+from random_pairs import TASKS, region_batch, small_one_stream
 
 from engine.objectives import PretrainingModule, build_objectives
 from engine.training.command_line import parse
 
+LOSSES = {task: {task} for task in TASKS} | {"random_matching": {"random_matching", "word_region_alignment"}}
 
-def step_on_meta(module):
-    """Forward and backward of all three losses on tensors without data."""
-    batch = random_batch(range(6)).to("meta")
+
+def step_on_meta(module, batch):
+    """Forward and backward of the batch's losses on tensors without data."""
+    batch = batch.to("meta")
     batch.normalizers = {name: torch.tensor(1.0, device="meta") for name in batch.counts}
     loss, losses, _ = module(batch)
     loss.backward()
     return losses
 
 
-@pytest.fixture
-def module():
-    objectives = parse(["--config=engine/recipes/quickstart.yaml"]).objectives
-    model = small_model(dropout=0.1)
+def module_on_meta(recipe, model):
+    objectives = parse([f"--config=engine/recipes/{recipe}.yaml"]).objectives
     model.rng.to("meta")
     return PretrainingModule(model, build_objectives(objectives)).to("meta")
 
 
+@pytest.fixture
+def module():
+    return module_on_meta("quickstart", small_model(dropout=0.1))
+
+
 def test_a_training_step_hides_no_sync(module):
-    assert set(step_on_meta(module)) == {"contrastive", "matching", "masked_language"}
+    assert set(step_on_meta(module, random_batch(range(6)))) == {"contrastive", "matching", "masked_language"}
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_of_one_task_hides_no_sync(task):
+    module, batch = module_on_meta("uniter_base", small_one_stream(dropout=0.1)), region_batch(range(6))
+    batch.task = (task,)
+    assert set(step_on_meta(module, batch)) == LOSSES[task]
+
+
+def test_the_tasks_together_train_every_parameter():
+    module = module_on_meta("uniter_base", small_one_stream(dropout=0.1))
+    for task in TASKS:
+        batch = region_batch(range(6))
+        batch.task = (task,)
+        step_on_meta(module, batch)
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
 def test_a_hidden_sync_is_caught(module):
     module.model.logit_scale.register_hook(lambda gradient: gradient * gradient.sum().item())
     with pytest.raises(RuntimeError, match="meta"):
-        step_on_meta(module)
+        step_on_meta(module, random_batch(range(6)))

@@ -12,11 +12,18 @@ import torch
 from launch import finish, run, start
 from trainer_worker import run as train
 
+from engine.sections import Buckets, Data, DataSet, JointStack, Model, Objectives, Regions
 from engine.training.checkpoint import write_whole
 from engine.training.telemetry import read_metrics
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 DAMAGES = ("truncated shard", "flipped bit", "missing shard", "no manifest", "cut manifest")
+ONE_STREAM = Model(image=None, text=None, fusion=None, joint=JointStack())
+MASKED = Objectives(contrastive=None, matching=None)
+
+
+def one_set(words: float) -> Data:
+    return Data(regions=Regions(), sets={"all": DataSet("builtin-scenes", {"masked_language": words})})
 
 
 def losses(output: Path, name: str = "run") -> dict[int, float]:
@@ -123,6 +130,22 @@ def test_a_checkpoint_of_another_kind_is_one_clear_line(tmp_path, change, line):
     train(output=str(tmp_path), max_steps=1)
     with pytest.raises(ValueError, match=f"cannot resume from .*step_00000001: {line}"):
         train(output=str(tmp_path), max_steps=2, **change)
+
+
+def test_a_checkpoint_of_another_plan_is_one_clear_line(tmp_path):
+    """Where steps draw their task and bucketed batches, other ratios or budgets give a step other batches."""
+    base = {"output": str(tmp_path), "max_steps": 1, "model": ONE_STREAM, "objectives": MASKED}
+    base |= {"data": one_set(words=1.0), "buckets": Buckets(64)}
+    train(**base)
+    for change, line in (
+        ({"buckets": Buckets(128)}, r"train.buckets was {'tokens': 64, .*} and is {'tokens': 128"),
+        ({"data": one_set(words=2.0)}, r"data.sets was {'all': {'masked_language': 1.0}} and is {'all'.* 2"),
+        ({"global_batch": 16}, "train.global_batch was 8 and is 16"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"model": Model(None, None, None, JointStack(layers=3))}, "model.joint.layers was 4 and is 3"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot resume from .*step_00000001: {line}"):
+            train(**{**base, **change})
 
 
 def test_a_kill_at_any_moment_loses_nothing_saved(tmp_path, monkeypatch):

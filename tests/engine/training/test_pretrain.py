@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from launch import ROOT, run
+from launch import ROOT, free_port, run
+from shared_cache import shared_cache
 from torch._dynamo.utils import counters
 
 from engine.pretrain import main
@@ -16,6 +17,7 @@ from engine.training.command_line import parse
 from engine.training.telemetry import read_metrics
 
 SCRIPT = ROOT / "engine" / "pretrain.py"
+__all__ = ["shared_cache"]
 FILES = {
     "checkpoints", "config.json", "config.yaml", "curves.png", "metrics.jsonl", "model.safetensors",
     "retrievals.png", "summary.json", "tensorboard", "tokenizer.json",
@@ -47,7 +49,7 @@ def test_a_run_leaves_its_folder_and_its_result(tmp_path, cache, capsys):
     assert parse(["--config", str(folder / "config.yaml")]) == parse(argv)
 
     assert main(argv) == 0
-    assert "steps 4-4 of 16 pairs" in capsys.readouterr().out
+    assert "steps 4-4 of 12 pairs" in capsys.readouterr().out
     assert json.loads((folder / "summary.json").read_text())["evaluation"] == summary["evaluation"]
 
     for change, line in (
@@ -125,6 +127,21 @@ def test_two_processes_under_zero_3_in_bf16(tmp_path, cache):
     assert main_rank.code == 0, main_rank.err
     assert (other.code, other.out) == (0, ""), other.err
     assert {path.name for path in (tmp_path / "quickstart").iterdir()} == FILES
+
+
+def test_uniter_in_bf16_through_deepspeeds_launcher(tmp_path, shared_cache):
+    """The command of the README on two processes, to its exit code."""
+    where = [f"--output={tmp_path}", f"--data.cache={shared_cache}", "--device=cpu", "--tiny=true"]
+    small = ["--data.max_records=64", "--evaluation.gallery=16", "--train.max_steps=4", "--seed=29"]
+    recipe = str(ROOT / "engine" / "recipes" / "uniter_base.yaml")
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    (finished,) = run([*launcher, SCRIPT, "--config", recipe, *where, *small], timeout=150)
+    assert finished.code == 0, finished.err
+    assert {path.name for path in (tmp_path / "uniter_base").iterdir()} == FILES - {"retrievals.png"}
+    summary = json.loads((tmp_path / "uniter_base" / "summary.json").read_text())
+    rows = [row for row in read_metrics(tmp_path / "uniter_base" / "metrics.jsonl") if "steps" in row]
+    assert summary["step"] == 4 and summary["samples_seen"] == rows[-1]["samples_seen"] > 4 * 12
+    assert sum(row["steps"]["loss"] for row in rows) == 4
 
 
 def test_two_processes_share_one_line_about_a_mistake(tmp_path, cache):

@@ -10,7 +10,7 @@ from trainer_worker import run as train
 
 from engine.training.checkpoint import Progress
 from engine.training.command_line import parse
-from engine.training.step import agree
+from engine.training.step import Agreement, Meter, StepResult, agree
 from engine.training.telemetry import Telemetry, flat_numbers, read_metrics
 from engine.training.zero import Ranks
 
@@ -105,9 +105,22 @@ def test_other_ranks_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_value_is_the_mean_over_the_steps_that_had_it():
+    """Steps of different tasks between two lines; a task with none, or skipped ones only, is absent."""
+    meter = Meter()
+    everyone = Agreement(stop=False, failed=False, num_faults=0, tokens=100, counts={"pairs": 7, "words": 9})
+    for name, number in (("words", 3.0), ("regions", 8.0), ("words", 5.0), ("skipped", 1.0)):
+        values = {"loss": torch.tensor(number), name: torch.tensor(number)}
+        meter.add(StepResult(name != "skipped", values), everyone, seconds=0.5)
+    assert meter.means(MAIN) == pytest.approx({"loss": 16 / 3, "words": 4.0, "regions": 8.0})
+    assert meter.steps == {"loss": 3, "words": 2, "regions": 1}
+    assert meter.speeds() == {"samples_per_s": 28 / 2, "tokens_per_s": 400 / 2}
+
+
 def test_counts_of_a_window_are_those_of_all_its_micro_batches():
     config = small_config(accumulation=4)
     window = next(stream(config))
     agreement = agree(window, MAIN, stop=True)
-    assert agreement.counts == {"pairs": 8, "tokens": 3} and agreement.stop and not agreement.failed
+    assert agreement.counts == {"pairs": 8, "tokens": 3} and agreement.tokens == 8
+    assert agreement.stop and not agreement.failed
     assert agree([], MAIN, stop=False).failed

@@ -57,7 +57,8 @@ def run(**options) -> tuple[int, dict]:
     engine = zero.Engine(config, module, optimizer, ranks)
     rng = engine.module.model.rng
     checkpoints = Checkpoints(config, ranks, Path(config.folder) / CHECKPOINTS)
-    progress = checkpoints.load(engine, rng, start / CHECKPOINTS) or Progress()
+    saved = checkpoints.newest(start / CHECKPOINTS)
+    progress = checkpoints.load(saved, engine, rng) if saved else Progress()
     telemetry = Telemetry(config, ranks, progress.step)
     trainer = Trainer(config, ranks, engine, rng, learning_rate, checkpoints, telemetry, progress, dict)
     windows = stream(config, ranks.rank, ranks.world, progress.samples_seen)

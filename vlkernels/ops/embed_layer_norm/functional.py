@@ -42,6 +42,7 @@ def embed_layer_norm(
     *,
     bias: Tensor | None = None,
     dense: Tensor | None = None,
+    norm_ids: Tensor | None = None,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     layout: SegmentLayout | None = None,
@@ -50,6 +51,10 @@ def embed_layer_norm(
     impl: str = "auto",
 ) -> Tensor:
     """``y = dropout(LN(sum_c tables[c][ids[:, c]] + dense))``, rows in packed order, in one pass over memory.
+
+    With ``norm_ids`` each row takes its own norm: ``y[t] = dropout(xhat[t] * weight[norm_ids[t]] +
+    bias[norm_ids[t]])``, ``xhat = (z - mean(z)) / sqrt(var(z) + eps)``. So text rows, of words and positions,
+    and region rows, of a table of computed rows, get their own norms in one call.
 
     Example:
         >>> import torch, vlkernels as vk
@@ -60,13 +65,27 @@ def embed_layer_norm(
         >>> z = torch.cat((words[[7, 49, 3]], torch.zeros(1, 32))) + positions[:4]
         >>> torch.testing.assert_close(y, torch.nn.functional.layer_norm(z, (32,), weight, bias))
 
+        Text, text, region, text in one stream, with a norm for text and a norm for regions:
+
+        >>> regions, norm_ids = torch.randn(1, 32), torch.tensor([0, 0, 1, 0])
+        >>> ids = torch.tensor([[7, -1], [49, -1], [-1, 0], [3, -1]])
+        >>> weight, bias = torch.randn(2, 32), torch.randn(2, 32)
+        >>> y = vk.embed_layer_norm(ids, (words, regions), weight, bias=bias, norm_ids=norm_ids, eps=1e-5)
+        >>> text = torch.nn.functional.layer_norm(words[[7, 49, 3]], (32,), weight[0], bias[0])
+        >>> image = torch.nn.functional.layer_norm(regions, (32,), weight[1], bias[1])
+        >>> torch.testing.assert_close(y, torch.cat((text[:2], image, text[2:])))
+
     Args:
         ids: ``[T, C]`` int32 or int64, a column per table; -1: that table adds nothing to the row. ``None``
             without tables.
         tables: C tensors ``[V_c, D]`` of one dtype: float32, bfloat16 or float16 (float64 on the reference).
             May be empty.
-        weight, bias: ``[D]`` in the dtype of the tables or float32, or ``None`` (one and zero).
+        weight, bias: ``[D]`` in the dtype of the tables or float32, or ``None`` (one and zero). With
+            ``norm_ids`` ``[N, D]``, a row per norm; the bias may still be ``None``.
         dense: ``[T, D]`` in the dtype of the tables: projected patches or regions, rows of zeros elsewhere.
+        norm_ids: ``[T]`` int32 or int64: the norm of every row, such as ``layout.token_segment()``; -1: the
+            row is nobody's, its output and its gradients are zero. Meant for a few norms: the backward needs
+            up to 64 partial rows of each.
         eps: added to the variance.
         dropout_p: probability that an element is dropped after the norm, as in BERT; rounded to 1/256. No
             mask is stored.
@@ -85,11 +104,12 @@ def embed_layer_norm(
         derivative of its own.
     Numerics: the sum, the statistics (two-pass variance), the norm and the tables' sums in float32.
     Memory: the backward keeps two floats per row and sums the embeddings again; dropout keeps nothing.
-    Errors: ``ValueError`` where shapes, dtypes or devices disagree; on the CPU for an id outside [-1, V_c).
+    Errors: ``ValueError`` where shapes, dtypes or devices disagree; on the CPU for an id outside [-1, V_c) or
+        [-1, N); for ``norm_ids`` without ``weight`` ``[N, D]``, and the reverse.
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018.
     """
     tables = list(tables)
-    _check(ids, tables, weight, bias, dense, dropout_p, layout)
+    _check(ids, tables, weight, bias, dense, norm_ids, dropout_p, layout)
     check_stream(stream)
     like = tables[0] if tables else dense
     if (
@@ -102,6 +122,7 @@ def embed_layer_norm(
             weight,
             bias=bias,
             dense=dense,
+            norm_ids=norm_ids,
             eps=eps,
             dropout_p=dropout_p,
             layout=layout,
@@ -115,6 +136,7 @@ def embed_layer_norm(
         None if dense is None else dense.contiguous(),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
+        None if norm_ids is None else norm_ids.to(torch.int32).contiguous(),
         resolve_rng(rng, like.device) if threshold else None,
         layout.token_keys() if threshold and layout is not None else None,
         stream,
@@ -129,6 +151,7 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     dense: Tensor | None,
+    norm_ids: Tensor | None,
     dropout_p: float,
     layout: SegmentLayout | None,
 ) -> None:
@@ -136,9 +159,9 @@ def _check(
         raise ValueError("there is nothing to embed: pass tables, dense, or both")
     if tables and ids is None:
         raise ValueError(f"{len(tables)} tables need ids [T, {len(tables)}], got None")
-    like = tables[0] if tables else dense
-    checks.check_floating("tables[0]" if tables else "dense", like)
-    checks.check_shape("tables[0]" if tables else "dense", like, "[V, D]" if tables else "[T, D]", (None, None))
+    name, symbols, like = ("tables[0]", "[V, D]", tables[0]) if tables else ("dense", "[T, D]", dense)
+    checks.check_floating(name, like)
+    checks.check_shape(name, like, symbols, (None, None))
     if tables:
         checks.check_integer("ids", ids)
         checks.check_shape("ids", ids, "[T, C]", (ids.shape[0] if ids.dim() else None, len(tables)))
@@ -149,19 +172,43 @@ def _check(
     if dense is not None:
         checks.check_shape("dense", dense, "[T, D]", (rows, width))
         checks.check_dtype("dense", dense, (like.dtype,))
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            checks.check_shape(name, parameter, "[D]", (width,))
-            checks.check_dtype(name, parameter, (like.dtype, torch.float32))
+    _check_norms(weight, bias, norm_ids, rows, like)
     named = {f"tables[{c}]": table for c, table in enumerate(tables)}
-    checks.check_same_device(**named, ids=ids if tables else None, dense=dense, weight=weight, bias=bias)
+    named |= {"ids": ids if tables else None, "dense": dense, "norm_ids": norm_ids}
+    checks.check_same_device(**named, weight=weight, bias=bias)
     for c in _suspicious_columns(ids, tables):
         checks.check_values_between(
             f"ids[:, {c}] (rows of tables[{c}], or -1)", ids[:, c], -1, tables[c].shape[0]
         )
+    if norm_ids is not None:
+        checks.check_values_between("norm_ids (rows of weight, or -1)", norm_ids, -1, weight.shape[0])
     checks.check_probability("dropout_p", dropout_p)
     if layout is not None and rows != layout.num_tokens:
         raise ValueError(f"ids and dense must have layout.num_tokens = {layout.num_tokens} rows, got {rows}")
+
+
+def _check_norms(
+    weight: Tensor | None, bias: Tensor | None, norm_ids: Tensor | None, rows: int, like: Tensor
+) -> None:
+    width = like.shape[1]
+    if norm_ids is None:
+        for name, parameter in (("weight", weight), ("bias", bias)):
+            if parameter is not None and parameter.dim() == 2:
+                raise ValueError(
+                    f"{name} {list(parameter.shape)} holds a row per norm: "
+                    f"pass norm_ids [T] = [{rows}], got None"
+                )
+        symbols, shape = "[D]", (width,)
+    else:
+        checks.check_integer("norm_ids", norm_ids)
+        checks.check_shape("norm_ids", norm_ids, "[T]", (rows,))
+        if weight is None:
+            raise ValueError(f"norm_ids need weight [N, D] = [any, {width}], got None")
+        symbols, shape = "[N, D] with norm_ids", (weight.shape[0] if weight.dim() == 2 else None, width)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            checks.check_shape(name, parameter, symbols, shape)
+            checks.check_dtype(name, parameter, (like.dtype, torch.float32))
 
 
 def _suspicious_columns(ids: Tensor | None, tables: list[Tensor]) -> Sequence[int]:
@@ -180,6 +227,7 @@ def _forward_fake(
     dense: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    norm_ids: Tensor | None,
     rng_state: Tensor | None,
     keys: Tensor | None,
     stream: int,
@@ -209,13 +257,14 @@ def _backward_fake(
 
 _forward = library.define(
     "embed_layer_norm_forward(Tensor? ids, Tensor[] tables, Tensor? dense, Tensor? weight, Tensor? bias, "
-    "Tensor? rng_state, Tensor? keys, SymInt stream, int threshold, float eps) -> (Tensor, Tensor, Tensor)",
+    "Tensor? norm_ids, Tensor? rng_state, Tensor? keys, SymInt stream, int threshold, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
 )
 _backward = library.define_backward(
     "embed_layer_norm_backward(Tensor dy, Tensor mean, Tensor rstd, Tensor? ids, Tensor[] tables, "
-    "Tensor? dense, Tensor? weight, Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, "
-    "int threshold) -> (Tensor, Tensor, Tensor)",
+    "Tensor? dense, Tensor? weight, Tensor? bias, Tensor? norm_ids, Tensor? rng_state, Tensor? keys, "
+    "SymInt stream, int threshold) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
 _table_gradient = library.define_backward(
@@ -225,15 +274,15 @@ _table_gradient = library.define_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ids, tables, dense, weight, bias, rng_state, keys, stream, threshold, _ = inputs
+    ids, tables, dense, weight, bias, norm_ids, rng_state, keys, stream, threshold, _ = inputs
     _, mean, rstd = output
-    ctx.save_for_backward(mean, rstd, ids, dense, weight, bias, rng_state, keys, *tables)
+    ctx.save_for_backward(mean, rstd, ids, dense, weight, bias, norm_ids, rng_state, keys, *tables)
     ctx.stream, ctx.threshold = stream, threshold
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-    mean, rstd, ids, dense, weight, bias, rng_state, keys, *tables = ctx.saved_tensors
+    mean, rstd, ids, dense, weight, bias, norm_ids, rng_state, keys, *tables = ctx.saved_tensors
     dz, dweight, dbias = _backward(
         dy.contiguous(),
         mean,
@@ -243,6 +292,7 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         dense,
         weight,
         bias,
+        norm_ids,
         rng_state,
         keys,
         ctx.stream,
@@ -259,7 +309,7 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         dz if wants_dense else None,
         dweight if wants_weight else None,
         dbias if wants_bias else None,
-        *[None] * 5,
+        *[None] * 6,
     )
 
 

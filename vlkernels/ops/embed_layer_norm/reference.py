@@ -19,6 +19,7 @@ def embed_layer_norm(
     *,
     bias: Tensor | None = None,
     dense: Tensor | None = None,
+    norm_ids: Tensor | None = None,
     eps: float = 1e-12,
     dropout_p: float = 0.0,
     layout: SegmentLayout | None = None,
@@ -29,14 +30,31 @@ def embed_layer_norm(
     wide = torch.promote_types(dtype, torch.float32)
     terms = [] if dense is None else [dense.to(wide)]
     for column, table in enumerate(tables):
-        index = ids[:, column].long()
-        terms.append(F.embedding(index.clamp(min=0), table).to(wide) * (index >= 0)[:, None])
+        terms.append(_rows(table, ids[:, column].long()).to(wide))
     z = sum(terms[1:], terms[0])
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
-    y = F.layer_norm(z, z.shape[1:], weight, bias, eps)
+    if norm_ids is None:
+        y = F.layer_norm(z, z.shape[1:], weight, bias, eps)
+    else:
+        y = _several_norms(z, weight, bias, norm_ids.long(), eps)
     if dropout_p > 0:
         y = torch.where(_kept(y, dropout_p, rng, stream, layout), y * dropout_scale(dropout_p), 0)
     return y.to(dtype)
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of the table, zeros where the index is -1; a table of computed rows may have none."""
+    readable = table if table.shape[0] else F.pad(table, (0, 0, 0, 1))
+    return torch.where((index >= 0)[:, None], F.embedding(index.clamp(min=0), readable), 0)
+
+
+def _several_norms(z: Tensor, weight: Tensor, bias: Tensor | None, norm_ids: Tensor, eps: float) -> Tensor:
+    """Row t by norm ``norm_ids[t]``; zeros where that is -1."""
+    chosen = norm_ids.clamp(min=0)
+    y = F.layer_norm(z, z.shape[1:], eps=eps) * F.embedding(chosen, weight)
+    if bias is not None:
+        y = y + F.embedding(chosen, bias)
+    return torch.where((norm_ids >= 0)[:, None], y, 0)
 
 
 def _kept(y: Tensor, p: float, rng: Rng | None, stream: int, layout: SegmentLayout | None) -> Tensor:

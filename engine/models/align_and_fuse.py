@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import itertools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
 
 import torch
-import vlkernels as vk
 from torch import Tensor, nn
 
 from engine.batch import Batch
+from engine.models.base import VisionLanguageModel
 from engine.models.embedders import PatchEmbedder, TextEmbedder
 from engine.models.heads import FeatureHead, MaskedLanguageHead, MatchingHead
 from engine.models.initialization import initialize
@@ -21,8 +18,6 @@ from engine.models.transformer import PackedTransformer, Source, Tokens
 from engine.sections import Model
 
 CHANNELS = 3
-
-T = TypeVar("T")
 
 
 class Variant(enum.IntEnum):
@@ -38,14 +33,12 @@ class Variant(enum.IntEnum):
         return sample_ids * len(Variant) + self
 
 
-class VisionLanguageModel(nn.Module):
-    """Two towers aligned by features of unit length, and a fusion encoder for matching and masked language.
-
-    `rng` is the state all dropout reads; whoever trains advances it once per optimizer step.
-    """
+class AlignAndFuse(VisionLanguageModel):
+    """Two towers aligned by features of unit length, and a fusion encoder for matching and masked
+    language."""
 
     def __init__(self, config: Model, vocab_size: int, impl: str = "auto"):
-        super().__init__()
+        super().__init__(impl)
         image, text, fusion = config.image, config.text, config.fusion
         if fusion.width != text.width:
             raise ValueError(
@@ -70,37 +63,11 @@ class VisionLanguageModel(nn.Module):
         )
         self.negatives_stream = next(streams)
         self.max_log_scale = math.log(config.logit_scale_max)
-        self.impl = impl
-        self.rng = vk.Rng(0)
-        self._passes: dict[tuple[int, str], Any] | None = None
         initialize(self, config.initializer_range)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionLanguageModel:
-        super()._apply(fn, recurse)
-        self.rng.state = fn(self.rng.state)
-        return self
-
-    def checkpoint_activations(self, enabled: bool = True) -> None:
-        """Recompute every block in the backward instead of keeping its activations."""
-        for stack in (self.image_tower, self.text_tower, self.fusion):
-            stack.activation_checkpointing = enabled
-
-    @contextlib.contextmanager
-    def passes_shared(self) -> Iterator[None]:
-        """Inside, each pass over a batch runs once, whichever objectives ask for it."""
-        self._passes = {}
-        try:
-            yield
-        finally:
-            self._passes = None
-
-    def _once(self, batch: Batch, name: str, compute: Callable[[], T]) -> T:
-        if self._passes is None:
-            return compute()
-        key = (id(batch), name)
-        if key not in self._passes:
-            self._passes[key] = compute()
-        return self._passes[key]
+    @property
+    def words(self) -> Tensor:
+        return self.text_embedder.words
 
     # ---- passes over a batch
 
@@ -112,6 +79,9 @@ class VisionLanguageModel(nn.Module):
         """The text tower's states of the captions, or of the captions after corruption."""
         variant = Variant.MASKED if masked else Variant.PLAIN
         return self._once(batch, f"text {variant.name}", lambda: self._encode_text(batch, variant))
+
+    def encode_masked_words(self, batch: Batch) -> Tokens:
+        return self.fuse(self.encode_text(batch, masked=True), self.image_source(batch))
 
     def image_features(self, batch: Batch) -> Tensor:
         """`[B, E]`, unit length."""

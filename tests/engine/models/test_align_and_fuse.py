@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import vlkernels as vk
 from random_batch import VOCAB, random_batch, random_sample, small_config, small_model
 
 from engine.data import collate
-from engine.models import VisionLanguageModel
+from engine.models import AlignAndFuse
 from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import Objectives
 
@@ -76,7 +75,7 @@ def test_sources_may_be_read_by_any_text():
 
 def test_cross_attention_every_second_block():
     config = small_config(cross_every=2)
-    model = VisionLanguageModel(config, VOCAB)
+    model = AlignAndFuse(config, VOCAB)
     assert [block.cross_attention is not None for block in model.fusion.blocks] == [True, False]
     batch = random_batch(range(3))
     assert model.fuse(model.encode_text(batch), model.image_source(batch)).hidden.shape[1] == 32
@@ -108,20 +107,4 @@ def test_widths_must_agree():
     config = small_config()
     config.fusion.width = 64
     with pytest.raises(ValueError, match=r"model.fusion.width must be model.text.width = 32, .* got 64"):
-        VisionLanguageModel(config, VOCAB)
-
-
-def test_regions_embed_as_uniter_does():
-    from engine.models.embedders import RegionEmbedder
-
-    stack = small_config().text
-    embedder = RegionEmbedder(stack, 10, iter(range(9)), "auto")
-    with torch.no_grad():
-        for parameter in embedder.parameters():
-            parameter.copy_(torch.randn(parameter.shape))
-    features, boxes = torch.randn(6, 10), torch.rand(6, 7)
-    layout = vk.SegmentLayout([[4], [2]])
-    by_hand = embedder.feature_norm(embedder.feature_projection(features))
-    by_hand = by_hand + embedder.box_norm(embedder.box_projection(boxes)) + embedder.tables[0][0]
-    by_hand = torch.nn.functional.layer_norm(by_hand, (32,), embedder.weight, embedder.bias, stack.eps)
-    torch.testing.assert_close(embedder(features, boxes, layout, None), by_hand, rtol=1e-4, atol=1e-4)
+        AlignAndFuse(config, VOCAB)

@@ -1,0 +1,170 @@
+"""Weights that a new run begins with: BERT's, from a folder as `transformers` saves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.config import Config
+from engine.models import VisionLanguageModel
+from engine.sections import JointStack, require
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+"""Ours by the name that `transformers` knows an activation by."""
+
+SIZES = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "eps": "layer_norm_eps",
+    "activation": "hidden_act",
+}
+"""Their name of what must agree, by ours."""
+
+DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "position_embedding_type": "absolute"}
+"""What older folders leave out."""
+
+BY_ROW = ("text_embedder.tables.", "masked_language_head.bias")
+"""What may have another number of rows: words, positions, types."""
+
+OPTIONAL = ("pooler.", "cls.")
+"""What only some of BERT's models have."""
+
+
+def load_initial_weights(config: Config, model: VisionLanguageModel) -> list[str]:
+    """Fill the parts of `model` that `init_from` names; lines that say what was loaded and what was not."""
+    lines = []
+    for part, folder in config.init_from.items():
+        require(part == "joint", f"init_from: the part must be joint, got {part}")
+        require(config.model.joint is not None, "init_from.joint needs model.joint")
+        lines += _load_bert(Path(folder), config.model.joint, model)
+    return lines
+
+
+@torch.no_grad()
+def _load_bert(folder: Path, stack: JointStack, model: VisionLanguageModel) -> list[str]:
+    _check_sizes(folder, stack)
+    saved = _read(folder)
+    parameters = dict(model.named_parameters())
+    taken: dict[str, list[str]] = {}
+    fewer = []
+    for name, sources in _bert_names(stack.layers):
+        if missing := [source for source in sources if source not in saved]:
+            optional = missing[0].startswith(OPTIONAL)
+            require(optional, f"init_from.joint: {folder} has no {', '.join(missing)}")
+            continue
+        found = torch.cat([saved[source] for source in sources])
+        if rows := _copy(folder, name, found, parameters[name]):
+            fewer.append(rows)
+        taken[name] = sources
+    return _report(folder, model, saved, taken, fewer)
+
+
+def _check_sizes(folder: Path, stack: JointStack) -> None:
+    """Refuse a model that computes something else, in one line with all that differs."""
+    path = folder / "config.json"
+    require(
+        path.is_file(),
+        f"init_from.joint: {folder} has no config.json: it must be a folder of `transformers`",
+    )
+    theirs: dict[str, Any] = DEFAULTS | json.loads(path.read_text())
+    kind, positions = theirs.get("model_type"), theirs["position_embedding_type"]
+    require(
+        (kind, positions) == ("bert", "absolute"),
+        f"init_from.joint: {folder} must be a bert with absolute positions, got a {kind} with {positions} "
+        "ones",
+    )
+    theirs["hidden_act"] = ACTIVATIONS.get(theirs["hidden_act"], theirs["hidden_act"])
+    differing = [
+        f"model.joint.{ours} must be {theirs.get(name)}, got {getattr(stack, ours)}"
+        for ours, name in SIZES.items()
+        if getattr(stack, ours) != theirs.get(name)
+    ]
+    if stack.norm != "post":
+        differing.append(f"model.joint.norm must be post, got {stack.norm}")
+    require(not differing, f"init_from.joint: {folder} does not fit: {'; '.join(differing)}")
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    """The tensors under the names of today's `BertModel`; heads keep theirs, which begin with "cls."."""
+    files = sorted(folder.glob("model*.safetensors"))
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    why = f" but {', '.join(pickled)}, a pickle, which is not read: save it as safetensors" if pickled else ""
+    require(bool(files), f"init_from.joint: {folder} has no model.safetensors{why}")
+    renamed = {}
+    for file in files:
+        for name, tensor in load_file(file).items():
+            name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+            renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
+    return renamed
+
+
+def _bert_names(layers: int) -> Iterator[tuple[str, list[str]]]:
+    """Our parameters, and the tensors of BERT that make them when put one behind the other."""
+    for column, table in enumerate(("word", "position", "token_type")):
+        yield f"text_embedder.tables.{column}", [f"embeddings.{table}_embeddings.weight"]
+    modules = {"text_embedder": ["embeddings.LayerNorm"], "pooler": ["pooler.dense"]}
+    for layer in range(layers):
+        block, theirs = f"transformer.blocks.{layer}", f"encoder.layer.{layer}"
+        modules |= {
+            f"{block}.self_attention.query_key_value": [
+                f"{theirs}.attention.self.{part}" for part in ("query", "key", "value")
+            ],
+            f"{block}.self_attention.output": [f"{theirs}.attention.output.dense"],
+            f"{block}.self_attention.norm": [f"{theirs}.attention.output.LayerNorm"],
+            f"{block}.feed_forward.inner": [f"{theirs}.intermediate.dense"],
+            f"{block}.feed_forward.output": [f"{theirs}.output.dense"],
+            f"{block}.feed_forward.norm": [f"{theirs}.output.LayerNorm"],
+        }
+    modules["masked_language_head.transform"] = ["cls.predictions.transform.dense"]
+    modules["masked_language_head.norm"] = ["cls.predictions.transform.LayerNorm"]
+    for ours, sources in modules.items():
+        for kind in ("weight", "bias"):
+            yield f"{ours}.{kind}", [f"{source}.{kind}" for source in sources]
+    yield "masked_language_head.bias", ["cls.predictions.bias"]
+
+
+def _copy(folder: Path, name: str, found: Tensor, target: Tensor) -> str | None:
+    """Fill the target, of a table the rows in common; a note where these are not all."""
+    wanted, got = list(target.shape), list(found.shape)
+    fits = got[1:] == wanted[1:] if name.startswith(BY_ROW) else got == wanted
+    require(fits, f"init_from.joint: {folder}: model.{name} must be {wanted}, got {got}")
+    rows = min(len(found), len(target))
+    target[:rows] = found[:rows]
+    if got == wanted:
+        return None
+    return f"{name} the first {rows} rows (it has {len(target)}, the file {len(found)})"
+
+
+def _report(
+    folder: Path,
+    model: VisionLanguageModel,
+    saved: dict[str, Tensor],
+    taken: dict[str, list[str]],
+    fewer: list[str],
+) -> list[str]:
+    used = {source for sources in taken.values() for source in sources}
+    begun = {name.split(".")[0] for name in taken}
+    untouched = [name for name, _ in model.named_parameters() if name not in taken]
+    left = dict.fromkeys(name if name.split(".")[0] in begun else name.split(".")[0] for name in untouched)
+    lines = [
+        f"loaded {len(used)} tensors of {folder} into model.joint, "
+        f"left at their initialisation: {', '.join(left)}"
+    ]
+    if fewer:
+        lines.append(f"of tables of another size: {', '.join(fewer)}")
+    if idle := sorted(saved.keys() - used):
+        lines.append(f"not used of {folder}: {', '.join(idle)}")
+    return lines

@@ -1,0 +1,293 @@
+"""One stream of words and regions: embedding by hand, in one call; batches that lack a modality; dropout;
+sizes."""
+
+import pytest
+import torch
+from random_pairs import SIZES, TASKS, packed, random_pairs, region_batch, small_one_stream, small_stack
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.plain_uniter import Sizes
+from benchmarks.uniter_pairs import Pair
+from engine.batch import IMAGE, TEXT
+from engine.models import OneStream, build_model
+from engine.objectives import PretrainingModule, build_objectives
+from engine.sections import JointStack, MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching
+from engine.training.command_line import parse
+from vlkernels.core import native
+
+FOUR = Objectives(
+    contrastive=None,
+    matching=None,
+    masked_region_features=MaskedRegionFeatures(),
+    masked_region_classes=MaskedRegionClasses(),
+    random_matching=RandomMatching(),
+)
+
+HEADS = {"feature_values": SIZES.feature_values, "classes": SIZES.classes}
+
+
+def without(pair: Pair, segment: int) -> Pair:
+    """The pair without its caption, or without its regions."""
+    fields = dict(vars(pair))
+    names = ("text_ids", "masked_ids", "word_targets") if segment == TEXT else (
+        "features", "boxes", "region_masked", "soft_labels",
+    )  # fmt: skip
+    return Pair(**fields | {name: fields[name][:0] for name in names})
+
+
+# ---- embedding
+
+
+@pytest.mark.parametrize("masked", [None, TEXT, IMAGE])
+def test_embedding_by_hand(masked):
+    model, batch = small_one_stream(dtype=torch.float64), region_batch(range(4))
+    text, regions, width = model.text_embedder, model.region_embedder, SIZES.stack.width
+    words, positions, types = text.tables
+
+    def norm(x, module):
+        return F.layer_norm(x, (width,), module.weight, module.bias, 1e-12)
+
+    ids = batch.masked_words.ids if masked == TEXT else batch.text_ids
+    features = batch.image.features.double()
+    if masked == IMAGE:
+        features[batch.masked_regions.places.rows(batch.image_layout)] = regions.mask_row
+    features = norm(regions.feature_projection(features), regions.feature_norm)
+    boxes = norm(regions.box_projection(batch.image.boxes.double()), regions.box_norm)
+    position = torch.cat([torch.arange(length) for length in batch.layout.lengths[:, TEXT]])
+    of_text = norm(words[ids] + positions[position] + types[0], text)
+    of_regions = norm(features + boxes + types[1], regions)
+    parts = zip(
+        of_text.split(batch.layout.lengths[:, TEXT].tolist()),
+        of_regions.split(batch.layout.lengths[:, IMAGE].tolist()),
+        strict=True,
+    )
+    expected = torch.cat([rows for pair in parts for rows in pair])
+    torch.testing.assert_close(model._embed(batch, masked), expected, rtol=1e-10, atol=1e-10)
+
+
+class RowsMade(TorchDispatchMode):
+    """Names of the operators whose result holds floating rows for every token of the stream."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens, self.names = num_tokens, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, torch.Tensor) and result.is_floating_point() and result.dim() == 2:
+                self.names += [function.name()] * (len(result) >= self.num_tokens)
+        return results
+
+
+@pytest.mark.skipif(native.load() is not None, reason="the compiled library is not built")
+def test_rows_are_embedded_straight_into_the_stream():
+    """One call makes all rows of the stream, in packed order: nothing gathers, joins or moves them."""
+    model, batch = small_one_stream(dropout=0.1), region_batch(range(5))
+    with torch.no_grad(), RowsMade(batch.layout.num_tokens) as made:
+        hidden = model._embed(batch, IMAGE)
+    assert hidden.shape == (batch.layout.num_tokens, SIZES.stack.width)
+    assert made.names == ["vlkernels::embed_layer_norm_forward"]
+    with RowsMade(batch.layout.num_tokens) as made:
+        torch.cat((hidden[:1], hidden[1:]))
+    assert made.names == ["aten::cat"], "the test would see rows that are joined"
+
+
+# ---- batches that lack something
+
+
+@pytest.mark.parametrize("segment", [TEXT, IMAGE])
+def test_pairs_may_lack_a_modality(segment):
+    """Beside other pairs, and throughout the batch, what is left is read as if it were alone."""
+    model = small_one_stream(dtype=torch.float64)
+    whole = random_pairs(range(4))
+    some = [whole[0], without(whole[1], segment), whole[2], without(whole[3], segment)]
+    batch = packed(some)
+    hidden = model.encode(batch).hidden.split(batch.layout.lengths.sum(1).tolist())
+    lacking = packed([some[1], some[3]])
+    assert lacking.layout.segment_totals[segment] == 0
+    together = model.encode(lacking)
+    torch.testing.assert_close(together.hidden, torch.cat((hidden[1], hidden[3])), rtol=1e-10, atol=1e-10)
+    alone = model.encode(packed(some[:1])).hidden
+    torch.testing.assert_close(alone, hidden[0], rtol=1e-10, atol=1e-10)
+    pooled = torch.tanh(model.pooler(together.hidden[together.layout.cu_seqlens[:-1]]))
+    torch.testing.assert_close(model.pooled(together), pooled, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("segment", [TEXT, IMAGE])
+def test_every_task_runs_where_all_pairs_lack_a_modality(segment):
+    """All modules of a task run, as ZeRO-3 needs: other ranks may have what is missing here."""
+    model = small_one_stream()
+    batch = packed([without(pair, segment) for pair in random_pairs(range(3))])
+    module = PretrainingModule(model, build_objectives(FOUR))
+    for task in TASKS:
+        whole, lacking = (modules_run(module, b, task) for b in (region_batch(range(3)), batch))
+        assert whole == lacking
+        batch.task = (task,)
+        total, losses, _ = module(batch)
+        total.backward()
+        assert all(loss.isfinite() for loss in losses.values())
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def modules_run(module: nn.Module, batch, task: str) -> list[str]:
+    run: list[str] = []
+    hooks = [
+        part.register_forward_hook(lambda *_, name=name: run.append(name))
+        for name, part in module.named_modules()
+    ]
+    batch.task = (task,)
+    module(batch)
+    for hook in hooks:
+        hook.remove()
+    return run
+
+
+# ---- objectives
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_eight_pairs_are_learned_by_heart(task):
+    model = OneStream(small_stack(), SIZES.vocab_size, **HEADS, initializer_range=0.1)
+    batch = region_batch(range(8))
+    module = PretrainingModule(model, build_objectives(FOUR))
+    batch.task = (task,)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    values = []
+    for _ in range(60):
+        total, losses, _ = module(batch)
+        assert task in losses and set(losses) <= {task, "word_region_alignment"}
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        values.append(losses[task].item())
+    assert values[-1] < 0.03 * values[0]
+
+
+def test_weights_act_on_the_losses_of_their_task():
+    weighted = Objectives(None, None, FOUR.masked_language, random_matching=RandomMatching(weight=3.0))
+    module = PretrainingModule(small_one_stream(), build_objectives(weighted))
+    batch = region_batch(range(4))
+    batch.task = ("random_matching",)
+    total, losses, _ = module(batch)
+    assert losses.keys() == {"random_matching", "word_region_alignment"}
+    torch.testing.assert_close(total, 3 * (losses["random_matching"] + losses["word_region_alignment"]))
+    batch.task = None
+    assert module(batch)[1].keys() == {"masked_language", "random_matching", "word_region_alignment"}
+
+
+# ---- dropout, recomputation
+
+
+def test_dropout_belongs_to_the_pair():
+    """The same pair in another place of another batch draws the same masks; another step draws others."""
+    model = small_one_stream(dropout=0.3)
+    first, second = region_batch(range(6)), region_batch((4, 2))
+    lengths = first.layout.lengths.sum(1).tolist()
+
+    def read(batch) -> torch.Tensor:
+        return model.encode(batch, masked=IMAGE).hidden
+
+    here = read(first).split(lengths)
+    torch.testing.assert_close(torch.cat((here[4], here[2])), read(second), rtol=1e-4, atol=1e-5)
+    model.eval()
+    assert (read(first) - torch.cat(here)).abs().max() > 1e-2
+    model.train()
+    model.rng.advance()
+    assert (read(first) - torch.cat(here)).abs().max() > 1e-2
+
+
+def test_call_sites_have_their_own_streams():
+    model = small_one_stream()
+    streams = [
+        value for module in model.modules() for name, value in vars(module).items() if name.endswith("stream")
+    ]
+    assert len(streams) == len(set(streams)) == 1 + 3 * SIZES.stack.layers
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_checkpointing_changes_no_bit(task):
+    gradients = []
+    for recompute in (False, True):
+        model, batch = small_one_stream(dropout=0.2), region_batch(range(6))
+        model.checkpoint_activations(recompute)
+        batch.task = (task,)
+        PretrainingModule(model, build_objectives(FOUR))(batch)[0].backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_blocks_compile_whole_and_once():
+    """For any number of tokens, without a graph break."""
+    eager, compiled = small_one_stream(), small_one_stream()
+    graphs = CompileCounter()
+    for block in compiled.transformer.blocks:
+        block.forward = torch.compile(block.forward, backend=graphs, dynamic=True, fullgraph=True)
+    for numbers in (range(6), range(3), range(9)):
+        batch = region_batch(numbers)
+        torch.testing.assert_close(compiled.encode(batch).hidden, eager.encode(batch).hidden)
+    assert graphs.frame_count == SIZES.stack.layers
+
+
+def test_rng_moves_with_the_model():
+    assert small_one_stream().to("meta").rng.state.device.type == "meta"
+
+
+# ---- sizes and first weights
+
+
+def published_parameters(vocab: int, positions: int, d: int, layers: int, features: int, classes: int) -> int:
+    """Tensors of the released checkpoints, tied ones once: those of BERT with its pooler and MLM head, the
+    region embedder (`img_linear`, `pos_linear`, three norms, `mask_embedding` of two rows), `feat_regress`,
+    `region_classifier` and `itm_output`."""
+    linear, norm = lambda inputs, outputs: inputs * outputs + outputs, 2 * d
+    text = (vocab + positions + 2) * d + norm
+    regions = linear(features, d) + norm + linear(7, d) + norm + 2 * features + norm
+    layer = 4 * linear(d, d) + norm + linear(d, 4 * d) + linear(4 * d, d) + norm
+    transform = linear(d, d) + norm
+    heads = (transform + vocab) + (transform + features) + (transform + linear(d, classes)) + linear(d, 2)
+    return text + regions + layers * layer + linear(d, d) + heads
+
+
+@pytest.mark.parametrize(
+    ("recipe", "width", "layers", "transformer", "published"),
+    [
+        ("uniter_base", 768, 12, 85_054_464, 112_938_887),
+        ("uniter_large", 1024, 24, 302_309_376, 340_524_935),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(recipe, width, layers, transformer, published):
+    """All but the row of `mask_embedding` for regions that are not masked: zeros that are set again in each
+    forward and never trained. The model here has no such row."""
+    with torch.device("meta"):
+        model = build_model(parse([f"--config=engine/recipes/{recipe}.yaml"]), 28_996)
+    assert published_parameters(28_996, 512, width, layers, 2048, 1601) == published
+    assert sum(p.numel() for p in model.parameters()) == published - 2048
+    assert sum(p.numel() for p in model.transformer.parameters()) == transformer
+    assert not dict(model.named_buffers())
+
+
+def test_first_weights_are_berts():
+    torch.manual_seed(0)
+    model = OneStream(JointStack(max_positions=64), 300, **HEADS)
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    norms += [model.text_embedder, model.region_embedder]
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            spread = 0.4 if parameter.numel() < 1000 else 0.1
+            assert parameter.std().item() == pytest.approx(0.02, rel=spread), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+
+
+def test_the_recipe_chooses_the_model():
+    config = parse(["--config=engine/recipes/uniter_base.yaml", "--tiny=true"])
+    model = build_model(config, 512)
+    assert isinstance(model, OneStream) and len(model.transformer.blocks) == 2
+    assert model.region_embedder.feature_projection.weight.shape == (32, 2048)
+    assert set(build_objectives(config.objectives)) == set(TASKS)
+    assert Sizes().classes == model.region_class_head.classifier.out_features

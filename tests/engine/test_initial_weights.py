@@ -1,0 +1,198 @@
+"""Runs that begin with BERT's weights: the same states as `transformers`, one line for what does not fit."""
+
+import json
+
+import pytest
+import torch
+import vlkernels as vk
+from safetensors.torch import load_file, save_file
+
+from engine.batch import Batch, Regions
+from engine.config import Config
+from engine.initial_weights import load_initial_weights
+from engine.models import build_model
+from engine.sections import Data, JointStack, Model, Objectives, RandomMatching, Train
+from engine.sections import Regions as RegionOptions
+
+transformers = pytest.importorskip("transformers")
+
+WIDTH, HEADS, LAYERS, INNER, VOCAB, POSITIONS = 32, 4, 3, 48, 50, 16
+LENGTHS = [5, 1, 9, 3]
+
+
+def bert_config(**changes) -> transformers.BertConfig:
+    return transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=INNER,
+        max_position_embeddings=POSITIONS,
+        **changes,
+    )
+
+
+@torch.no_grad()
+def saved(folder, kind=transformers.BertForPreTraining, **changes):
+    """A BERT with every parameter redrawn, in evaluation mode, saved to the folder."""
+    bert = kind(bert_config(**changes)).eval()
+    for parameter in bert.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * (0.25 if parameter.dim() >= 2 else 0.5))
+    bert.save_pretrained(folder)
+    return bert
+
+
+def config_from(folder, **changes) -> Config:
+    sizes = {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "mlp_width": INNER, "max_positions": POSITIONS}
+    sizes |= {"norm": "post", "eps": 1e-12, "activation": "gelu", **changes}
+    return Config(
+        init_from={"joint": str(folder)},
+        data=Data(regions=RegionOptions(feature_values=10, classes=6), max_caption_tokens=8),
+        model=Model(image=None, text=None, fusion=None, joint=JointStack(**sizes)),
+        objectives=Objectives(None, None, None, random_matching=RandomMatching()),
+        train=Train(max_steps=1),
+    )
+
+
+def captions_alone(ids: list[torch.Tensor]) -> Batch:
+    layout = vk.SegmentLayout([[len(row), 0] for row in ids])
+    nothing = Regions(torch.empty(0, 10), torch.empty(0, 7))
+    return Batch(layout, torch.cat(ids), nothing, torch.arange(len(ids)), layout.sample_ids)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
+def test_captions_read_as_bert_reads_them(tmp_path, kind):
+    bert = saved(tmp_path, getattr(transformers, kind))
+    config = config_from(tmp_path)
+    model = build_model(config, VOCAB).eval()
+    load_initial_weights(config, model)
+
+    ids = [torch.randint(1, VOCAB, (length,)) for length in LENGTHS]
+    read = model.double().encode(captions_alone(ids))
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    visible = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    body = bert if kind == "BertModel" else bert.bert
+    expected = body.double()(padded, attention_mask=visible)
+    rows = zip(expected.last_hidden_state, LENGTHS, strict=True)
+    hidden = torch.cat([row[:length] for row, length in rows])
+    torch.testing.assert_close(read.hidden, hidden, rtol=1e-9, atol=1e-9)
+    if expected.pooler_output is not None:
+        torch.testing.assert_close(model.pooled(read), expected.pooler_output, rtol=1e-9, atol=1e-9)
+    if kind != "BertModel":
+        logits = model.masked_language_head.logits(read.hidden, model.words)
+        torch.testing.assert_close(logits, bert.double().cls.predictions(hidden), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "left"),
+    [
+        ("BertModel", 16 * LAYERS + 7, "masked_language_head, "),
+        ("BertForMaskedLM", 16 * LAYERS + 10, "pooler, "),
+        ("BertForPreTraining", 16 * LAYERS + 12, ""),
+    ],
+)
+def test_the_report_names_what_was_loaded_and_what_was_not(tmp_path, kind, tensors, left):
+    saved(tmp_path, getattr(transformers, kind))
+    config = config_from(tmp_path)
+    model = build_model(config, VOCAB)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    first, *others = load_initial_weights(config, model)
+    heads = ["region_feature_head", "region_class_head", "matching_head"]
+    names = ["region_embedder", *left.split(", ")[:-1], *heads]
+    assert first == (
+        f"loaded {tensors} tensors of {tmp_path} into model.joint, "
+        f"left at their initialisation: {', '.join(names)}"
+    )
+    idle = [f"not used of {tmp_path}"] if kind == "BertForPreTraining" else []
+    assert [line.partition(":")[0] for line in others] == idle
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name.split(".")[0] in names), name
+
+
+def test_tables_of_another_size_give_the_rows_in_common(tmp_path):
+    bert = saved(tmp_path)
+    config = config_from(tmp_path, max_positions=12)
+    model = build_model(config, VOCAB + 4)
+    fresh = model.words.detach().clone()
+    lines = load_initial_weights(config, model)
+    assert lines[1] == (
+        "of tables of another size: text_embedder.tables.0 the first 50 rows (it has 54, the file 50), "
+        "text_embedder.tables.1 the first 12 rows (it has 12, the file 16), "
+        "masked_language_head.bias the first 50 rows (it has 54, the file 50)"
+    )
+    embeddings = bert.bert.embeddings
+    assert torch.equal(model.words[:VOCAB], embeddings.word_embeddings.weight)
+    assert torch.equal(model.words[VOCAB:], fresh[VOCAB:])
+    assert torch.equal(model.text_embedder.tables[1], embeddings.position_embeddings.weight[:12])
+
+
+def test_old_names_and_several_files(tmp_path):
+    """Published BERTs call the norms' vectors gamma and beta; large models are split."""
+    bert = saved(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    old = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): tensor
+        for name, tensor in whole.items()
+    }
+    names = sorted(old)
+    save_file({name: old[name] for name in names[:20]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({name: old[name] for name in names[20:]}, tmp_path / "model-00002-of-00002.safetensors")
+    config = config_from(tmp_path)
+    model = build_model(config, VOCAB)
+    load_initial_weights(config, model)
+    norm = bert.bert.encoder.layer[1].output.LayerNorm
+    assert torch.equal(model.transformer.blocks[1].feed_forward.norm.weight, norm.weight)
+    assert torch.equal(model.transformer.blocks[1].feed_forward.norm.bias, norm.bias)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"width": 64}, "model.joint.width must be 32, got 64"),
+        (
+            {"layers": 2, "heads": 2},
+            "model.joint.layers must be 3, got 2; model.joint.heads must be 4, got 2",
+        ),
+        ({"mlp_width": 64}, "model.joint.mlp_width must be 48, got 64"),
+        ({"eps": 1e-5}, "model.joint.eps must be 1e-12, got 1e-05"),
+        ({"activation": "gelu_tanh"}, "model.joint.activation must be gelu, got gelu_tanh"),
+        ({"norm": "pre"}, "model.joint.norm must be post, got pre"),
+    ],
+)
+def test_another_model_is_refused_in_one_line(tmp_path, changes, told):
+    saved(tmp_path)
+    config = config_from(tmp_path, **changes)
+    with pytest.raises(ValueError) as caught:
+        load_initial_weights(config, build_model(config, VOCAB))
+    assert str(caught.value) == f"init_from.joint: {tmp_path} does not fit: {told}"
+
+
+def test_pickles_are_not_read(tmp_path):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    config = config_from(tmp_path)
+    told = "no model.safetensors but pytorch_model.bin, a pickle, which is not read"
+    with pytest.raises(ValueError, match=told):
+        load_initial_weights(config, build_model(config, VOCAB))
+
+
+def test_folders_that_are_no_bert(tmp_path):
+    config = config_from(tmp_path / "nowhere")
+    model = build_model(config, VOCAB)
+    with pytest.raises(ValueError, match="nowhere has no config.json"):
+        load_initial_weights(config, model)
+    saved(tmp_path)
+    other = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "roberta"}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="must be a bert with absolute positions, got a roberta"):
+        load_initial_weights(config_from(tmp_path), model)
+    (tmp_path / "config.json").write_text(json.dumps(other | {"model_type": "bert"}))
+    whole = load_file(tmp_path / "model.safetensors")
+    del whole["bert.encoder.layer.1.output.dense.bias"]
+    save_file(whole, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="has no encoder.layer.1.output.dense.bias"):
+        load_initial_weights(config_from(tmp_path), model)
+    config.init_from = {"text": str(tmp_path)}
+    with pytest.raises(ValueError, match="the part must be joint, got text"):
+        load_initial_weights(config, model)

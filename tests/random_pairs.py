@@ -1,0 +1,63 @@
+"""Random pairs of a caption and regions, as a packed batch and padded; pair `i` is the same whichever batch
+it is in."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from benchmarks.plain_uniter import Sizes, bert
+from benchmarks.uniter_pairs import Pair, packed, random_pair
+from engine.batch import Batch
+from engine.models import OneStream
+from engine.sections import JointStack
+
+SIZES = Sizes(bert(32, 2, 4, dropout=0.0), vocab_size=120, max_positions=24, feature_values=20, classes=9)
+TASKS = ("masked_language", "masked_region_features", "masked_region_classes", "random_matching")
+
+
+def random_pairs(numbers: Sequence[int], sizes: Sizes = SIZES) -> list[Pair]:
+    """Captions of 4 to 11 tokens, 1 to 7 regions."""
+    pairs = []
+    for number in numbers:
+        random = np.random.default_rng(number)
+        pairs.append(random_pair((random.integers(4, 12), random.integers(1, 8)), sizes, random))
+    return pairs
+
+
+def region_batch(numbers: Sequence[int], sizes: Sizes = SIZES) -> Batch:
+    """A packed batch of these pairs with the fields of every task."""
+    return packed(random_pairs(numbers, sizes), numbers)
+
+
+def small_stack(sizes: Sizes = SIZES, dropout: float = 0.0) -> JointStack:
+    """The engine's section for the same transformer."""
+    stack = dataclasses.asdict(sizes.stack)
+    return JointStack(
+        **stack | {"dropout": dropout, "attention_dropout": dropout}, max_positions=sizes.max_positions
+    )
+
+
+def small_one_stream(
+    dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32
+) -> OneStream:
+    """Redrawn, vectors too: at its initialisation a model hides lost biases and swapped norms."""
+    model = OneStream(
+        small_stack(dropout=dropout),
+        SIZES.vocab_size,
+        feature_values=SIZES.feature_values,
+        classes=SIZES.classes,
+        impl=impl,
+    )
+    redraw(model)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def redraw(model: torch.nn.Module) -> None:
+    """Matrices with standard deviation 0.25, vectors with 0.5, nothing spared."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(drawn * (0.25 if parameter.dim() >= 2 else 0.5))
