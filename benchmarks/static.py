@@ -86,8 +86,9 @@ def show(op: str, row: dict[str, Any]) -> None:
     products = sum(row["opcodes"].get(name, 0) for name in offline.TENSOR_CORE)
     print(
         f"{op} {row['kernel']:<15} {row['dtype']:<9} K{row['head_dim']:<4}{'dropout' if row['dropout'] else '':<8} "
-        f"sm_{row['architecture']:<4} {row['registers']:>4} registers {row['shared_bytes']:>7} B shared {row['stack_bytes']:>5} B stack "
-        f"{offline.local_memory_accesses(row):>4} local accesses {products:>4} tensor-core {row['programs_per_sm']} programs/SM",
+        f"sm_{row['architecture']:<4} {row['registers']:>4} registers {row['shared_bytes']:>7} B shared "
+        f"{row['stack_bytes']:>5} B stack {offline.local_memory_accesses(row):>4} local accesses "
+        f"{products:>4} tensor-core {row['programs_per_sm']} programs/SM",
         flush=True,
     )
 

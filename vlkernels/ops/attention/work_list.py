@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import collections
 import weakref
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ TILE_FIELDS = ("first", "begin", "end", "stop", "run", "last_run", "origin", "id
 # Columns of Side.runs; a run without rows has end = begin.
 RUN_FIELDS = ("begin", "end", "fixed", "slope", "origin", "identity")
 # Both name the first row of their sample (``origin``) and the sample id of the random draw (``identity``, queries only).
+
+Made = TypeVar("Made")
 
 
 class Side(NamedTuple):
@@ -48,9 +51,23 @@ class Streams(NamedTuple):
     sample_ids: Tensor | None
 
 
+class Table(NamedTuple):
+    """What a mask table says of one side by itself, for groups of its segments [G] and the segments of the other side [C].
+
+    A run opens at (g, c) where ``opens``, and reaches to segment ``last``; ``causal``: its causal segment is there (the last one
+    of a run of keys, the first one of a run of queries). A group opens at segment g where ``leads``, and reaches to ``members``.
+    """
+
+    opens: Tensor
+    last: Tensor
+    causal: Tensor
+    leads: Tensor
+    members: Tensor
+
+
 def query_side(streams: Streams, tokens: int, block: int) -> Side:
     """Tiles of ``block`` queries and the runs of keys each of them sees."""
-    return _kept("queries", streams, tokens, block, 1)
+    return _kept(("queries", tokens, block), streams, lambda: _query_side(streams, tokens, block))
 
 
 def key_side(streams: Streams, tokens: int, block: int, multiple: int = 1) -> Side:
@@ -58,30 +75,28 @@ def key_side(streams: Streams, tokens: int, block: int, multiple: int = 1) -> Si
 
     Tiles start at a multiple of ``multiple`` rows of their sample, before the group's first row if need be.
     """
-    return _kept("keys", streams, tokens, block, multiple)
+    return _kept(("keys", tokens, block, multiple), streams, lambda: _key_side(streams, tokens, block, multiple))
 
 
-_Key = tuple[object, ...]
-_made: collections.OrderedDict[_Key, tuple[tuple[weakref.ref[Tensor] | None, ...], Side]] = collections.OrderedDict()
+_made: collections.OrderedDict[tuple[Any, ...], tuple[tuple[weakref.ref[Tensor] | None, ...], Any]] = collections.OrderedDict()
 MOST_KEPT = 64
 
 
-def _kept(kind: str, streams: Streams, tokens: int, block: int, multiple: int) -> Side:
-    """The layers of a model share a work list: it is kept while the tensors it was made from live unchanged."""
-    build = _query_side if kind == "queries" else _key_side
-    if _must_not_keep(streams.starts):
-        return build(streams, tokens, block, multiple)
-    versions = tuple(None if t is None else (id(t), t._version) for t in streams)
-    key = (kind, versions, tokens, block, multiple, _stream(streams.starts))
+def _kept(name: tuple[Any, ...], tensors: Sequence[Tensor | None], make: Callable[[], Made]) -> Made:
+    """``make()``, kept while the tensors it was made from live unchanged: the layers of a model share a work list."""
+    present = [t for t in tensors if t is not None]
+    if any(_must_not_keep(t) for t in present):
+        return make()
+    key = (*name, *(None if t is None else (id(t), t._version) for t in tensors), _stream(present[0]))
     found = _made.get(key)
-    if found is not None and all(t is None or r() is t for r, t in zip(found[0], streams)):
+    if found is not None and all(t is None or r() is t for r, t in zip(found[0], tensors)):
         _made.move_to_end(key)
         return found[1]
-    side = lasting(lambda: build(streams, tokens, block, multiple))
-    _made[key] = tuple(None if t is None else weakref.ref(t) for t in streams), side
+    made = lasting(make)
+    _made[key] = tuple(None if t is None else weakref.ref(t) for t in tensors), made
     if len(_made) > MOST_KEPT:
         _made.popitem(last=False)
-    return side
+    return made
 
 
 def _must_not_keep(tensor: Tensor) -> bool:
@@ -93,32 +108,37 @@ def _stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
-def _query_side(streams: Streams, tokens: int, block: int, multiple: int) -> Side:
-    starts, ends, kv_starts, kv_ends, codes = _bounds(streams)
+def _query_side(streams: Streams, tokens: int, block: int) -> Side:
+    starts, ends, kv_starts, kv_ends = _bounds(streams)
+    segments, key_segments = starts.shape[1], kv_starts.shape[1]
+    table = _kept(("query table", segments), (streams.table,), lambda: _query_table(streams.table.view(segments, -1)))
     read = None if streams.kv_index is None else streams.kv_index.long()
     key_starts, key_ends = (kv_starts, kv_ends) if read is None else (kv_starts[read], kv_ends[read])
-    opens = (codes != NONE) & (_before(codes) != FULL)
-    last = _first_after((codes == CAUSAL) | ((codes != NONE) & (_after(codes) == NONE)))
-    causal = codes.gather(1, last) == CAUSAL
 
-    run_begin = torch.where(opens, key_starts[:, None], 0)
-    run_end = torch.where(opens, key_ends[:, last], 0)
-    fixed = torch.where(causal, key_starts[:, last], run_end)
-    slope = key_ends[:, last] - ends[:, :, None]
-    runs = _columns(run_begin, run_end, fixed, slope, key_starts[:, :1, None], 0)
+    last_end = key_ends[:, table.last]
+    run_begin = torch.where(table.opens, key_starts[:, None], 0)
+    run_end = torch.where(table.opens, last_end, 0)
+    fixed = torch.where(table.causal, key_starts[:, table.last], run_end)
+    runs = _columns(run_begin, run_end, fixed, last_end - ends[:, :, None], key_starts[:, :1, None], 0)
 
-    segments, key_segments = codes.shape
-    merged = _same(codes) & (codes != CAUSAL).all(1)
-    group = torch.arange(starts.numel(), dtype=torch.int32, device=starts.device).view(starts.shape)
+    first_run = torch.arange(0, starts.numel() * key_segments, key_segments, dtype=torch.int32, device=starts.device)
+    first_run = first_run.view(starts.shape)
     identity = 0 if streams.sample_ids is None else streams.sample_ids[:, None]
-    tiles = _tiles(starts, ends, merged, (run_end - run_begin).sum(2), tokens, block, multiple,
-                   group * key_segments, group * key_segments + key_segments, identity)  # fmt: skip
+    met = (run_end - run_begin).sum(2)
+    tiles = _tiles(starts, ends, table, met, tokens, block, 1, first_run, first_run + key_segments, identity)
     return Side(tiles, runs.view(-1, len(RUN_FIELDS)))
 
 
+def _query_table(codes: Tensor) -> Table:
+    opens = (codes != NONE) & (_before(codes) != FULL)
+    last = _first_after((codes == CAUSAL) | ((codes != NONE) & (_after(codes) == NONE)))
+    return Table(opens, last, codes.gather(1, last) == CAUSAL, *_groups(codes))
+
+
 def _key_side(streams: Streams, tokens: int, block: int, multiple: int) -> Side:
-    starts, ends, kv_starts, kv_ends, codes = _bounds(streams)
-    samples, key_samples = starts.shape[0], kv_starts.shape[0]
+    starts, ends, kv_starts, kv_ends = _bounds(streams)
+    (samples, segments), (key_samples, key_segments) = starts.shape, kv_starts.shape
+    table = _kept(("key table", segments), (streams.table,), lambda: _key_table(streams.table.view(segments, -1).T))
     bounds = torch.arange(key_samples + 1, dtype=torch.int32, device=starts.device)
     key_ends, identity = kv_ends, streams.sample_ids
     if streams.kv_index is not None:
@@ -128,37 +148,43 @@ def _key_side(streams: Streams, tokens: int, block: int, multiple: int) -> Side:
         identity = None if identity is None else identity[readers]
 
     # [key segment, reader, query segment]: the runs of a key group are one range.
-    columns = codes.T
-    opens = (columns == CAUSAL) | ((columns == FULL) & (_before(columns) == NONE))
-    last = _first_after((columns != NONE) & (_after(columns) != FULL))
-    run_begin = torch.where(opens[:, None], starts, 0)
-    run_end = torch.where(opens[:, None], ends[:, last].transpose(0, 1), 0)
-    fixed = torch.where((columns == CAUSAL)[:, None], ends, run_begin)
+    run_begin = torch.where(table.opens[:, None], starts, 0)
+    run_end = torch.where(table.opens[:, None], ends[:, table.last].transpose(0, 1), 0)
+    fixed = torch.where(table.causal[:, None], ends, run_begin)
     slope = key_ends.T[:, :, None] - ends
-    drawn = 0 if identity is None else identity[:, None]
-    runs = _columns(run_begin, run_end, fixed, slope, starts[:, :1], drawn)
+    runs = _columns(run_begin, run_end, fixed, slope, starts[:, :1], 0 if identity is None else identity[:, None])
 
-    segments, key_segments = codes.shape
-    merged = _same(columns) & (columns != CAUSAL).all(1)
     met = torch.nn.functional.pad((run_end - run_begin).sum(2).cumsum(1), (1, 0))[:, bounds.long()].diff().T
     column = torch.arange(key_segments, dtype=torch.int32, device=starts.device) * (samples * segments)
-    first, past = (column + segments * bound[:, None] for bound in (bounds[:-1], bounds[1:]))
-    tiles = _tiles(kv_starts, kv_ends, merged, met, tokens, block, multiple, first, past, 0)
+    border = column + segments * bounds[:, None]
+    tiles = _tiles(kv_starts, kv_ends, table, met, tokens, block, multiple, border[:-1], border[1:], 0)
     return Side(tiles, runs.view(-1, len(RUN_FIELDS)))
 
 
-def _bounds(streams: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _key_table(columns: Tensor) -> Table:
+    opens = (columns == CAUSAL) | ((columns == FULL) & (_before(columns) == NONE))
+    last = _first_after((columns != NONE) & (_after(columns) != FULL))
+    return Table(opens, last, columns == CAUSAL, *_groups(columns))
+
+
+def _groups(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """(bool: a group opens at the segment, int64: the last segment of its group): equal rows without causal cells are one."""
+    cuts = (codes[1:] != codes[:-1]).any(1) | (codes[1:] == CAUSAL).any(1)
+    leads = torch.nn.functional.pad(cuts, (1, 0), value=True)
+    return leads, _first_after(torch.nn.functional.pad(cuts, (0, 1), value=True)[None])[0]
+
+
+def _bounds(streams: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     starts, lengths = streams.starts, streams.lengths
     kv_starts = starts if streams.kv_starts is None else streams.kv_starts
     kv_lengths = lengths if streams.kv_lengths is None else streams.kv_lengths
-    codes = streams.table.view(starts.shape[1], kv_starts.shape[1])
-    return starts, starts + lengths, kv_starts, kv_starts + kv_lengths, codes
+    return starts, starts + lengths, kv_starts, kv_starts + kv_lengths
 
 
 def _tiles(
     starts: Tensor,
     ends: Tensor,
-    merged: Tensor,
+    table: Table,
     met: Tensor,
     tokens: int,
     block: int,
@@ -167,19 +193,16 @@ def _tiles(
     last_run: Tensor,
     identity: Tensor | int,
 ) -> Tensor:
-    """``[N, TILE_FIELDS]`` from ``[B, S]`` groups; ``merged [S]``: the segment belongs to the group before it; ``met``: rows met.
+    """``[N, TILE_FIELDS]`` from the groups of ``[B, S]`` segments; ``met``: how many rows each meets.
 
     N is a bound that the host knows: tiles past the real ones have no rows.
     """
     origin = starts[:, :1].expand_as(starts)
-    cuts = merged[1:].logical_not()
-    opens = torch.nn.functional.pad(cuts, (1, 0), value=True)
-    last = _first_after(torch.nn.functional.pad(cuts, (0, 1), value=True)[None])[0]
-    end = ends[:, last]
+    end = ends[:, table.members]
     next_sample = torch.nn.functional.pad(starts[1:, 0], (0, 1), value=tokens)[:, None]
-    stop = torch.where(last == starts.shape[1] - 1, next_sample, end)
-    begin = origin + (starts - origin) // multiple * multiple
-    count = torch.where(opens, (stop - begin + (block - 1)).clamp(min=0) // block, 0).flatten()
+    stop = torch.where(table.members == starts.shape[1] - 1, next_sample, end)
+    begin = starts if multiple == 1 else origin + (starts - origin) // multiple * multiple
+    count = torch.where(table.leads, (stop - begin + (block - 1)).clamp(min=0) // block, 0).flatten()
 
     order = met.flatten().argsort(descending=True, stable=True)
     fields = _columns(begin, starts, end, stop, first_run, last_run, origin, identity).view(-1, len(TILE_FIELDS))[order]
@@ -208,11 +231,6 @@ def _before(codes: Tensor) -> Tensor:
 
 def _after(codes: Tensor) -> Tensor:
     return torch.nn.functional.pad(codes[:, 1:], (0, 1), value=NONE)
-
-
-def _same(codes: Tensor) -> Tensor:
-    """bool ``[rows]``: a row of the table equals the one before it."""
-    return torch.nn.functional.pad((codes[1:] == codes[:-1]).all(1), (1, 0), value=False)
 
 
 def _first_after(marks: Tensor) -> Tensor:
