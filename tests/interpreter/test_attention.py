@@ -73,6 +73,19 @@ def test_padded_layouts_write_every_row():
     torch.testing.assert_close(out, vk.attention_qkvpacked(qkv, layout=layout, impl="reference"))
 
 
+def test_layouts_drawn_on_the_device_and_streams_without_rows():
+    whole = vk.SegmentLayout([[3, 4], [6, 1], [2, 9]])
+    drawn, nothing = whole.take(torch.tensor([2, 0])), vk.SegmentLayout([[0], [0]])
+    q = torch.randn(1, drawn.num_tokens, 16).transpose(0, 1).requires_grad_()  # heads outside, as some projections give them
+    outs = [vk.attention(q, q, q, layout=drawn, mask=vk.SegmentMask.prefix_lm(), impl=impl) for impl in ("triton", "reference")]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), q) for out in outs))
+    k = torch.randn(0, 1, 16, requires_grad=True)
+    out = vk.attention(q, k, k, layout=drawn, kv_layout=nothing, mask=vk.SegmentMask([["full"]] * 2), impl="triton")
+    grads = torch.autograd.grad(out.sum(), (q, k))
+    assert not out.any() and not grads[0].any() and grads[1].shape == k.shape
+
+
 def test_packing_order_changes_no_bit():
     lengths, qkv, cotangent = [[70, 9], [5, 3]], torch.randn(87, 3, 1, 16), torch.randn(87, 1, 16)
 
