@@ -3,6 +3,7 @@
 # make uniter     train UNITER, small, on built-in scenes
 # make test       the test suite                 make test-gpu   the tests that need a card
 # make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
+# make static     compile the Triton kernels for three architectures: registers, spills, tensor-core instructions
 # make build      recompile the kernels, after an edit in csrc
 #
 # PYTHON   the interpreter .venv is made from (3.10 or later)
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 SETUP ?= 1
 SHELL := /bin/bash
-.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu clean
+.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu static clean
 
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
@@ -72,6 +73,9 @@ bench: setup
 
 bench-gpu: setup
 	$(RUN) -m benchmarks.run --device cuda
+
+static: setup
+	$(RUN) -m benchmarks.static
 
 clean:
 	rm -rf .venv build vlkernels/_C.so vlkernels/_C.missing *.egg-info

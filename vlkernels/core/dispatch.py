@@ -27,12 +27,14 @@ class Implementation:
         devices: device types it runs on.
         available: ``None``, or why it cannot run on this machine.
         supports: ``None``, or why it cannot serve a call with these facts (dtype, widths, options).
+        on_request: device types on which it serves only when asked for by name.
     """
 
     name: str
     devices: tuple[str, ...] = ("cpu", "cuda")
     available: Callable[[], str | None] = _always
     supports: Callable[[Facts], str | None] = _always
+    on_request: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.name in IMPLEMENTATION_NAMES, self.name
@@ -74,7 +76,7 @@ def _device_type(device: torch.device) -> str:
 def _choose(op: str, impl: str, implementations: Sequence[Implementation], device_type: str, facts: Facts) -> str:
     if impl == "auto":
         for candidate in implementations:
-            if candidate.refusal(device_type, facts) is None:
+            if device_type not in candidate.on_request and candidate.refusal(device_type, facts) is None:
                 return candidate.name
         raise ValueError(f"{op} has no implementation for these inputs on {device_type}")
     for candidate in implementations:

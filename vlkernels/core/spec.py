@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.random import Rng
+from vlkernels.core.triton_runtime import Launch
 
 
 class InputMaker:
@@ -74,6 +75,15 @@ class Peer:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A kernel that some call needs: what the call says (dtype, widths, flags) and the launch, compiled but never run."""
+
+    kernel: str
+    facts: Mapping[str, Any]
+    launch: Launch
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """An op: its functional, the reference that defines it, the order ``auto`` follows, and its cases.
 
@@ -85,6 +95,7 @@ class OpSpec:
         held: for an op whose gradient by definition holds something constant: ``held(**arguments)`` returns the reference
             with that thing kept as it is there, so that finite differences do not see it move.
         deterministic: two runs give the same bits.
+        variants: the Triton kernels worth compiling ahead of time for an architecture (90 is sm_90); imports Triton.
     """
 
     name: str
@@ -98,3 +109,4 @@ class OpSpec:
     cost: Callable[..., Cost] | None = None
     held: Callable[..., Callable[..., Any]] | None = None
     deterministic: bool = True
+    variants: Callable[[int], Iterable[Variant]] | None = None

@@ -89,7 +89,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def implementations_here(spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu") -> list[str]:
     """The implementations that serve this case on this machine, the reference aside."""
-    names = [i.name for i in spec.implementations if device in i.devices and i.available() is None]
+    names = [i.name for i in spec.implementations if i.refusal_on(device) is None]
     return [name for name in names if name != "reference" and _serves(spec, case, dtype, device, name)]
 
 

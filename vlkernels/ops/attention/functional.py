@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vlkernels.core import checks, dispatch, library, native
 from vlkernels.core.dispatch import Implementation
-from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.layout import SegmentLayout, lasting
 from vlkernels.core.mask import FULL, SegmentMask
 from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
-from vlkernels.ops.attention import raw_ops, reference, torch_kernels
+from vlkernels.core.triton_runtime import TritonImplementation
+from vlkernels.ops.attention import raw_ops, reference, torch_kernels, triton_launches
 
 IMPLEMENTATIONS = (
     Implementation(
@@ -24,6 +25,7 @@ IMPLEMENTATIONS = (
     ),
     # It reads the lengths on the host, which only on a CPU costs nothing.
     Implementation("torch", devices=("cpu",)),
+    TritonImplementation(supports=triton_launches.refusal),
     Implementation("reference"),
 )
 
@@ -78,7 +80,7 @@ def attention(
         deterministic: the same bits in every run. Every implementation here is; ``False`` lets a faster one serve.
         return_lse: also return ``lse [H, Tq]``, the natural logarithm of the sum of exponentials, float32 (float64 for
             float64), differentiable: partial results over disjoint keys combine through it.
-        impl: ``"auto"``, ``"cpp"``, ``"torch"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cpp"``, ``"torch"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         ``out`` like ``q``, or ``(out, lse)``. A query that sees nothing, or a row that belongs to nobody, gives out 0,
@@ -184,11 +186,13 @@ def _attend(
         checks.check_probability("dropout_p", dropout_p)
     check_stream(stream)
     op = "attention" if len(qkv) == 3 else "attention_qkvpacked"
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     facts = {
         "dtype": q.dtype,
         "head_dim": q.shape[2],
         "keys": keys.max_seqlen,
         "bias": bias is not None,
+        "softmax_scale": scale,
         "deterministic": deterministic,
     }
     impl = dispatch.resolve(op, impl, IMPLEMENTATIONS, q.device, facts)
@@ -197,13 +201,8 @@ def _attend(
             *torch_kernels.split(qkv), layout=layout, mask=mask, kv_layout=kv_layout, kv_index=kv_index, bias=bias,
             softmax_scale=softmax_scale, dropout_p=dropout_p, rng=rng, stream=stream, return_lse=return_lse,
         )  # fmt: skip
-    if mask is None:
-        cells = layout.num_segments * keys.num_segments
-        table = torch.full((cells,), FULL, dtype=torch.int32, device=q.device)
-    else:
-        table = mask.table(q.device)
+    table = _full_table(layout.num_segments * keys.num_segments, q.device) if mask is None else mask.table(q.device)
     state = resolve_rng(rng, q.device) if dropout_threshold(dropout_p) else None
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     kv_starts, kv_lengths = (None, None) if kv_layout is None else (kv_layout.starts, kv_layout.lengths)
     qkv = [x if x.stride(-1) == 1 else x.contiguous() for x in qkv]
     kv_index = None if kv_index is None else kv_index.contiguous()
@@ -214,6 +213,20 @@ def _attend(
     else:
         out, lse = _differentiable(*rows, table, bias, layout.sample_ids, state, scale, dropout_p, stream, impl)
     return (out, lse) if return_lse else out
+
+
+def _full_table(cells: int, device: torch.device) -> Tensor:
+    # One tensor for all calls: the layers of a model then share the work list that was made from it.
+    return _new_full_table(cells, device) if torch.compiler.is_compiling() else _kept_full_table(cells, device)
+
+
+def _new_full_table(cells: int, device: torch.device) -> Tensor:
+    return torch.full((cells,), FULL, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_full_table(cells: int, device: torch.device) -> Tensor:
+    return lasting(lambda: _new_full_table(cells, device))
 
 
 def _check_width(width: int) -> None:
@@ -261,13 +274,13 @@ _INPUTS = (
 _forward = library.define(
     f"attention_forward({_INPUTS}, float softmax_scale, float dropout_p, SymInt stream, str impl) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    kernels={"torch": torch_kernels.forward},
+    kernels={"torch": torch_kernels.forward, "triton": triton_launches.forward},
 )
 _backward = library.define_backward(
     f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float softmax_scale, "
     "float dropout_p, SymInt stream, bool bias_grad, str impl) -> Tensor[]",
     fake=_backward_fake,
-    kernels={"torch": torch_kernels.backward},
+    kernels={"torch": torch_kernels.backward, "triton": triton_launches.backward},
 )
 
 

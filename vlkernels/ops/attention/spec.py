@@ -13,7 +13,7 @@ from torch import Tensor
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import SegmentMask
 from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec, Peer
-from vlkernels.ops.attention import functional, reference
+from vlkernels.ops.attention import functional, reference, variants
 
 RAGGED = [[3, 5], [0, 4], [7, 0], [0, 0], [2, 2]]
 
@@ -47,6 +47,12 @@ def _empty(fill: InputMaker) -> Arguments:
 def _cross(fill: InputMaker) -> Arguments:
     layout, keys = fill.layout(RAGGED), fill.layout([[4], [0], [9], [1], [3]])
     return {**_streams(fill, layout, keys, (2, 2), 8), "kv_layout": keys, "mask": SegmentMask([["full"], ["causal"]])}
+
+
+def _ends_aligned(fill: InputMaker) -> Arguments:
+    """Causal across streams, over more keys than a tile of any kernel holds."""
+    layout, keys = fill.layout([[66], [135], [3]]), fill.layout([[128], [70], [65]])
+    return {**_streams(fill, layout, keys, (1, 1), 16), "kv_layout": keys, "mask": SegmentMask.causal()}
 
 
 def _negatives(fill: InputMaker) -> Arguments:
@@ -150,7 +156,9 @@ SPECS = (
             Case("causal", _self(mask=SegmentMask.causal(2), softmax_scale=0.5)),
             Case("holes", _self([[3, 4, 5], [0, 20, 1], [6, 0, 2]], mask=HOLES)),
             Case("grouped_heads", _self(heads=(6, 2), width=5, mask=SegmentMask.causal(2))),
+            Case("longer_than_a_tile", _self([[70, 130], [1, 64]], heads=(1, 1), width=16, mask=SegmentMask.prefix_lm())),
             Case("cross", _cross),
+            Case("ends_aligned", _ends_aligned),
             Case("negatives", _negatives),
             Case("dropout", _dropped),
             Case("dropout_negatives", _dropped_negatives),
@@ -159,6 +167,7 @@ SPECS = (
             Case("empty_batch", _empty),
         ),
         dtypes=DTYPES,
+        variants=variants.variants,
     ),
     OpSpec(
         name="attention_qkvpacked",

@@ -1,0 +1,97 @@
+"""`python -m benchmarks.static [--op NAME]`: every declared Triton kernel compiled for sm_80, sm_90 and sm_100, without a card.
+
+Writes benchmarks/results/static/<op>.jsonl: registers, shared and local memory, tensor-core instructions, occupancy. A row names
+what it was compiled from; a test fails where the kernels, their tiles or the version of Triton are no longer the row's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from benchmarks import offline
+from benchmarks.provenance import RESULTS
+from vlkernels import ops
+from vlkernels.core.spec import OpSpec, Variant
+
+ARCHITECTURES = (80, 90, 100)
+FOLDER = RESULTS / "static"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
+    parser.add_argument("--op", action="append", help="only this op; may be given several times")
+    options = parser.parse_args(arguments)
+    for spec in ops.specs():
+        if spec.variants is not None and (not options.op or spec.name in options.op):
+            write(spec)
+    return 0
+
+
+def write(spec: OpSpec) -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for architecture, variant in declared(spec):
+        row = {**describe(architecture, variant), **compile_and_measure(architecture, variant)}
+        show(spec.name, row)
+        lines.append(json.dumps(row))
+    stored_at(spec).write_text("\n".join(lines) + "\n")
+
+
+def declared(spec: OpSpec) -> Iterator[tuple[int, Variant]]:
+    for architecture in ARCHITECTURES:
+        for variant in spec.variants(architecture):
+            yield architecture, variant
+
+
+def describe(architecture: int, variant: Variant) -> dict[str, Any]:
+    """What the numbers of a row depend on, and its hash as ``identity``."""
+    launch = variant.launch
+    facts = {
+        "kernel": variant.kernel,
+        **variant.facts,
+        "architecture": architecture,
+        "constants": launch.constants,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        "triton": triton.__version__,
+    }
+    text = json.dumps({**facts, "source": launch.kernel.cache_key}, sort_keys=True)
+    return {**facts, "identity": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def compile_and_measure(architecture: int, variant: Variant) -> dict[str, Any]:
+    with offline.card(architecture):
+        return offline.measure(variant.launch, architecture)
+
+
+def stored_at(spec: OpSpec) -> Path:
+    return FOLDER / f"{spec.name}.jsonl"
+
+
+def stored(spec: OpSpec) -> dict[str, dict[str, Any]]:
+    """The stored rows by identity."""
+    rows = [json.loads(line) for line in stored_at(spec).read_text().splitlines()]
+    return {row["identity"]: row for row in rows}
+
+
+def show(op: str, row: dict[str, Any]) -> None:
+    products = sum(row["opcodes"].get(name, 0) for name in offline.TENSOR_CORE)
+    print(
+        f"{op} {row['kernel']:<15} {row['dtype']:<9} K{row['head_dim']:<4}{'dropout' if row['dropout'] else '':<8} "
+        f"sm_{row['architecture']:<4} {row['registers']:>4} registers {row['shared_bytes']:>7} B shared "
+        f"{row['stack_bytes']:>5} B stack {offline.local_memory_accesses(row):>4} local accesses "
+        f"{products:>4} tensor-core {row['programs_per_sm']} programs/SM",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

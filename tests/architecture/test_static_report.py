@@ -1,0 +1,87 @@
+"""What `make static` stored is what the kernels of this tree compile to; and a card's limits are obeyed."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import vlkernels as vk
+from vlkernels import ops
+
+triton = pytest.importorskip("triton")
+
+from benchmarks import offline, static  # noqa: E402
+from vlkernels.core.triton_runtime import Launch  # noqa: E402
+from vlkernels.ops.attention import variants  # noqa: E402
+
+SPECS = [spec for spec in ops.specs() if spec.variants is not None]
+REPRESENTATIVE = {("bfloat16", 64, False, 90)}  # the head width of vision-language models on the card of the targets
+
+
+def rows(spec):
+    return [json.loads(line) for line in static.stored_at(spec).read_text().splitlines()]
+
+
+def same_compiler(spec):
+    return {row["triton"] for row in rows(spec)} == {triton.__version__}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_stored_report_is_of_these_kernels(spec):
+    if not same_compiler(spec):
+        pytest.skip("the report is of another Triton")
+    wanted = {static.describe(architecture, variant)["identity"] for architecture, variant in static.declared(spec)}
+    assert wanted == set(static.stored(spec)), "run `make static`"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_representative_kernels_compile_to_what_is_stored(spec):
+    if not same_compiler(spec):
+        pytest.skip("the report is of another Triton")
+    for architecture, variant in static.declared(spec):
+        if (*variant.facts.values(), architecture) in REPRESENTATIVE:
+            row = static.describe(architecture, variant)
+            fresh = {**row, **static.compile_and_measure(architecture, variant)}
+            assert json.loads(json.dumps(fresh)) == static.stored(spec)[row["identity"]]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_kernels_fit_their_cards(spec):
+    for row in rows(spec):
+        name = f"{row['kernel']} {row['dtype']} K{row['head_dim']} dropout={row['dropout']} sm_{row['architecture']}"
+        assert row["programs_per_sm"] >= 1, f"{name} does not fit"
+        if row["dtype"] == "float32":
+            continue
+        assert sum(row["opcodes"].get(opcode, 0) for opcode in offline.TENSOR_CORE) > 0, f"{name} has no tensor-core instruction"
+        if row["architecture"] in (90, 100) and row["head_dim"] <= 128:
+            assert offline.local_memory_accesses(row) == 0, f"{name} spills"
+        else:
+            assert row["stack_bytes"] <= 64, f"{name} spills {row['stack_bytes']} bytes"
+
+
+def test_an_edited_kernel_has_another_identity():
+    architecture, variant = next(static.declared(SPECS[0]))
+    before = static.describe(architecture, variant)["identity"]
+    launch = variant.launch
+    more = Launch(launch.kernel, launch.grid, launch.arguments, launch.constants, launch.warps, launch.stages + 1)
+    changed = type(variant)(variant.kernel, variant.facts, more)
+    assert static.describe(architecture, changed)["identity"] != before
+    assert static.describe(architecture + 10, variant)["identity"] != before
+
+
+def test_a_thousand_layouts_compile_each_kernel_once():
+    draw, compiled = random.Random(0), {}
+    with offline.card(90):
+        for _ in range(1000):
+            samples = draw.randint(1, 40)
+            layout = vk.SegmentLayout([[draw.randint(0, 640), draw.choice((1, 16, draw.randint(0, 77)))] for _ in range(samples)])
+            for kernel, launch in variants.launches(torch.bfloat16, 16, False, 90, layout).items():
+                compiled.setdefault(kernel, set()).add(launch.compile().hash)
+    assert {kernel: len(hashes) for kernel, hashes in compiled.items()} == {kernel: 1 for kernel in compiled}
+
+
+def test_occupancy_is_cudas():
+    assert offline.resident_programs(90, registers=227, shared=64 * 1024, warps=4) == 2
+    assert offline.resident_programs(120, registers=227, shared=64 * 1024, warps=4) == 1
+    assert offline.resident_programs(80, registers=32, shared=0, warps=4) == 16

@@ -1,0 +1,66 @@
+"""impl "triton" of vk.attention where there is no card: who is chosen for a card's tensors, and that the choice compiles."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vlkernels as vk
+from vlkernels.core import dispatch, triton_runtime
+from vlkernels.testing.arguments import map_tensors
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Dispatch believes that Triton has a card; meta tensors stand for the card's."""
+    monkeypatch.setattr(triton_runtime, "_missing_on_a_card", lambda: None)
+
+
+def on_meta(value):
+    return map_tensors(value, lambda t: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad))
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    (
+        ({}, "triton"),
+        ({"dropout_p": 0.1}, "triton"),
+        ({"bias": torch.zeros(1, 1, 9, 9)}, "reference"),
+        ({"softmax_scale": 0.0}, "reference"),
+        ({"qkv": torch.randn(9, 3, 1, 8, dtype=torch.float64)}, "reference"),
+        ({"qkv": torch.randn(9, 3, 1, 264)}, "reference"),
+    ),
+)
+def test_auto_takes_triton_on_a_card_where_it_serves(card, change, expected):
+    arguments = {"qkv": torch.randn(9, 3, 1, 8), "layout": vk.SegmentLayout([[4, 5]])} | change
+    with dispatch.recorded() as served:
+        vk.attention_qkvpacked(**on_meta(arguments))
+    assert served == [("attention_qkvpacked", expected)]
+
+
+def test_without_a_card_or_an_interpreter_the_reason_is_said():
+    qkv, layout = torch.randn(4, 3, 1, 8), vk.SegmentLayout([[4]])
+    with pytest.raises(ValueError, match='cannot run with impl="triton": on a CPU it runs in Triton\'s interpreter only'):
+        vk.attention_qkvpacked(qkv, layout=layout, impl="triton")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='cannot run with impl="triton": there is no CUDA device'):
+            vk.attention_qkvpacked(*on_meta((qkv,)), layout=on_meta(layout), impl="triton")
+
+
+def test_a_compiled_graph_holds_the_choice(card):
+    layout, mask = on_meta(vk.SegmentLayout([[4, 5]])), vk.SegmentMask.prefix_lm()
+    mask.table("meta")  # as after a warm-up: a graph cannot make a meta tensor of numbers
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(qkv):
+        return vk.attention_qkvpacked(qkv, layout=layout, mask=mask)
+
+    qkv = torch.empty(9, 3, 1, 8, device="meta", requires_grad=True)
+    out = call(qkv)
+    assert out.shape == (9, 1, 8) and torch.autograd.grad(out, qkv, torch.empty_like(out))[0].shape == qkv.shape
+
+
+def test_the_op_works_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import vlkernels.ops.attention.spec, vlkernels.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True)
