@@ -47,6 +47,7 @@ void multiply_tile(const float* left, const float* right, int64_t depth, const f
     for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < block_vectors; ++v) {
+            __builtin_prefetch(out + r * stride + v * lanes, 1);
             sum[r][v] = start ? load(start + r * start_stride + v * lanes, Whole{}) : Floats{};
         }
     }
