@@ -35,7 +35,7 @@ TINY_UNITER = Sizes(bert(32, 2, 4), vocab_size=120, feature_values=20, classes=9
 
 def test_the_uniter_step_compares_equal_work():
     rows, results = uniter_step.run(TINY_UNITER, 2)
-    assert [task for task, _ in rows] == ["mlm", "mlm", "mrfr", "mrc_kl", "itm"]
+    assert [task for task, _ in rows] == ["mrfr", "mrc_kl", "itm", "mlm", "mlm"]
     assert all(value > 0 for _, seconds in rows for value in seconds.values())
     assert results["padded_by_true"]["random"] > 1.4 > 1.1 > results["padded_by_true"]["bucketed"] >= 1
     variants = {"plain random", "packed random", "plain bucketed", "packed bucketed"}
