@@ -15,6 +15,7 @@ from vlkernels.core.mask import FULL, SegmentMask
 from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.core.triton_runtime import TritonImplementation
 from vlkernels.ops.attention import raw_ops, reference, torch_kernels, triton_launches
+from vlkernels.ops.attention.call import BIASES, SCHEMA, Call, split
 
 IMPLEMENTATIONS = (
     Implementation(
@@ -176,7 +177,7 @@ def _attend(
     return_lse: bool,
     impl: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    q = torch_kernels.split(qkv)[0]
+    q = split(qkv)[0]
     keys = layout if kv_layout is None else kv_layout
     if mask is not None:
         mask.check(layout, kv_layout)
@@ -198,7 +199,7 @@ def _attend(
     impl = dispatch.resolve(op, impl, IMPLEMENTATIONS, q.device, facts)
     if impl == "reference":
         return reference.attention(
-            *torch_kernels.split(qkv), layout=layout, mask=mask, kv_layout=kv_layout, kv_index=kv_index, bias=bias,
+            *split(qkv), layout=layout, mask=mask, kv_layout=kv_layout, kv_index=kv_index, bias=bias,
             softmax_scale=softmax_scale, dropout_p=dropout_p, rng=rng, stream=stream, return_lse=return_lse,
         )  # fmt: skip
     table = _full_table(layout.num_segments * keys.num_segments, q.device) if mask is None else mask.table(q.device)
@@ -211,7 +212,9 @@ def _attend(
         threshold = dropout_threshold(dropout_p)
         out, lse = raw_ops.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
     else:
-        out, lse = _differentiable(*rows, table, bias, layout.sample_ids, state, scale, dropout_p, stream, impl)
+        longest = max(layout.max_seqlen, keys.max_seqlen)
+        call = Call(*rows, table, bias, None, None, None, layout.sample_ids, state, scale, dropout_p, stream, longest, 0)
+        out, lse = _differentiable(*call, impl)
     return (out, lse) if return_lse else out
 
 
@@ -256,52 +259,62 @@ def _check_bias(bias: Tensor, q: Tensor, layout: SegmentLayout, keys: SegmentLay
 
 
 def _forward_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
-    q = torch_kernels.split(qkv)[0]
+    q = split(qkv)[0]
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
-def _backward_fake(grad_out: Tensor, grad_lse: Tensor | None, qkv: list[Tensor], *rest: Any) -> list[Tensor]:
-    bias, bias_grad = rest[6], rest[-2]
-    wanted = [*qkv, bias] if bias_grad else qkv
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *inputs: Any
+) -> list[Tensor]:
+    call = Call(*inputs[:-1])
+    wanted = [*call.qkv, *_biases(call)] if bias_grad else call.qkv
     return [x.new_empty(x.shape) for x in wanted]
 
 
-_INPUTS = (
-    "Tensor[] qkv, Tensor starts, Tensor lengths, Tensor? kv_starts, Tensor? kv_lengths, Tensor? kv_index, Tensor table, "
-    "Tensor? bias, Tensor sample_ids, Tensor? rng_state"
-)
+def _biases(call: Call) -> list[Tensor]:
+    return [call[i] for i in BIASES if call[i] is not None]
+
+
 _forward = library.define(
-    f"attention_forward({_INPUTS}, float softmax_scale, float dropout_p, SymInt stream, str impl) -> (Tensor, Tensor)",
+    f"attention_forward({SCHEMA}, str impl) -> (Tensor, Tensor)",
     fake=_forward_fake,
     kernels={"torch": torch_kernels.forward, "triton": triton_launches.forward},
 )
+# ``bias_grad``: the gradient of the bias that was given follows those of qkv.
 _backward = library.define_backward(
-    f"attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float softmax_scale, "
-    "float dropout_p, SymInt stream, bool bias_grad, str impl) -> Tensor[]",
+    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, {SCHEMA}, str impl) -> Tensor[]",
     fake=_backward_fake,
     kernels={"torch": torch_kernels.backward, "triton": triton_launches.backward},
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, *tensors, softmax_scale, dropout_p, stream, impl = inputs
+    qkv, *rest = inputs
+    tensors = rest[:_TENSORS]
     ctx.save_for_backward(*qkv, *tensors, *output)
     ctx.members = len(qkv)
-    ctx.options = softmax_scale, dropout_p, stream
-    ctx.impl = impl
+    ctx.options = rest[_TENSORS:]
     ctx.set_materialize_grads(False)
+
+
+# Of the inputs after qkv, how many are tensors: they come first.
+_TENSORS = Call._fields.index("softmax_scale") - 1
 
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     qkv, tensors, (out, lse) = list(saved[: ctx.members]), saved[ctx.members : -2], saved[-2:]
-    wants_bias = ctx.needs_input_grad[7]
+    wanted = [i for i in BIASES if ctx.needs_input_grad[i]]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grad_lse = None if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0)  # of a constant
-    grads = _backward(grad_out, grad_lse, qkv, *tensors, out, lse, *ctx.options, wants_bias, ctx.impl)
-    return (list(grads[: ctx.members]), *[None] * 6, grads[-1] if wants_bias else None, *[None] * 6)
+    found = _backward(grad_out, grad_lse, out, lse, bool(wanted), qkv, *tensors, *ctx.options)
+    grads: list[Any] = [None] * (len(Call._fields) + 1)
+    grads[0] = list(found[: ctx.members])
+    if wanted:
+        grads[wanted[0]] = found[-1]
+    return tuple(grads)
 
 
 _differentiable = library.differentiable(_forward, setup_context=_setup_context, backward=_differentiate)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlkernels.core.random import dropout_scale, keep_columns
+from vlkernels.ops.attention.call import Call
 from vlkernels.ops.attention.tiles import Tile
 
 # Scores that the matrix products hold at a time: rows of a longer sample are computed in turn.
@@ -44,6 +45,10 @@ class Products:
     rng_state: Tensor | None = None
     dropout_p: float = 0.0
     stream: int = 0
+
+    @classmethod
+    def of(cls, call: Call, grad_bias: Tensor | None = None) -> Products:
+        return cls(call.softmax_scale, call.bias, grad_bias, call.sample_ids, call.rng_state, call.dropout_p, call.stream)
 
     def forward(self, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous() * self.scale, _repeated(k, q), _repeated(v, q)

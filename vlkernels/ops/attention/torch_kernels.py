@@ -6,36 +6,24 @@ padded to the longest sample. The backward computes the probabilities again from
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from vlkernels.ops.attention.call import Call
 from vlkernels.ops.attention.tile_kernels import STEP_SCORES, Fused, Products
 from vlkernels.ops.attention.tiles import Plan, Side, make_plan
 
 UNLIMITED = 2**62
 
 
-def forward(
-    qkv: list[Tensor],
-    starts: Tensor,
-    lengths: Tensor,
-    kv_starts: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_index: Tensor | None,
-    table: Tensor,
-    bias: Tensor | None,
-    sample_ids: Tensor,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    dropout_p: float,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = split(qkv)
-    fused = bias is None and rng_state is None and q.shape[1] == k.shape[1]
-    kernel = Fused(softmax_scale)
-    if not fused:
-        kernel = Products(softmax_scale, bias, None, sample_ids, rng_state, dropout_p, stream)
-    plan = _plan(q, k, starts, lengths, kv_starts, kv_lengths, kv_index, table, fused)
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*inputs)
+    q, k, v = call.heads
+    fused = _fused(call)
+    kernel = Fused(call.softmax_scale) if fused else Products.of(call)
+    plan = _plan(call, fused)
     exact = torch.promote_types(q.dtype, torch.float32)
 
     outs, lses = [], []
@@ -50,34 +38,16 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    qkv: list[Tensor],
-    starts: Tensor,
-    lengths: Tensor,
-    kv_starts: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_index: Tensor | None,
-    table: Tensor,
-    bias: Tensor | None,
-    sample_ids: Tensor,
-    rng_state: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-    dropout_p: float,
-    stream: int,
-    bias_grad: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *inputs: Any
 ) -> list[Tensor]:
     """The gradients in the form of ``qkv``, then that of the bias if ``bias_grad``."""
-    q, k, v = split(qkv)
+    call = Call(*inputs)
+    q, k, v = call.heads
     exact = lse.dtype
-    fused = bias is None and rng_state is None and grad_lse is None and q.shape[1] == k.shape[1]
-    grad_bias = torch.zeros_like(bias, dtype=exact) if bias_grad else None
-    plan = _plan(q, k, starts, lengths, kv_starts, kv_lengths, kv_index, table, fused)
-    kernel = Fused(softmax_scale)
-    if not fused:
-        kernel = Products(softmax_scale, bias, grad_bias, sample_ids, rng_state, dropout_p, stream)
+    fused = _fused(call) and grad_lse is None
+    grad_bias = torch.zeros_like(call.bias, dtype=exact) if bias_grad else None
+    plan = _plan(call, fused)
+    kernel = Fused(call.softmax_scale) if fused else Products.of(call, grad_bias)
     # lse = inf gives a row probability 0: rows of padding, and rows that a bias hides.
     lse_rows = torch.cat([lse.T.masked_fill(lse.T == -torch.inf, torch.inf), lse.new_full((1, lse.shape[0]), torch.inf)])
     grad_lse_rows = None if grad_lse is None else torch.nn.functional.pad(grad_lse.T, (0, 0, 0, 1))
@@ -93,33 +63,26 @@ def backward(
             found.append(_rows(grad))
     sides = (plan.queries, plan.keys, plan.keys)
     dq, dk, dv = (_placed(p, s, x.shape[1:], 0.0, lse) for p, s, x in zip(parts, sides, (q, k, v)))
-    grads = [torch.stack((dq, dk, dv), dim=1)] if len(qkv) == 1 else [dq, dk, dv]
+    grads = [torch.stack((dq, dk, dv), dim=1)] if len(call.qkv) == 1 else [dq, dk, dv]
     grads = [grad.to(q.dtype) for grad in grads]
-    return grads if grad_bias is None else [*grads, grad_bias.to(bias.dtype)]
+    return grads if grad_bias is None else [*grads, grad_bias.to(call.bias.dtype)]
 
 
-def split(qkv: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of ``[qkv]`` (one ``[T, 3, H, K]``) or ``[q, k, v]``."""
-    return qkv[0].unbind(1) if len(qkv) == 1 else tuple(qkv)
+def _fused(call: Call) -> bool:
+    """Whether PyTorch's blocked kernel computes the call: all that it lacks is absent."""
+    q, k, _ = call.heads
+    return call.bias is None and call.rng_state is None and q.shape[1] == k.shape[1]
 
 
-def _plan(
-    q: Tensor,
-    k: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    kv_starts: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_index: Tensor | None,
-    table: Tensor,
-    fused: bool,
-) -> Plan:
-    kv_starts, kv_lengths = (starts, lengths) if kv_starts is None else (kv_starts, kv_lengths)
+def _plan(call: Call, fused: bool) -> Plan:
+    q, k, _ = call.heads
+    own = call.starts, call.lengths
+    kv_starts, kv_lengths = own if call.kv_starts is None else (call.kv_starts, call.kv_lengths)
     return make_plan(
-        *(tuple(t.flatten().tolist()) for t in (starts, lengths, kv_starts, kv_lengths)),
-        None if kv_index is None else tuple(kv_index.tolist()),
-        tuple(table.tolist()),
-        segments=(lengths.shape[1], kv_lengths.shape[1]),
+        *(tuple(t.flatten().tolist()) for t in (*own, kv_starts, kv_lengths)),
+        None if call.kv_index is None else tuple(call.kv_index.tolist()),
+        tuple(call.table.tolist()),
+        segments=(call.lengths.shape[1], kv_lengths.shape[1]),
         tokens=(q.shape[0], k.shape[0]),
         heads=q.shape[1],
         most_scores=UNLIMITED if fused else STEP_SCORES,

@@ -12,8 +12,8 @@ from vlkernels.core import triton_runtime
 from vlkernels.core.random import COLUMNS_PER_CALL, dropout_scale, dropout_threshold
 from vlkernels.core.triton_runtime import LOG2_E, Launch
 from vlkernels.ops.attention import work_list
+from vlkernels.ops.attention.call import Call, split
 from vlkernels.ops.attention.tile_sizes import MOST_HEAD_DIM, TileSizes, padded_head_dim, tile_sizes
-from vlkernels.ops.attention.torch_kernels import split
 from vlkernels.ops.attention.work_list import Side, Streams
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,59 +46,28 @@ class Options(NamedTuple):
         return self.stream, dropout_threshold(self.dropout_p), dropout_scale(self.dropout_p)
 
 
-def forward(
-    qkv: list[Tensor],
-    starts: Tensor,
-    lengths: Tensor,
-    kv_starts: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_index: Tensor | None,
-    table: Tensor,
-    bias: Tensor | None,
-    sample_ids: Tensor,
-    rng_state: Tensor | None,
-    softmax_scale: float,
-    dropout_p: float,
-    stream: int,
-) -> tuple[Tensor, Tensor]:
-    q, k, v = split(qkv)
+def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*inputs)
+    q, k, v = call.heads
     out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    if _nothing(q, starts):
+    if _nothing(q, call.starts):
         return out.zero_(), lse.fill_(-torch.inf)
-    streams = Streams(starts, lengths, kv_starts, kv_lengths, kv_index, table, None if rng_state is None else sample_ids)
-    options = Options(rng_state, softmax_scale, dropout_p, stream, triton_runtime.architecture(q.device))
+    streams, options = _where(call), _options(call)
     with torch.cuda.device_of(q):
         forward_launch(q, k, v, out, lse, streams, options).run()
     return out, lse
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    qkv: list[Tensor],
-    starts: Tensor,
-    lengths: Tensor,
-    kv_starts: Tensor | None,
-    kv_lengths: Tensor | None,
-    kv_index: Tensor | None,
-    table: Tensor,
-    bias: Tensor | None,
-    sample_ids: Tensor,
-    rng_state: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-    dropout_p: float,
-    stream: int,
-    bias_grad: bool,
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *inputs: Any
 ) -> list[Tensor]:
     """The gradients in the form of ``qkv``."""
-    q, k, v = split(qkv)
-    grads = [x.new_empty(x.shape) for x in qkv]
-    if _nothing(q, starts):
+    call = Call(*inputs)
+    q, k, v = call.heads
+    grads = [x.new_empty(x.shape) for x in call.qkv]
+    if _nothing(q, call.starts):
         return [grad.zero_() for grad in grads]
-    streams = Streams(starts, lengths, kv_starts, kv_lengths, kv_index, table, None if rng_state is None else sample_ids)
-    options = Options(rng_state, softmax_scale, dropout_p, stream, triton_runtime.architecture(q.device))
+    streams, options = _where(call), _options(call)
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     dq, dk, dv = split(grads)
@@ -145,6 +114,16 @@ def key_gradient_launch(
         lse.stride(0), q.shape[1] // k.shape[1], options.softmax_scale * LOG2_E, options.softmax_scale, *options.drawn(),
     )  # fmt: skip
     return _launch(_kernels().key_gradient_kernel, side, k.shape[1], arguments, q, options, sizes)
+
+
+def _where(call: Call) -> Streams:
+    sample_ids = None if call.rng_state is None else call.sample_ids
+    return Streams(call.starts, call.lengths, call.kv_starts, call.kv_lengths, call.kv_index, call.table, sample_ids)
+
+
+def _options(call: Call) -> Options:
+    architecture = triton_runtime.architecture(call.starts.device)
+    return Options(call.rng_state, call.softmax_scale, call.dropout_p, call.stream, architecture)
 
 
 def _launch(
