@@ -192,7 +192,7 @@ def _attend(
         "dtype": q.dtype,
         "head_dim": q.shape[2],
         "keys": keys.max_seqlen,
-        "bias": bias is not None,
+        "bias": None if bias is None else "tensor",
         "softmax_scale": scale,
         "deterministic": deterministic,
     }
