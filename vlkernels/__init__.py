@@ -1,6 +1,6 @@
 """Fused kernels for vision-language pretraining."""
 
-from vlkernels import ops
+from vlkernels import integrations, ops
 from vlkernels.core import native
 from vlkernels.core.dispatch import recorded
 from vlkernels.core.layout import SegmentLayout
@@ -10,4 +10,4 @@ from vlkernels.ops import *  # noqa: F403
 
 native.load()
 
-__all__ = ["Rng", "SegmentLayout", "SegmentMask", "recorded", *ops.__all__]
+__all__ = ["Rng", "SegmentLayout", "SegmentMask", "integrations", "recorded", *ops.__all__]
