@@ -29,7 +29,7 @@ class SegmentLayout:
 
     Kernels read ``starts`` and ``lengths`` from the device; ``num_tokens``, ``max_seqlen``, ``max_segment_lengths`` and
     ``segment_totals`` (rows of each segment over all samples) are host integers, exact or upper bounds, so nothing ever
-    waits for the device.
+    waits for the device. ``exact``: the host knows that every row belongs to a sample.
     """
 
     def __init__(self, lengths: Lengths, capacity: int | None = None, sample_ids: Tensor | Sequence[int] | None = None):
@@ -49,6 +49,7 @@ class SegmentLayout:
             max_segment_lengths=tuple(host.max(0).values.tolist()) if len(host) else (0,) * host.shape[1],
             segment_totals=tuple(host.sum(0).tolist()),
             rows_per_sample=None,
+            exact=capacity is None,
         )
 
     @classmethod
@@ -112,6 +113,7 @@ class SegmentLayout:
         max_segment_lengths: tuple[int, ...],
         segment_totals: tuple[int, ...],
         rows_per_sample: int | None,
+        exact: bool = False,
     ) -> None:
         self.starts = starts
         self.lengths = lengths
@@ -120,6 +122,7 @@ class SegmentLayout:
         self.max_seqlen = max_seqlen
         self.max_segment_lengths = max_segment_lengths
         self.segment_totals = segment_totals
+        self.exact = exact
         self._rows_per_sample = rows_per_sample
         self._cache: dict[str, Tensor] = {}
         self._selections: dict[tuple[int, ...], SegmentLayout] = {}
@@ -135,6 +138,7 @@ class SegmentLayout:
             max_segment_lengths=self.max_segment_lengths,
             segment_totals=self.segment_totals,
             rows_per_sample=self._rows_per_sample,
+            exact=self.exact,
         )
         return layout
 
@@ -157,6 +161,11 @@ class SegmentLayout:
     @property
     def num_segments(self) -> int:
         return self.lengths.shape[1]
+
+    @property
+    def has_gaps(self) -> bool:
+        """Rows between two samples may belong to nobody (a padded layout)."""
+        return self._rows_per_sample is not None
 
     @property
     def cu_seqlens(self) -> Tensor:

@@ -69,7 +69,7 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
             return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
-        @_refuse_twice
+        @refuse_twice
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             # Unpacked outside the guard: under activation checkpointing this runs the forward again, with autograd.
             context = _NestedContext(ctx, ctx.saved_tensors)
@@ -94,7 +94,7 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
     return call
 
 
-def _refuse_twice(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+def refuse_twice(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Gradients that raise when differentiated. PyTorch's ``once_differentiable`` lets them pass as constants
     where the cotangent is one (a gradient penalty), which is silently wrong."""
 

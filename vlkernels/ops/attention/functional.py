@@ -14,7 +14,7 @@ from vlkernels.core.layout import SegmentLayout, lasting
 from vlkernels.core.mask import FULL, SegmentMask
 from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.core.triton_runtime import TritonImplementation
-from vlkernels.ops.attention import raw_ops, reference, torch_kernels, triton_launches
+from vlkernels.ops.attention import flash, flash_libraries, raw_ops, reference, torch_kernels, triton_launches
 from vlkernels.ops.attention.call import BIASES, SCHEMA, Call, split
 
 IMPLEMENTATIONS = (
@@ -27,6 +27,13 @@ IMPLEMENTATIONS = (
     # It reads the lengths on the host, which only on a CPU costs nothing.
     Implementation("torch", devices=("cpu",)),
     TritonImplementation(supports=triton_launches.refusal),
+    Implementation(
+        "flash",
+        devices=("cuda",),
+        available=flash_libraries.missing,
+        supports=flash.refusal,
+        on_request=("cuda",),
+    ),
     Implementation("reference"),
 )
 
@@ -81,7 +88,7 @@ def attention(
         deterministic: the same bits in every run. Every implementation here is; ``False`` lets a faster one serve.
         return_lse: also return ``lse [H, Tq]``, the natural logarithm of the sum of exponentials, float32 (float64 for
             float64), differentiable: partial results over disjoint keys combine through it.
-        impl: ``"auto"``, ``"cpp"``, ``"torch"``, ``"triton"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cpp"``, ``"torch"``, ``"triton"``, ``"flash"`` (flash-attn's kernels, or PyTorch's) or ``"reference"``.
 
     Returns:
         ``out`` like ``q``, or ``(out, lse)``. A query that sees nothing, or a row that belongs to nobody, gives out 0,
@@ -195,6 +202,12 @@ def _attend(
         "bias": None if bias is None else "tensor",
         "softmax_scale": scale,
         "deterministic": deterministic,
+        "dropout": dropout_threshold(dropout_p) > 0,
+        "table": flash.full_table(layout, keys) if mask is None else mask.codes,
+        "aligned": kv_layout is None and kv_index is None,
+        "shared_keys": kv_index is not None,
+        "grouped": len(qkv) == 3 and qkv[0].shape[1] != qkv[1].shape[1],
+        "lse_gradient": return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in qkv),
     }
     impl = dispatch.resolve(op, impl, IMPLEMENTATIONS, q.device, facts)
     if impl == "reference":
@@ -202,10 +215,15 @@ def _attend(
             *split(qkv), layout=layout, mask=mask, kv_layout=kv_layout, kv_index=kv_index, bias=bias,
             softmax_scale=softmax_scale, dropout_p=dropout_p, rng=rng, stream=stream, return_lse=return_lse,
         )  # fmt: skip
+    qkv = [x if x.stride(-1) == 1 else x.contiguous() for x in qkv]
+    if impl == "flash":
+        return flash.attention(
+            *split(qkv), layout=layout, mask=mask, kv_layout=kv_layout, kv_index=kv_index, softmax_scale=softmax_scale,
+            deterministic=deterministic, return_lse=return_lse,
+        )  # fmt: skip
     table = _full_table(layout.num_segments * keys.num_segments, q.device) if mask is None else mask.table(q.device)
     state = resolve_rng(rng, q.device) if dropout_threshold(dropout_p) else None
     kv_starts, kv_lengths = (None, None) if kv_layout is None else (kv_layout.starts, kv_layout.lengths)
-    qkv = [x if x.stride(-1) == 1 else x.contiguous() for x in qkv]
     kv_index = None if kv_index is None else kv_index.contiguous()
     rows = qkv, layout.starts, layout.lengths, kv_starts, kv_lengths, kv_index
     if impl == "cpp":
