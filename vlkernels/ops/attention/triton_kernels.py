@@ -7,6 +7,7 @@ import triton.language as tl
 
 from vlkernels.core import triton_math
 from vlkernels.core.random import COLUMNS_PER_CALL
+from vlkernels.ops.attention.triton_tiles import load_rows, load_statistics, scores, store_rows
 from vlkernels.ops.attention.work_list import RUN_FIELDS, TILE_FIELDS
 
 TILE_WIDTH, RUN_WIDTH = tl.constexpr(len(TILE_FIELDS)), tl.constexpr(len(RUN_FIELDS))
@@ -15,43 +16,6 @@ NOTHING = tl.constexpr(-float("inf"))
 
 # Numbers that differ between calls of one model: specialising on them would compile a variant for each.
 UNSPECIALIZED = ("statistic_stride", "stream", "threshold")
-
-
-@triton.jit
-def _rows(base, first, stride, end, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr):
-    """Rows ``first ..`` of one head, zero past ``HEAD_DIM`` and, where ``CHECKED``, from row ``end`` on."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    start = first  # a tensor in the interpreter too, where the counter of a loop is an int
-    pointers = base + start.to(tl.int64) * stride + (row * stride + column)
-    if CHECKED:
-        inside = row < end - first
-        if HEAD_DIM < WIDTH:
-            inside = inside & (column < HEAD_DIM)
-        return tl.load(pointers, mask=inside, other=0.0)
-    if HEAD_DIM < WIDTH:
-        return tl.load(pointers, mask=column < HEAD_DIM, other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def _write_rows(base, values, first, stride, begin, stop, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Store rows [begin, stop) of a tile that starts at ``first``."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, WIDTH)[None, :]
-    inside = (row >= begin - first) & (row < stop - first)
-    if HEAD_DIM < WIDTH:
-        inside = inside & (column < HEAD_DIM)
-    pointers = base + first.to(tl.int64) * stride + (row * stride + column)
-    tl.store(pointers, values.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _statistics(base, rows, end, default):
-    return tl.load(base + rows, mask=rows < end, other=default)
-
-
-@triton.jit
-def _scores(q, k):
-    return tl.dot(q, tl.trans(k), input_precision="ieee")
 
 
 @triton.jit
@@ -85,16 +49,16 @@ def _see_keys(
 ):  # fmt: skip
     """The online softmax of a tile of queries over the keys ``start ..`` before ``stop``, a tile at a time."""
     for first in range(start, stop, KEYS):
-        k = _rows(k_base, first, k_stride, end, KEYS, HEAD_DIM, WIDTH, MASKED)
-        scores = _scores(q, k)
+        k = load_rows(k_base, first, k_stride, end, KEYS, HEAD_DIM, WIDTH, MASKED)
+        s = scores(q, k)
         if MASKED:
             keys = first + tl.arange(0, KEYS)
-            scores = tl.where(_visible(keys[None, :], queries[:, None], begin, end, fixed, slope), scores, NOTHING)
-        p, factor, highest, total = triton_math.online_softmax(scores, highest, total, scale, MASKED)
+            s = tl.where(_visible(keys[None, :], queries[:, None], begin, end, fixed, slope), s, NOTHING)
+        p, factor, highest, total = triton_math.online_softmax(s, highest, total, scale, MASKED)
         if DROPOUT:
             kept = triton_math.keep_block(key0, key1, stream, head, identity, position, first - origin, threshold, KEYS, False)
             p = tl.where(kept, p, 0.0)
-        v = _rows(v_base, first, v_stride, end, KEYS, HEAD_DIM, WIDTH, MASKED)
+        v = load_rows(v_base, first, v_stride, end, KEYS, HEAD_DIM, WIDTH, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision="ieee")
     return acc, highest, total
 
@@ -117,7 +81,7 @@ def forward_kernel(
     key0, key1 = 0, 0
     if DROPOUT:
         key0, key1 = triton_math.draw_key(rng_state)
-    q = _rows(q_base + head * q_head, first, q_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
+    q = load_rows(q_base + head * q_head, first, q_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
     k_base += head // heads_per_key * k_head
     v_base += head // heads_per_key * v_head
     acc = tl.zeros([QUERIES, WIDTH], tl.float32)
@@ -142,7 +106,7 @@ def forward_kernel(
     lse = tl.where(blind, NOTHING, (highest + tl.log2(tl.where(blind, 1.0, total))) * triton_math.LN_2)
     tl.store(lse_base + head * statistic_stride + queries, lse, mask=queries < stop)
     acc = tl.where(blind[:, None], 0.0, acc * share[:, None])
-    _write_rows(out_base + head * out_head, acc, first, out_stride, first, stop, QUERIES, HEAD_DIM, WIDTH)
+    store_rows(out_base + head * out_head, acc, first, out_stride, first, stop, QUERIES, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -153,13 +117,13 @@ def _differentiate_scores(
 ):  # fmt: skip
     """Add ds k to dq for the keys ``start ..`` before ``stop``."""
     for first in range(start, stop, KEYS):
-        k = _rows(k_base, first, k_stride, end, KEYS, HEAD_DIM, WIDTH, MASKED)
-        v = _rows(v_base, first, v_stride, end, KEYS, HEAD_DIM, WIDTH, MASKED)
-        p = tl.exp2(_scores(q, k) * scale - lse[:, None])
+        k = load_rows(k_base, first, k_stride, end, KEYS, HEAD_DIM, WIDTH, MASKED)
+        v = load_rows(v_base, first, v_stride, end, KEYS, HEAD_DIM, WIDTH, MASKED)
+        p = tl.exp2(scores(q, k) * scale - lse[:, None])
         if MASKED:
             keys = first + tl.arange(0, KEYS)
             p = tl.where(_visible(keys[None, :], queries[:, None], begin, end, fixed, slope), p, 0.0)
-        dp = _scores(do, v)
+        dp = scores(do, v)
         if DROPOUT:
             kept = triton_math.keep_block(key0, key1, stream, head, identity, position, first - origin, threshold, KEYS, False)
             dp = tl.where(kept, dp * keep_scale, 0.0)
@@ -187,15 +151,15 @@ def query_gradient_kernel(
     key0, key1 = 0, 0
     if DROPOUT:
         key0, key1 = triton_math.draw_key(rng_state)
-    q = _rows(q_base + head * q_head, first, q_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
-    do = _rows(do_base + head * do_head, first, do_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
-    out = _rows(out_base + head * out_head, first, out_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
+    q = load_rows(q_base + head * q_head, first, q_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
+    do = load_rows(do_base + head * do_head, first, do_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
+    out = load_rows(out_base + head * out_head, first, out_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
     statistics = head * statistic_stride
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if GRAD_LSE:
-        delta -= _statistics(grad_lse_base + statistics, queries, end, 0.0)
+        delta -= load_statistics(grad_lse_base + statistics, queries, end, 0.0)
     tl.store(delta_base + statistics + queries, delta, mask=queries < end)
-    lse = _statistics(lse_base + statistics, queries, end, NOTHING)
+    lse = load_statistics(lse_base + statistics, queries, end, NOTHING)
     # A row that sees nothing has lse = -inf: +inf gives it probability 0 everywhere.
     lse = tl.where(lse == NOTHING, float("inf"), lse * triton_math.LOG2_E)
     k_base += head // heads_per_key * k_head
@@ -215,7 +179,7 @@ def query_gradient_kernel(
             slope, scale, key0, key1, stream, head, identity, queries - origin, key_origin, threshold, keep_scale,
             KEYS, HEAD_DIM, WIDTH, True, DROPOUT,
         )  # fmt: skip
-    _write_rows(dq_base + head * dq_head, dq * softmax_scale, first, dq_stride, first, stop, QUERIES, HEAD_DIM, WIDTH)
+    store_rows(dq_base + head * dq_head, dq * softmax_scale, first, dq_stride, first, stop, QUERIES, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -229,15 +193,15 @@ def _seen_by_queries(
     for first in range(start, stop, QUERIES):
         queries = first + tl.arange(0, QUERIES)
         # Queries from row ``end`` on are zeros whose lse is +inf: probability 0 without a mask.
-        q = _rows(q_base, first, q_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
-        lse = _statistics(lse_base, queries, end, NOTHING)
+        q = load_rows(q_base, first, q_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
+        lse = load_statistics(lse_base, queries, end, NOTHING)
         lse = tl.where(lse == NOTHING, float("inf"), lse * triton_math.LOG2_E)
-        p = tl.exp2(_scores(k, q) * scale - lse[None, :])
+        p = tl.exp2(scores(k, q) * scale - lse[None, :])
         if MASKED:
             release = tl.minimum(fixed, tl.maximum(begin, keys - slope))
             p = tl.where(queries[None, :] >= release[:, None], p, 0.0)
-        do = _rows(do_base, first, do_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
-        dp = _scores(v, do)
+        do = load_rows(do_base, first, do_stride, end, QUERIES, HEAD_DIM, WIDTH, True)
+        dp = scores(v, do)
         if DROPOUT:
             kept = triton_math.keep_block(
                 key0, key1, stream, head, identity, queries - origin, first_column, threshold, KEYS, True
@@ -246,7 +210,7 @@ def _seen_by_queries(
             dp = tl.where(kept, dp * keep_scale, 0.0)
         else:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (dp - _statistics(delta_base, queries, end, 0.0)[None, :])
+        ds = p * (dp - load_statistics(delta_base, queries, end, 0.0)[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -269,8 +233,8 @@ def key_gradient_kernel(
     key0, key1 = 0, 0
     if DROPOUT:
         key0, key1 = triton_math.draw_key(rng_state)
-    k = _rows(k_base + key_head * k_head, first, k_stride, end, KEYS, HEAD_DIM, WIDTH, True)
-    v = _rows(v_base + key_head * v_head, first, v_stride, end, KEYS, HEAD_DIM, WIDTH, True)
+    k = load_rows(k_base + key_head * k_head, first, k_stride, end, KEYS, HEAD_DIM, WIDTH, True)
+    v = load_rows(v_base + key_head * v_head, first, v_stride, end, KEYS, HEAD_DIM, WIDTH, True)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     last = tl.minimum(first + KEYS, end) - 1
@@ -300,5 +264,5 @@ def key_gradient_kernel(
     owned = (keys < end)[:, None]
     dk = tl.where(owned, dk * softmax_scale, 0.0)
     dv = tl.where(owned, dv, 0.0)
-    _write_rows(dk_base + key_head * dk_head, dk, first, dk_stride, tile_begin, stop, KEYS, HEAD_DIM, WIDTH)
-    _write_rows(dv_base + key_head * dv_head, dv, first, dv_stride, tile_begin, stop, KEYS, HEAD_DIM, WIDTH)
+    store_rows(dk_base + key_head * dk_head, dk, first, dk_stride, tile_begin, stop, KEYS, HEAD_DIM, WIDTH)
+    store_rows(dv_base + key_head * dv_head, dv, first, dv_stride, tile_begin, stop, KEYS, HEAD_DIM, WIDTH)
