@@ -106,24 +106,33 @@ def read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Padding 
     """A mask as (padding, bias): bool or integer ``[B, Lk]``, or anything that broadcasts to ``[B, H, Lq, Lk]``."""
     if mask is None:
         return None, None
-    batch, heads, queries, keys = *query.shape[:3], key.shape[2]
-    shape = tuple(getattr(mask, "shape", ()))
-    flat = len(shape) == 2 and not mask.is_floating_point()
-    wanted = (batch, keys) if flat else (batch, heads, queries, keys)
-    if len(shape) != len(wanted) or any(n not in (1, w) for n, w in zip(shape, wanted)) or shape[-1] != keys:
-        raise ValueError(
-            f"attention_mask must be bool [B, Lk] = {[batch, keys]} or broadcast to [B, H, Lq, Lk] = "
-            f"{[batch, heads, queries, keys]}, got {getattr(mask, 'dtype', type(mask).__name__)} {list(shape)}"
-        )
-    if flat:
-        return kept(mask, ("padding", batch), lambda: Padding(mask.bool().expand(batch, -1))), None
-    if mask.dtype == torch.bool and all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2)):
-        return kept(mask, ("padding", batch), lambda: Padding(mask[:, 0, 0].expand(batch, -1))), None
-    if mask.dtype == torch.bool:
-        additive = kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
-    else:
-        additive = mask
-    return None, additive.expand(-1, -1, queries, -1)
+    real = _real_keys(mask)
+    _check_mask(mask, (query.shape[0], *([] if real is not None else query.shape[1:3]), key.shape[2]), real)
+    if real is not None:
+        return kept(mask, ("padding", len(query)), lambda: Padding(real.bool().expand(len(query), -1))), None
+    if mask.dtype != torch.bool:
+        return None, mask.expand(-1, -1, query.shape[2], -1)
+    return None, kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
+
+
+def _real_keys(mask: Any) -> Tensor | None:
+    """``[B or 1, Lk]`` if the mask hides the same keys from every query and head, which its shape or its strides tell."""
+    if not isinstance(mask, Tensor) or mask.is_floating_point():
+        return None
+    if mask.dim() == 2:
+        return mask
+    if mask.dim() == 4 and mask.numel() and all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2)):
+        return mask[:, 0, 0]
+    return None
+
+
+def _check_mask(mask: Any, wanted: tuple[int, ...], real: Tensor | None) -> None:
+    # Some models make a mask of padding for other queries than they call with: only its keys count.
+    shape = tuple(getattr(mask if real is None else real, "shape", ()))
+    if len(shape) != len(wanted) or any(n not in (1, w) for n, w in zip(shape, wanted)) or shape[-1] != wanted[-1]:
+        symbols = "[B, Lk]" if real is not None else "[B, H, Lq, Lk]"
+        kind = str(getattr(mask, "dtype", type(mask).__name__)).removeprefix("torch.")
+        raise ValueError(f"attention_mask must broadcast to {symbols} = {list(wanted)}, got {kind} {list(shape)}")
 
 
 def refuse(arguments: dict[str, Any]) -> None:
@@ -140,10 +149,16 @@ def _is_causal(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | Non
     queries, keys = query.shape[2], key.shape[2]
     if queries == 1 or (mask is not None and mask.dim() == 4):
         return False
-    causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
+    causal = _says_causal(module) if is_causal is None else bool(is_causal)
     if causal and mask is None and queries != keys:
         raise ValueError(f"causal attention of {queries} queries to {keys} keys needs a mask: which of the keys come first?")
     return causal
+
+
+def _says_causal(module: nn.Module) -> bool:
+    if type(module).__name__ == "BridgeTowerSelfAttention":  # always marked causal, which eager, its only own way, ignores
+        return module.config.is_decoder
+    return getattr(module, "is_causal", True)
 
 
 def _transformers() -> Any:
