@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from vlkernels.core.spec import OpSpec
-from vlkernels.ops.attention import attention, attention_qkvpacked
+from vlkernels.ops.attention import RelativeBias, attention, attention_qkvpacked
 from vlkernels.ops.contrastive_loss import contrastive_loss
 from vlkernels.ops.embed_layer_norm import embed_layer_norm
 from vlkernels.ops.hard_negatives import hard_negatives
@@ -29,6 +29,7 @@ FOLDERS: tuple[str, ...] = (
 
 __all__: list[str] = [
     "FusedLayerNorm",
+    "RelativeBias",
     "attention",
     "attention_qkvpacked",
     "contrastive_loss",

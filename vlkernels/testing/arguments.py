@@ -1,4 +1,4 @@
-"""Walk the arguments of a case: tensors wherever they stand, in layouts, masks, generators, lists and tuples."""
+"""Walk the arguments of a case: tensors wherever they stand, in layouts, masks, generators, biases, lists and tuples."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import SegmentMask
 from vlkernels.core.random import Rng
+from vlkernels.ops.attention import RelativeBias
 
 
 def map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     """A copy of ``value`` with every tensor replaced by ``move(tensor)``."""
     if isinstance(value, Tensor):
         return move(value)
-    if isinstance(value, SegmentLayout):
+    if isinstance(value, (SegmentLayout, RelativeBias)):
         return value._with_tensors(move)
     if isinstance(value, Rng):
         moved = Rng.__new__(Rng)
@@ -58,6 +59,8 @@ def _walk(arguments: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield name, value
+        elif isinstance(value, RelativeBias):
+            yield from ((f"{name}.tables[{position}]", table) for position, table in enumerate(value.tables))
         elif isinstance(value, (list, tuple)):
             for position, item in enumerate(value):
                 if isinstance(item, Tensor):

@@ -15,6 +15,7 @@ from vlkernels.core.mask import FULL, SegmentMask
 from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.core.triton_runtime import TritonImplementation
 from vlkernels.ops.attention import flash, flash_libraries, raw_ops, reference, torch_kernels, triton_launches
+from vlkernels.ops.attention.bias import RelativeBias
 from vlkernels.ops.attention.call import BIASES, SCHEMA, Call, split
 
 IMPLEMENTATIONS = (
@@ -47,7 +48,7 @@ def attention(
     mask: SegmentMask | None = None,
     kv_layout: SegmentLayout | None = None,
     kv_index: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
@@ -79,7 +80,7 @@ def attention(
         kv_index: integer ``[B]``: sample b reads key sample ``kv_index[b]`` instead. Several may read the same one; its
             gradient is their sum.
         bias: ``[B or 1, H or 1, Lq, Lk]`` added to the scores, by position in the samples, at least ``max_seqlen`` long on
-            either side; -inf hides a key. Gets a gradient.
+            either side; -inf hides a key. Or a :class:`RelativeBias` on the tokens of ``layout`` (and ``kv_layout``).
         softmax_scale: default ``1 / sqrt(K)``.
         dropout_p: probability that an element of P is dropped, rounded to 1/256. No mask is stored.
         rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the backward.
@@ -94,8 +95,8 @@ def attention(
         ``out`` like ``q``, or ``(out, lse)``. A query that sees nothing, or a row that belongs to nobody, gives out 0,
         lse -inf and gradients 0.
 
-    Gradients: to q, k, v and bias; a key that several samples read gets their sum. The backward has no derivative of its own
-        except on the reference.
+    Gradients: to q, k, v and bias (or its tables); a key that several samples read gets their sum. The backward has no
+        derivative of its own except on the reference.
 
     Numerics: scores, softmax and sums are float32 for the half types, float64 for float64.
 
@@ -116,7 +117,7 @@ def attention(
         checks.check_dtype(name, x, (q.dtype,))
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"the heads of q must be a multiple of those of k, got H = {q.shape[1]}, Hkv = {k.shape[1]}")
-    checks.check_same_device(q=q, k=k, v=v, bias=bias, layout=layout.starts, kv_layout=keys.starts, kv_index=kv_index)
+    checks.check_same_device(q=q, k=k, v=v, bias=_located(bias), layout=layout.starts, kv_layout=keys.starts, kv_index=kv_index)
     _check_samples(layout, kv_layout, kv_index)
     return _attend(
         [q, k, v], layout, mask, kv_layout, kv_index, bias, softmax_scale, dropout_p, rng, stream, deterministic, return_lse, impl
@@ -128,7 +129,7 @@ def attention_qkvpacked(
     *,
     layout: SegmentLayout,
     mask: SegmentMask | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
@@ -165,7 +166,7 @@ def attention_qkvpacked(
     checks.check_floating("qkv", qkv)
     checks.check_shape("qkv", qkv, "[T, 3, H, K]", (layout.num_tokens, 3, None, None))
     _check_width(qkv.shape[3])
-    checks.check_same_device(qkv=qkv, bias=bias, layout=layout.starts)
+    checks.check_same_device(qkv=qkv, bias=_located(bias), layout=layout.starts)
     return _attend([qkv], layout, mask, None, None, bias, softmax_scale, dropout_p, rng, stream, deterministic, return_lse, impl)
 
 
@@ -175,7 +176,7 @@ def _attend(
     mask: SegmentMask | None,
     kv_layout: SegmentLayout | None,
     kv_index: Tensor | None,
-    bias: Tensor | None,
+    bias: Tensor | RelativeBias | None,
     softmax_scale: float | None,
     dropout_p: float,
     rng: Rng | None,
@@ -188,8 +189,7 @@ def _attend(
     keys = layout if kv_layout is None else kv_layout
     if mask is not None:
         mask.check(layout, kv_layout)
-    if bias is not None:
-        _check_bias(bias, q, layout, keys)
+    kind = _check_bias(bias, q, layout, keys)
     if dropout_p:
         checks.check_probability("dropout_p", dropout_p)
     check_stream(stream)
@@ -199,7 +199,7 @@ def _attend(
         "dtype": q.dtype,
         "head_dim": q.shape[2],
         "keys": keys.max_seqlen,
-        "bias": None if bias is None else "tensor",
+        "bias": kind,
         "softmax_scale": scale,
         "deterministic": deterministic,
         "dropout": dropout_threshold(dropout_p) > 0,
@@ -231,7 +231,8 @@ def _attend(
         out, lse = raw_ops.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
     else:
         longest = max(layout.max_seqlen, keys.max_seqlen)
-        call = Call(*rows, table, bias, None, None, None, layout.sample_ids, state, scale, dropout_p, stream, longest, 0)
+        biases, radius = _bias_inputs(bias, q)
+        call = Call(*rows, table, *biases, layout.sample_ids, state, scale, dropout_p, stream, longest, radius)
         out, lse = _differentiable(*call, impl)
     return (out, lse) if return_lse else out
 
@@ -268,12 +269,43 @@ def _check_samples(layout: SegmentLayout, kv_layout: SegmentLayout | None, kv_in
     checks.check_values_between("kv_index", kv_index, 0, keys.num_samples)
 
 
-def _check_bias(bias: Tensor, q: Tensor, layout: SegmentLayout, keys: SegmentLayout) -> None:
+def _located(bias: Tensor | RelativeBias | None) -> Tensor | None:
+    """A tensor on the device of the bias."""
+    return bias.coordinates if isinstance(bias, RelativeBias) else bias
+
+
+def _check_bias(bias: Tensor | RelativeBias | None, q: Tensor, layout: SegmentLayout, keys: SegmentLayout) -> str | None:
+    """Raise unless the bias fits; its kind, ``"tensor"``, ``"relative"`` or ``None``."""
+    if bias is None:
+        return None
+    if isinstance(bias, RelativeBias):
+        _check_relative_bias(bias, q, layout, keys)
+        return "relative"
     checks.check_floating("bias", bias)
     fits = bias.dim() == 4 and bias.shape[0] in (1, layout.num_samples) and bias.shape[1] in (1, q.shape[1])
     if not fits or bias.shape[2] < layout.max_seqlen or bias.shape[3] < keys.max_seqlen:
         wanted = f"[{layout.num_samples} or 1, {q.shape[1]} or 1, >= {layout.max_seqlen}, >= {keys.max_seqlen}]"
         raise ValueError(f"bias must be [B or 1, H or 1, Lq, Lk] = {wanted}, got {list(bias.shape)}")
+    return "tensor"
+
+
+def _check_relative_bias(bias: RelativeBias, q: Tensor, layout: SegmentLayout, keys: SegmentLayout) -> None:
+    if bias.num_heads != q.shape[1]:
+        raise ValueError(f"the tables of bias must have the heads of q, H = {q.shape[1]}, got {bias.num_heads}")
+    checks.check_shape("coordinates of bias", bias.coordinates, "[Tq, C]", (layout.num_tokens, None))
+    of_keys = "coordinates" if bias.kv_coordinates is None else "kv_coordinates"
+    checks.check_shape(f"{of_keys} of bias", getattr(bias, of_keys), "[Tk, C]", (keys.num_tokens, None))
+
+
+_Biases = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _bias_inputs(bias: Tensor | RelativeBias | None, q: Tensor) -> tuple[_Biases, int]:
+    """The raw op's (bias, distance_bias, coordinates, kv_coordinates), and its radius."""
+    if not isinstance(bias, RelativeBias):
+        return (bias, None, None, None), 0
+    distance_bias = bias.distance_bias.to(torch.promote_types(q.dtype, torch.float32))
+    return (None, distance_bias, bias.coordinates, bias.kv_coordinates), bias.radius
 
 
 def _forward_fake(qkv: list[Tensor], *_: Any) -> tuple[Tensor, Tensor]:

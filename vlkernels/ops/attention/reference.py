@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import CAUSAL, FULL, SegmentMask
 from vlkernels.core.random import Rng, dropout_scale, keep_mask, resolve_rng
+from vlkernels.ops.attention.bias import RelativeBias
 
 
 def attention(
@@ -19,7 +21,7 @@ def attention(
     mask: SegmentMask | None = None,
     kv_layout: SegmentLayout | None = None,
     kv_index: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
     rng: Rng | None = None,
@@ -36,7 +38,9 @@ def attention(
     keyed, valued = (_pad(x.to(exact), keys).index_select(0, samples).repeat_interleave(groups, dim=2) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     scores = torch.einsum("bqhd,bkhd->bhqk", queries, keyed) * scale
-    if bias is not None:
+    if isinstance(bias, RelativeBias):
+        scores = scores + _relative_bias(bias, layout, keys, samples, exact)
+    elif bias is not None:
         scores = scores + bias.narrow(2, 0, scores.shape[2]).narrow(3, 0, scores.shape[3]).to(exact)
     scores = scores.masked_fill(_visible(layout, keys, samples, mask).logical_not().unsqueeze(1), -torch.inf)
 
@@ -85,6 +89,17 @@ def _visible(layout: SegmentLayout, keys: SegmentLayout, samples: Tensor, mask: 
     cell = q_segment.clamp(min=0) * keys.num_segments + k_segment.clamp(min=0)
     code = mask.table(cell.device).index_select(0, cell.flatten()).view(cell.shape)
     return both & ((code == FULL) | ((code == CAUSAL) & (k_left >= q_left)))
+
+
+def _relative_bias(
+    bias: RelativeBias, layout: SegmentLayout, keys: SegmentLayout, samples: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``[B, H, Lq, Lk]``: for every pair the rows of the tables that its distances fall into."""
+    of_keys = bias.coordinates if bias.kv_coordinates is None else bias.kv_coordinates
+    queried, met = _pad(bias.coordinates.long(), layout), _pad(of_keys.long(), keys).index_select(0, samples)
+    distance = met.unsqueeze(1) - queried.unsqueeze(2)
+    rows = zip(bias.buckets, distance.unbind(-1), bias.tables)
+    return (bias.scale * sum(embedding(own.of(d), table.to(dtype)) for own, d, table in rows)).permute(0, 3, 1, 2)
 
 
 def _segments(layout: SegmentLayout) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import SegmentMask
 from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
 from vlkernels.ops.attention import functional, peers, reference, variants
+from vlkernels.ops.attention.bias import RelativeBias
 
 RAGGED = [[3, 5], [0, 4], [7, 0], [0, 0], [2, 2]]
 
@@ -68,11 +69,61 @@ def _dropped_negatives(fill: InputMaker) -> Arguments:
     return {**arguments, "mask": table, "dropout_p": 0.1, "rng": fill.rng(), "stream": 9}
 
 
-def _biased(batch: int, heads: int) -> Callable[[InputMaker], Arguments]:
+def _biased(batch: int, heads: int, of: tuple[int, int] = (2, 2)) -> Callable[[InputMaker], Arguments]:
     def make(fill: InputMaker) -> Arguments:
-        return {**_self(mask=SegmentMask.prefix_lm())(fill), "bias": fill.normal(batch, heads, 8, 9)}
+        return {**_self(heads=of, mask=SegmentMask.prefix_lm())(fill), "bias": fill.normal(batch, heads, 8, 9)}
 
     return make
+
+
+def _hidden_by_bias(fill: InputMaker) -> Arguments:
+    arguments = _biased(1, 2)(fill)
+    hidden = fill.integers(0, 4, (1, 2, 8, 9)) == 0
+    hidden[:, :, 1] = True  # this query sees nothing
+    return {**arguments, "bias": arguments["bias"].detach().masked_fill(hidden, -torch.inf).requires_grad_()}
+
+
+# LayoutLMv2's coordinates, (position, x, y), and LayoutLMv3's scale of them.
+LAYOUTLM = {"num_buckets": (32, 64, 64), "max_distance": (128, 256, 256), "scale": 0.125}
+
+
+def _tables(fill: InputMaker, heads: int, *sizes: int) -> list[torch.Tensor]:
+    return [fill.normal(size, heads) for size in sizes]
+
+
+def _by_position(fill: InputMaker) -> Arguments:
+    """T5's encoder, over more than ``max_distance`` tokens either way."""
+    arguments = _self([[70, 130], [1, 64]], heads=(2, 2), width=16)(fill)
+    position = arguments["layout"].token_position("sample").unsqueeze(1)
+    return {**arguments, "bias": RelativeBias(position, _tables(fill, 2, 32), num_buckets=32, max_distance=128)}
+
+
+def _by_past_position(fill: InputMaker) -> Arguments:
+    """T5's decoder, with grouped heads."""
+    arguments = _self([[41], [1], [0], [30]], heads=(4, 2), mask=SegmentMask.causal())(fill)
+    position = arguments["layout"].token_position("sample").unsqueeze(1)
+    options = {"num_buckets": 8, "max_distance": 20, "bidirectional": False}
+    return {**arguments, "bias": RelativeBias(position, _tables(fill, 4, 8), **options)}
+
+
+def _by_place(fill: InputMaker) -> Arguments:
+    """Three coordinates whose differences are mostly of one sign, so that a wrong sign shows."""
+    arguments = _self(mask=SegmentMask.prefix_lm(), capacity=26)(fill)
+    place = fill.integers(0, 60, (26, 3)).cumsum(0)
+    return {**arguments, "bias": RelativeBias(place, _tables(fill, 2, 32, 64, 64), **LAYOUTLM)}
+
+
+def _by_place_of_negatives(fill: InputMaker) -> Arguments:
+    arguments = {**_negatives(fill), "dropout_p": 0.3, "rng": fill.rng(), "stream": 2}
+    place, kv_place = fill.integers(0, 200, (21, 2)), fill.integers(100, 500, (32, 2))
+    options = {"num_buckets": 64, "max_distance": (256, 90), "bidirectional": (True, False), "kv_coordinates": kv_place}
+    return {**arguments, "bias": RelativeBias(place, _tables(fill, 4, 64, 64), **options)}
+
+
+def _packed_by_place(fill: InputMaker) -> Arguments:
+    place = fill.integers(0, 60, (25, 3)).cumsum(0)
+    bias = RelativeBias(place, _tables(fill, 2, 32, 64, 64), **LAYOUTLM)
+    return {**_packed(None, dropout_p=0.2, rng=fill.rng())(fill), "bias": bias}
 
 
 def _packed(mask: SegmentMask | None, **options: Any) -> Callable[[InputMaker], Arguments]:
@@ -110,6 +161,12 @@ SPECS = (
             Case("dropout_negatives", _dropped_negatives),
             Case("bias", _biased(5, 2)),
             Case("shared_bias", _biased(1, 1)),
+            Case("bias_of_grouped_heads", _biased(1, 4, of=(4, 2))),
+            Case("hidden_by_bias", _hidden_by_bias),
+            Case("bias_by_position", _by_position),
+            Case("bias_by_past_position", _by_past_position),
+            Case("bias_by_place", _by_place),
+            Case("bias_by_place_of_negatives", _by_place_of_negatives),
             Case("empty_batch", _empty),
         ),
         dtypes=DTYPES,
@@ -124,6 +181,7 @@ SPECS = (
             Case("fixed_length", _packed_fixed),
             Case("full", _packed(None)),
             Case("prefix_lm", _packed(SegmentMask.prefix_lm(), return_lse=False)),
+            Case("bias_by_place", _packed_by_place),
         ),
         dtypes=DTYPES,
         benchmarks=peers.BENCHMARKS,

@@ -35,20 +35,78 @@ class Fused:
 
 
 @dataclass
+class TensorBias:
+    """``values [B|1, H|1, Lq, Lk]`` by position in the samples."""
+
+    values: Tensor
+    grad: Tensor | None
+
+    def add_to(self, scores: Tensor, tile: Tile, rows: slice) -> None:
+        for window, part in _windows(self.values, scores, tile, rows):
+            part += window
+
+    def collect(self, grad_scores: Tensor, tile: Tile, rows: slice) -> None:
+        for window, part in _windows(self.grad, grad_scores, tile, rows):
+            window += part.sum_to_size(window.shape)
+
+
+@dataclass
+class DistanceBias:
+    """``values [H, C, 2 radius + 1]`` by the clamped distances of ``kv_coordinates`` from ``coordinates``."""
+
+    values: Tensor
+    coordinates: Tensor
+    kv_coordinates: Tensor
+    radius: int
+    grad: Tensor | None  # float64: a bucket may be the sum over most pairs of the batch
+
+    def add_to(self, scores: Tensor, tile: Tile, rows: slice) -> None:
+        count, heads, *shape = scores.shape
+        for c, index in self._indices(tile, rows):
+            found = self.values[:, c].index_select(1, index)
+            scores += found.view(heads, count, *shape).transpose(0, 1)
+
+    def collect(self, grad_scores: Tensor, tile: Tile, rows: slice) -> None:
+        by_head = grad_scores.transpose(0, 1).flatten(1)
+        for c, index in self._indices(tile, rows):
+            part = by_head.new_zeros(len(by_head), self.values.shape[2])
+            self.grad[:, c] += part.scatter_add_(1, index.expand_as(by_head), by_head)
+
+    def _indices(self, tile: Tile, rows: slice) -> Iterator[tuple[int, Tensor]]:
+        """For every coordinate, where the pairs of a step ``[n, rows, keys]`` read the values of any head."""
+        queries = self.coordinates[tile.query_rows].unflatten(0, (-1, tile.queries))[:, rows]
+        keys = self.kv_coordinates[tile.key_rows].unflatten(0, (-1, tile.keys))
+        for c in range(self.values.shape[1]):
+            distance = keys[:, None, :, c] - queries[:, :, None, c]
+            yield c, distance.clamp_(-self.radius, self.radius).add_(self.radius).flatten().long()
+
+
+def bias_of(call: Call, wants_grad: bool = False) -> TensorBias | DistanceBias | None:
+    """The bias of a call, with zeros to collect its gradient in if one is wanted."""
+    if call.bias is not None:
+        dtype = torch.promote_types(call.bias.dtype, torch.float32)
+        return TensorBias(call.bias, torch.zeros_like(call.bias, dtype=dtype) if wants_grad else None)
+    if call.distance_bias is None:
+        return None
+    keys = call.coordinates if call.kv_coordinates is None else call.kv_coordinates
+    grad = torch.zeros_like(call.distance_bias, dtype=torch.float64) if wants_grad else None
+    return DistanceBias(call.distance_bias, call.coordinates, keys, call.radius, grad)
+
+
+@dataclass
 class Products:
     """Every option, by batched matrix products over ``STEP_SCORES`` scores at a time."""
 
     scale: float
-    bias: Tensor | None = None
-    grad_bias: Tensor | None = None
+    bias: TensorBias | DistanceBias | None = None
     sample_ids: Tensor | None = None
     rng_state: Tensor | None = None
     dropout_p: float = 0.0
     stream: int = 0
 
     @classmethod
-    def of(cls, call: Call, grad_bias: Tensor | None = None) -> Products:
-        return cls(call.softmax_scale, call.bias, grad_bias, call.sample_ids, call.rng_state, call.dropout_p, call.stream)
+    def of(cls, call: Call, bias_grad: bool = False) -> Products:
+        return cls(call.softmax_scale, bias_of(call, bias_grad), call.sample_ids, call.rng_state, call.dropout_p, call.stream)
 
     def forward(self, tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v = q.contiguous() * self.scale, _repeated(k, q), _repeated(v, q)
@@ -92,9 +150,8 @@ class Products:
                 grad_v += (probabilities * kept).transpose(-1, -2) @ grad_rows
                 grad_scores *= kept
             grad_scores = grad_scores.sub_(delta[:, :, rows, None]).mul_(probabilities)
-            if self.grad_bias is not None:
-                for window, part in _windows(self.grad_bias, grad_scores, tile, rows):
-                    window += part.sum_to_size(window.shape)
+            if self.bias is not None and self.bias.grad is not None:
+                self.bias.collect(grad_scores, tile, rows)
             grad_q[:, :, rows] = grad_scores @ k
             grad_k += grad_scores.transpose(-1, -2) @ q_rows
         return grad_q.mul_(self.scale), _summed(grad_k, groups), _summed(grad_v, groups)
@@ -107,8 +164,7 @@ class Products:
         elif tile.mask is not None:
             scores += tile.mask[:, :, rows] if tile.mask.shape[2] > 1 else tile.mask
         if self.bias is not None:
-            for window, part in _windows(self.bias, scores, tile, rows):
-                part += window
+            self.bias.add_to(scores, tile, rows)
         return scores
 
     def _kept(self, tile: Tile, rows: slice, heads: int) -> Tensor:

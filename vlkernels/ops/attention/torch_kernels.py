@@ -45,9 +45,8 @@ def backward(
     q, k, v = call.heads
     exact = lse.dtype
     fused = _fused(call) and grad_lse is None
-    grad_bias = torch.zeros_like(call.bias, dtype=exact) if bias_grad else None
     plan = _plan(call, fused)
-    kernel = Fused(call.softmax_scale) if fused else Products.of(call, grad_bias)
+    kernel = Fused(call.softmax_scale) if fused else Products.of(call, bias_grad)
     # lse = inf gives a row probability 0: rows of padding, and rows that a bias hides.
     lse_rows = torch.cat([lse.T.masked_fill(lse.T == -torch.inf, torch.inf), lse.new_full((1, lse.shape[0]), torch.inf)])
     grad_lse_rows = None if grad_lse is None else torch.nn.functional.pad(grad_lse.T, (0, 0, 0, 1))
@@ -65,13 +64,13 @@ def backward(
     dq, dk, dv = (_placed(p, s, x.shape[1:], 0.0, lse) for p, s, x in zip(parts, sides, (q, k, v)))
     grads = [torch.stack((dq, dk, dv), dim=1)] if len(call.qkv) == 1 else [dq, dk, dv]
     grads = [grad.to(q.dtype) for grad in grads]
-    return grads if grad_bias is None else [*grads, grad_bias.to(call.bias.dtype)]
+    return [*grads, kernel.bias.grad.to(kernel.bias.values.dtype)] if bias_grad else grads
 
 
 def _fused(call: Call) -> bool:
     """Whether PyTorch's blocked kernel computes the call: all that it lacks is absent."""
     q, k, _ = call.heads
-    return call.bias is None and call.rng_state is None and q.shape[1] == k.shape[1]
+    return call.bias is None and call.distance_bias is None and call.rng_state is None and q.shape[1] == k.shape[1]
 
 
 def _plan(call: Call, fused: bool) -> Plan:
