@@ -67,9 +67,9 @@ class Padding:
         On a device the lengths of the runs are waited for only if ``needed``, once per mask: a bias that takes the
         padding in would be an array ``[B, H, Lq, Lk]`` in every layer.
         """
-        if torch.compiler.is_compiling() or (self.real.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if torch.compiler.is_compiling():
             return None
-        if self.real.device.type != "cpu" and not needed and "_segments" not in vars(self):
+        if self.real.device.type != "cpu" and (not needed or _is_captured(self.real)):
             return None
         return self._segments
 
@@ -181,6 +181,11 @@ def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
+def _is_captured(tensor: Tensor) -> bool:
+    """A captured graph is replayed with other masks in the same tensors: it must make everything from them itself."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -188,7 +193,7 @@ def kept(source: Tensor, name: Hashable, make: Callable[[], Made]) -> Made:
     """``make()``, kept while ``source`` lives unchanged: the layers of a model share what is made from one mask."""
     if torch.compiler.is_compiling() or source.is_inference() or source.requires_grad:
         return make()
-    if source.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _is_captured(source):
         return make()
     version, made = _made.get(source, (None, None))
     if version != source._version:
