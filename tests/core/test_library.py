@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+
 import vlkernels as vk
+from vlkernels.core import library
 from vlkernels.ops.linear_cross_entropy import torch_kernels
 
 
@@ -38,3 +40,23 @@ def test_autocast_does_not_reach_into_kernels(monkeypatch):
     monkeypatch.setattr(torch_kernels, "CHUNK_LOGITS", 200)
     for mine, plain in zip(classifier_gradients(True), classifier_gradients(False), strict=True):
         assert torch.equal(mine, plain)
+
+
+def test_kernels_know_an_eager_call_from_a_compiled_graph():
+    found = []
+
+    def copy(x):
+        found.append(bool(library.eager_call))
+        return x.clone()
+
+    op = library.define("test_copy(Tensor x, str impl) -> Tensor", fake=lambda x, impl: x.clone(), kernels={"torch": copy})
+    call = library.differentiable(op, setup_context=lambda *_: None, backward=lambda ctx, grad: (op(grad, "torch"), None))
+    x = torch.ones(3, requires_grad=True)
+    call(x, "torch").sum().backward()
+    call(x.detach(), "torch")
+    with torch.no_grad():
+        call(x, "torch")
+    assert found == [True] * 4 and not library.eager_call
+    found.clear()
+    torch.compile(lambda x: call(x, "torch"), fullgraph=True, backend="aot_eager")(x).sum().backward()
+    assert found == [False] * 2

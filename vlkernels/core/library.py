@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,28 @@ _LIBRARY = torch.library.Library("vlkernels", "FRAGMENT")
 Kernels = Mapping[str, Callable[..., Any]]
 Op = torch._ops.OpOverload
 Spans = tuple[int | None, ...]  # per argument the length of a list of tensors, None for anything else; no spans: no lists
+
+
+class _EagerCall(threading.local):
+    """Whether a kernel runs for an eager call, whose tensors are held by Python code, and not inside a compiled graph.
+
+    Such a graph uses a buffer again for another value: the same tensor, of the same version, with other numbers. Nothing may be
+    remembered for its tensors from one call to the next.
+    """
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: Any) -> None:
+        self.depth -= 1
+
+    def __bool__(self) -> bool:
+        return self.depth > 0
+
+
+eager_call = _EagerCall()
 
 
 def define(schema: str, *, fake: Callable[..., Any], kernels: Kernels | None = None) -> Op:
@@ -61,7 +84,7 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
         @staticmethod
         def forward(ctx: Any, spans: Spans | None, *flat: Any) -> Any:
             arguments = _nest(flat, spans)
-            with torch._C._AutoDispatchBelowAutograd():
+            with torch._C._AutoDispatchBelowAutograd(), eager_call:
                 output = op(*arguments)
             ctx.spans = spans
             ctx.returns_list = isinstance(output, list)
@@ -73,7 +96,7 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             # Unpacked outside the guard: under activation checkpointing this runs the forward again, with autograd.
             context = _NestedContext(ctx, ctx.saved_tensors)
-            with torch._C._AutoDispatchBelowAutograd():
+            with torch._C._AutoDispatchBelowAutograd(), eager_call:
                 nested = backward(context, *((list(grads),) if ctx.returns_list else grads))
             return (None, *_flatten(nested if isinstance(nested, tuple) else (nested,), ctx.spans))
 
@@ -83,7 +106,7 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
         if torch.compiler.is_compiling():
             return op(*arguments)
         if not torch.is_grad_enabled():
-            with torch._C._AutoDispatchBelowAutograd():
+            with torch._C._AutoDispatchBelowAutograd(), eager_call:
                 output = op(*arguments)
             return tuple(output) if isinstance(output, list) else output
         spans = tuple([len(a) if _is_tensor_list(a) else None for a in arguments])
