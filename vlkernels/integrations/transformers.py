@@ -110,9 +110,10 @@ def read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Padding 
     _check_mask(mask, (query.shape[0], *([] if real is not None else query.shape[1:3]), key.shape[2]), real)
     if real is not None:
         return kept(mask, ("padding", len(query)), lambda: Padding(real.bool().expand(len(query), -1))), None
-    if mask.dtype != torch.bool:
-        return None, mask.expand(-1, -1, query.shape[2], -1)
-    return None, kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
+    additive = mask
+    if mask.dtype == torch.bool:
+        additive = kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
+    return None, additive.expand(-1, -1, query.shape[2], -1)
 
 
 def _real_keys(mask: Any) -> Tensor | None:
