@@ -50,7 +50,9 @@ def test_kernels_know_an_eager_call_from_a_compiled_graph():
         return x.clone()
 
     op = library.define("test_copy(Tensor x, str impl) -> Tensor", fake=lambda x, impl: x.clone(), kernels={"torch": copy})
-    call = library.differentiable(op, setup_context=lambda *_: None, backward=lambda ctx, grad: (op(grad, "torch"), None))
+    call = library.differentiable(
+        op, setup_context=lambda ctx, inputs, output: None, backward=lambda ctx, grad: (op(grad, "torch"), None)
+    )
     x = torch.ones(3, requires_grad=True)
     call(x, "torch").sum().backward()
     call(x.detach(), "torch")
