@@ -26,6 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
     LayerNormForward op{};
     op.dtype = dtype_of(x, "x");
     op.width = width;
+    op.rows = rows;
     op.eps = static_cast<float>(eps);
     op.x = x.const_data_ptr();
     op.residual = data_like(residual, x, "residual");

@@ -3,11 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VLK_HOST_DEVICE __host__ __device__
-#else
-#define VLK_HOST_DEVICE
-#endif
+#include "primitives/device.h"
 
 namespace vlk {
 

@@ -1,0 +1,13 @@
+#include "layer_norm/layer_norm.cuh"
+#include "layer_norm/layer_norm_cuda.h"
+#include "primitives/cuda_launch.cuh"
+
+namespace vlk {
+
+const char* layer_norm_forward_cuda(const LayerNormForward& op, void* stream) {
+    CudaLaunch launch(stream);
+    launch_layer_norm_forward(op, launch);
+    return launch.error();
+}
+
+}  // namespace vlk

@@ -1,0 +1,48 @@
+// What a LayerNorm takes and gives, for the kernels of every device and their bindings.
+#pragma once
+#include "primitives/norm.h"
+#include "primitives/philox.h"
+
+namespace vlk {
+
+// z = residual + row_scale * dropout(x + linear_bias), y = LN(z).
+// x, residual, z, y and their gradients share `dtype`.
+struct LayerNormForward {
+    Dtype dtype;
+    int64_t width, rows;
+    float eps;
+    const void* x;
+    const void* residual;     // null: none
+    Parameter linear_bias, weight, bias;
+    const float* row_scale;   // null: none
+    Dropout dropout;
+    void* y;
+    void* z;                  // null: not kept
+    bool stream_z;            // z is too large to be in a cache still when the backward reads it
+    float* mean;
+    float* rstd;
+};
+
+// Without anything fused z is x, and is neither built nor kept.
+static inline VLK_HOST_DEVICE bool is_fused(const LayerNormForward& op) {
+    return op.residual || op.linear_bias.data || op.row_scale || op.dropout.threshold;
+}
+
+struct LayerNormBackward {
+    Dtype dtype;
+    int64_t width, rows, num_chunks;
+    const void* dy;
+    const void* dsum;         // gradient of the returned sum; null: none
+    const void* z;
+    const float* mean;
+    const float* rstd;
+    Parameter weight;
+    const float* row_scale;
+    Dropout dropout;
+    void* dz;                 // the residual's gradient
+    void* dx;                 // null: the same as dz
+    float* partials;          // [num_chunks, 3, width]: dweight, dbias, dlinear_bias
+    bool sum_dx;              // dlinear_bias is wanted
+};
+
+}  // namespace vlk

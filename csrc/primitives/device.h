@@ -1,0 +1,13 @@
+// The words in which a kernel body differs between nvcc, the emulator (whose header comes first and brings its
+// own) and plain C++.
+#pragma once
+
+#ifdef __CUDACC__
+#define VLK_HOST_DEVICE __host__ __device__
+// Declares `float* name`: the shared memory whose size the launch gives, on a 16-byte boundary.
+#define VLK_DYNAMIC_SHARED(name)              \
+    extern __shared__ float4 vlk_dynamic_shared[]; \
+    float* name = reinterpret_cast<float*>(vlk_dynamic_shared)
+#else
+#define VLK_HOST_DEVICE
+#endif

@@ -1,0 +1,114 @@
+"""CUDA kernels on the CPU: compiles a module of csrc/emulator when a test asks for it, and calls its kernels with tensors."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DVLK_SANITIZED")
+
+
+def refusal() -> str | None:
+    """Why nothing can be emulated on this machine; ``None`` when it can."""
+    if shutil.which("c++") is None:
+        return "no C++ compiler: the CUDA kernels are not emulated"
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return "the emulator of CUDA kernels switches stacks on Linux on x86-64 only"
+    if importlib.util.find_spec("pybind11") is None:
+        return "no pybind11: the CUDA kernels are not emulated"
+    return None
+
+
+@functools.cache
+def module(source: Path, include: Path = CSRC, flags: tuple[str, ...] = ()) -> ModuleType:
+    """The Python module that ``source`` defines as ``VLK_MODULE``, compiled unless it has been before."""
+    if reason := refusal():
+        pytest.skip(reason)
+    name = f"emulated_{source.stem}_{_content(source, include, flags)}"
+    library = ROOT / "build" / "emulator" / f"{name}.so"
+    if not library.exists():
+        _compile(source, include, (*flags, f"-DVLK_MODULE={name}"), library)
+    spec = importlib.util.spec_from_file_location(name, library)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _content(source: Path, include: Path, flags: tuple[str, ...]) -> str:
+    """A hash of everything that goes into a module."""
+    digest = hashlib.sha256(repr((FLAGS, flags, sys.version)).encode())
+    headers = (path for path in include.rglob("*") if path.suffix in (".h", ".cuh"))
+    for path in (source, *sorted(headers)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _compile(source: Path, include: Path, flags: tuple[str, ...], library: Path) -> None:
+    import pybind11
+    import sysconfig
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    fresh = library.with_suffix(f".{os.getpid()}.tmp")  # another worker may compile the same
+    headers = (include, pybind11.get_include(), sysconfig.get_paths()["include"])
+    command = ["c++", *FLAGS, *flags, *(f"-I{folder}" for folder in headers), str(source), "-o", str(fresh)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
+    fresh.replace(library)
+
+
+def fields(**values: Any) -> dict[str, Any]:
+    """What a module takes: addresses for tensors, pairs for parameters (``(tensor,)``), numbers as they are."""
+    given = {}
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            (parameter,) = value
+            if parameter is not None:
+                given[name] = (parameter.data_ptr(), DTYPES[parameter.dtype])
+        elif isinstance(value, Tensor):
+            given[name] = value.data_ptr()
+        elif isinstance(value, torch.dtype):
+            given[name] = DTYPES[value]
+        elif value is not None:
+            given[name] = value
+    return given
+
+
+# --- layer_norm: what csrc/binding/layer_norm.cpp does on a card ----------------------------------------------
+
+
+def layer_norm() -> ModuleType:
+    return module(CSRC / "emulator" / "layer_norm.cpp")
+
+
+def layer_norm_forward(
+    x, residual, linear_bias, row_scale, weight, bias, rng_state, keys, stream, threshold, eps, keep_sum
+) -> tuple[Tensor, ...]:
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
+    fused = residual is not None or linear_bias is not None or row_scale is not None or threshold > 0
+    y, mean, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    z = torch.empty_like(x) if fused and keep_sum else x.new_empty(0)
+    layer_norm().forward(
+        fields(
+            dtype=x.dtype, width=width, rows=rows, eps=eps, x=x, residual=residual, linear_bias=(linear_bias,),
+            weight=(weight,), bias=(bias,), row_scale=row_scale, rng_state=rng_state, keys=keys, stream=stream,
+            threshold=threshold, y=y, z=z if fused and keep_sum else None, mean=mean, rstd=rstd,
+        )
+    )  # fmt: skip
+    return y, z, mean, rstd
