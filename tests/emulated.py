@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -9,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +19,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from vlkernels.core import native
+from vlkernels.core.dispatch import Implementation
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -61,7 +67,6 @@ def _content(source: Path, include: Path, flags: tuple[str, ...]) -> str:
 
 def _compile(source: Path, include: Path, flags: tuple[str, ...], library: Path) -> None:
     import pybind11
-    import sysconfig
 
     library.parent.mkdir(parents=True, exist_ok=True)
     fresh = library.with_suffix(f".{os.getpid()}.tmp")  # another worker may compile the same
@@ -112,3 +117,39 @@ def layer_norm_forward(
         )
     )  # fmt: skip
     return y, z, mean, rstd
+
+
+def layer_norm_backward(
+    dy, dsum, z, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys, stream, threshold
+) -> tuple[Tensor, ...]:
+    width = z.shape[-1]
+    rows = z.numel() // width if width else 0
+    dx_differs = row_scale is not None or threshold > 0
+    dz, dx = torch.empty_like(z), torch.empty_like(z) if dx_differs else z.new_empty(0)
+    dweight, dbias, dlinear_bias = (None if p is None else torch.empty_like(p) for p in (weight, bias, linear_bias))
+    call = fields(
+        dtype=z.dtype, width=width, rows=rows, dy=dy, dsum=dsum, z=z, mean=mean, rstd=rstd, weight=(weight,),
+        row_scale=row_scale, rng_state=rng_state, keys=keys, stream=stream, threshold=threshold, dz=dz,
+        dx=dx if dx_differs else None, dweight=(dweight,), dbias=(dbias,), dlinear_bias=(dlinear_bias,),
+    )  # fmt: skip
+    partials = torch.full((layer_norm().partial_rows(call), 3, width), float("nan"))
+    layer_norm().backward({**call, **fields(partials=partials)})
+    gradients = (z.new_empty(0, dtype=torch.float32) if g is None else g for g in (dweight, dbias, dlinear_bias))
+    return dz, dx, *gradients
+
+
+@contextlib.contextmanager
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``impl="cuda"`` of layer_norm serves CPU tensors inside the block: its raw ops run in the emulator."""
+    from vlkernels.ops.layer_norm import functional
+
+    native.load()  # its kernels first: those that are registered last serve
+    cuda = Implementation("cuda", devices=("cpu",))
+    monkeypatch.setattr(functional, "IMPLEMENTATIONS", (cuda, *functional.IMPLEMENTATIONS))
+    library = torch.library.Library("vlkernels", "IMPL")
+    for name, kernel in (("layer_norm_forward", layer_norm_forward), ("layer_norm_backward", layer_norm_backward)):
+        library.impl(name, kernel, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()

@@ -37,6 +37,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static  // one block runs at a time
 #define VLK_DYNAMIC_SHARED(name) float* name = ::vlk::emulator::dynamic_shared()
 

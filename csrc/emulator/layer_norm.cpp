@@ -31,11 +31,43 @@ void forward(const py::dict& fields) {
     launch_layer_norm_forward(op, run);
 }
 
+LayerNormBackward backward_op(const Fields& given) {
+    LayerNormBackward op{};
+    op.dtype = given.dtype("dtype");
+    op.width = given.integer("width");
+    op.rows = given.integer("rows");
+    op.dy = given.pointer("dy");
+    op.dsum = given.pointer("dsum");
+    op.z = given.pointer("z");
+    op.mean = given.pointer_to<float>("mean");
+    op.rstd = given.pointer_to<float>("rstd");
+    op.weight = given.parameter("weight");
+    op.row_scale = given.pointer_to<float>("row_scale");
+    op.dropout = given.dropout();
+    op.dz = given.pointer("dz");
+    op.dx = given.pointer("dx");
+    op.partials = given.pointer_to<float>("partials");
+    op.sum_dx = given.gradient("dlinear_bias").data;
+    return op;
+}
+
+void backward(const py::dict& fields) {
+    const Fields given(fields);
+    LayerNormBackward op = backward_op(given);
+    op.num_chunks = plan_backward(op).blocks;
+    const PartialRows<3> sums{op.partials, op.num_chunks, op.width,
+                              {given.gradient("dweight"), given.gradient("dbias"), given.gradient("dlinear_bias")}};
+    launch_layer_norm_backward(op, sums, run);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(VLK_MODULE, m) {
     bind_schedule(m);
+    m.attr("widest_row") = widest_row;
     m.def("forward", &forward);
+    m.def("backward", &backward);
+    m.def("partial_rows", [](const py::dict& fields) { return plan_backward(backward_op(Fields(fields))).blocks; });
 }
 
 }  // namespace vlk::emulator

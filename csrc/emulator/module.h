@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "primitives/norm.h"
+#include "primitives/partial_rows.h"
 #include "primitives/philox.h"
 
 namespace vlk::emulator {
@@ -29,6 +30,10 @@ class Fields {
         if (!fields_.contains(name)) return {};
         const auto [address, dtype] = fields_[name].cast<std::pair<int64_t, int32_t>>();
         return {reinterpret_cast<void*>(address), static_cast<Dtype>(dtype)};
+    }
+    Gradient gradient(const char* name) const {
+        const Parameter parameter = this->parameter(name);
+        return {const_cast<void*>(parameter.data), parameter.dtype};
     }
     Dropout dropout() const {
         return {pointer_to<int64_t>("rng_state"), pointer_to<int32_t>("keys"), integer("stream"),

@@ -10,4 +10,10 @@ const char* layer_norm_forward_cuda(const LayerNormForward& op, void* stream) {
     return launch.error();
 }
 
+const char* layer_norm_backward_cuda(const LayerNormBackward& op, const PartialRows<3>& sums, void* stream) {
+    CudaLaunch launch(stream);
+    launch_layer_norm_backward(op, sums, launch);
+    return launch.error();
+}
+
 }  // namespace vlk

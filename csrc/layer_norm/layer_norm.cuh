@@ -1,60 +1,13 @@
 // The CUDA kernels of LayerNorm: a row lies in the registers of the threads that share it, and every tensor is
 // read and written once. Compiled by nvcc from layer_norm.cu and by the emulator.
 #pragma once
-#include <type_traits>
-
 #include "layer_norm/layer_norm_plan.h"
+#include "layer_norm/layer_norm_wide.cuh"
 #include "primitives/device_dropout.cuh"
-#include "primitives/device_vector.cuh"
-#include "primitives/row_team.cuh"
+#include "primitives/held_row.cuh"
+#include "primitives/partial_rows.cuh"
 
 namespace vlk {
-
-// A thread's columns of a row as they lie in memory: half types take half the registers until they are used.
-// Past the end of the row are zeros, so that only accesses, and the squares of differences, ask where it is.
-template <typename T, int V, int N>
-struct HeldRow {
-    Vector<T, V> at[N];
-
-    __device__ __forceinline__ void load(const void* data, int64_t start, int width) {
-        const T* first = static_cast<const T*>(data) + start;
-        for_groups<V, N>([&](int k, int column) {
-            at[k] = column < width ? load_vector<T, V>(first + column) : Vector<T, V>{};
-        });
-    }
-};
-
-// work(k, values) with the parameter's values at this thread's columns, unless it is absent.
-template <typename T, int V, int N, typename Work>
-__device__ __forceinline__ void with_parameter(const Parameter& parameter, int width, const Work& work) {
-    const auto read = [&](auto element) {
-        const auto* data = static_cast<const decltype(element)*>(parameter.data);
-        for_groups<V, N>([&](int k, int column) {
-            float values[V] = {};
-            if (column < width) load_floats<decltype(element), V>(data + column, values);
-            work(k, values);
-        });
-    };
-    if (!parameter.data) return;
-    if (parameter.dtype == Dtype::float32)
-        read(float{});
-    else if constexpr (!std::is_same_v<T, float>)
-        read(T{});
-}
-
-// work(k, i) for every column that this thread holds.
-template <int V, int N, typename Work>
-__device__ __forceinline__ void for_held(const Work& work) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-#pragma unroll
-        for (int i = 0; i < V; ++i) work(k, i);
-    }
-}
-
-__device__ __forceinline__ float row_factor(const Dropout& dropout, const float* row_scale, int64_t row) {
-    return keep_scale(dropout) * (row_scale ? row_scale[row] : 1.0f);
-}
 
 // Whether a second row is asked for before the first is waited for. Single columns take a register each, whatever
 // their size, and leave none for it.
@@ -85,10 +38,6 @@ __device__ __forceinline__ void build_sum(const LayerNormForward& op, uint32_t k
         if (op.z && column < width) store_vector(to + column, rounded);
     });
 }
-
-struct Moments {
-    float mean, rstd;
-};
 
 // Two passes: the squares are of differences from the mean, so a large mean costs no accuracy.
 template <int V, int N>
@@ -121,10 +70,7 @@ __device__ __forceinline__ void write_norm(const LayerNormForward& op, Moments m
 #pragma unroll
         for (int i = 0; i < V; ++i) z[k][i] += bias[i];
     });
-    T* y = static_cast<T*>(op.y) + row * op.width;
-    for_groups<V, N>([&](int k, int column) {
-        if (column < width) store_vector(y + column, narrow<T, V>(z[k]));
-    });
+    store_row<T, V, N>(op.y, row * op.width, width, z);
 }
 
 template <typename T, int V, int N>
@@ -154,6 +100,89 @@ __global__ void __launch_bounds__(forward_threads(V * N)) layer_norm_forward_ker
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
     for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < op.rows; row += step)
         forward_row<T, V, N>(op, draw, row, team);
+}
+
+// One row of the gradients; adds the row's share to the sums of dweight, dbias and dlinear_bias.
+template <typename T, int V, int N>
+__device__ __forceinline__ void backward_row(const LayerNormBackward& op, const DropoutDraw& draw, int64_t row,
+                                             RowTeam& team, float (&sums)[3][N][V]) {
+    const int width = static_cast<int>(op.width);
+    const int64_t start = row * op.width;
+    HeldRow<T, V, N> dy, z, dsum;
+    dy.load(op.dy, start, width);
+    z.load(op.z, start, width);
+    if (op.dsum && early<V>) dsum.load(op.dsum, start, width);
+    const uint32_t kept = op.dropout.threshold ? draw.kept_columns<V, N>(row, width) : 0;
+    const Moments m{op.mean[row], op.rstd[row]};
+    const auto xhat = [&](int k, int i) { return (to_float(z.at[k].at[i]) - m.mean) * m.rstd; };
+    float g[N][V];
+    for_groups<V, N>([&](int k, int) { widen<T, V>(dy.at[k], g[k]); });
+    for_held<V, N>([&](int k, int i) {
+        sums[0][k][i] += g[k][i] * xhat(k, i);
+        sums[1][k][i] += g[k][i];
+    });
+    with_parameter<T, V, N>(op.weight, width, [&](int k, const float (&weight)[V]) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) g[k][i] *= weight[i];
+    });
+    float means[2] = {0.0f, 0.0f};  // of g and of g * xhat
+    for_held<V, N>([&](int k, int i) {
+        means[0] += g[k][i];
+        means[1] += g[k][i] * xhat(k, i);
+    });
+    team.sum(means);
+    means[0] /= static_cast<float>(width);
+    means[1] /= static_cast<float>(width);
+    for_held<V, N>([&](int k, int i) { g[k][i] = (g[k][i] - means[0] - xhat(k, i) * means[1]) * m.rstd; });
+    if (op.dsum) {
+        if (!early<V>) dsum.load(op.dsum, start, width);
+        for_held<V, N>([&](int k, int i) { g[k][i] += to_float(dsum.at[k].at[i]); });
+    }
+    store_row<T, V, N>(op.dz, start, width, g);
+    if (op.dx) {
+        if (op.dropout.threshold)
+            for_held<V, N>([&](int k, int i) { g[k][i] = kept >> (k * V + i) & 1 ? g[k][i] : 0.0f; });
+        const float factor = row_factor(op.dropout, op.row_scale, row);
+        for_held<V, N>([&](int k, int i) { g[k][i] *= factor; });
+        store_row<T, V, N>(op.dx, start, width, g);
+    }
+    if (op.sum_dx) for_held<V, N>([&](int k, int i) { sums[2][k][i] += g[k][i]; });
+}
+
+// Adds the sums of the block's rows, in their order, and writes its partial row.
+template <int V, int N>
+__device__ __forceinline__ void write_partial_row(const LayerNormBackward& op, const float (&sums)[3][N][V]) {
+    VLK_DYNAMIC_SHARED(of_rows);
+    const int width = static_cast<int>(op.width), threads = blockDim.x * blockDim.y;
+    float* partial = op.partials + static_cast<int64_t>(blockIdx.x) * 3 * width;
+#pragma unroll
+    for (int part = 0; part < 3; ++part) {
+        if (part == 2 && !op.sum_dx) return;
+        for_groups<V, N>([&](int k, int column) {
+#pragma unroll
+            for (int i = 0; i < V; ++i)
+                if (column < width) of_rows[threadIdx.y * width + column + i] = sums[part][k][i];
+        });
+        __syncthreads();
+        for (int column = threadIdx.y * blockDim.x + threadIdx.x; column < width; column += threads) {
+            float sum = of_rows[column];
+            for (int row = 1; row < static_cast<int>(blockDim.y); ++row) sum += of_rows[row * width + column];
+            partial[part * width + column] = sum;
+        }
+        __syncthreads();
+    }
+}
+
+template <typename T, int V, int N>
+__global__ void __launch_bounds__(backward_threads(V, N), 1)
+    layer_norm_backward_kernel(const LayerNormBackward op) {
+    RowTeam team;
+    const DropoutDraw draw(op.dropout);
+    float sums[3][N][V] = {};
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+    for (int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; row < op.rows; row += step)
+        backward_row<T, V, N>(op, draw, row, team, sums);
+    write_partial_row<V, N>(op, sums);
 }
 
 // On the host: calls work(a kernel's element type, columns and vectors, as one type).
@@ -186,6 +215,40 @@ void launch_layer_norm_forward(const LayerNormForward& op, const Launch& launch)
                dim3(static_cast<unsigned>(plan.blocks)), dim3(plan.threads, plan.rows_per_block),
                plan.shared_bytes, op);
     });
+}
+
+// Calls work(element type, columns) as for visit_shape, for a row that no thread holds.
+template <typename Work>
+void visit_columns(Dtype dtype, const RowPlan& plan, const Work& work) {
+    visit_element(dtype, [&](auto element) {
+        using T = decltype(element);
+        constexpr int at_once = access_bytes / sizeof(T);
+        if (plan.columns == 1)
+            work(Shape<T, 1, 0>{});
+        else
+            work(Shape<T, at_once, 0>{});
+    });
+}
+
+// The gradients of weight, bias and linear_bias come from op.partials by a launch of their own.
+template <typename Launch>
+void launch_layer_norm_backward(const LayerNormBackward& op, const PartialRows<3>& sums, const Launch& launch) {
+    const RowPlan plan = plan_backward(op);
+    const dim3 grid(static_cast<unsigned>(plan.blocks)), block(plan.threads, plan.rows_per_block);
+    if (plan.blocks > 0 && plan.vectors > 0)
+        visit_shape(op.dtype, plan, [&](auto shape) {
+            using S = decltype(shape);
+            if constexpr (S::columns > 1 || S::vectors < 32)  // a row that takes more is not held
+                launch(layer_norm_backward_kernel<typename S::Element, S::columns, S::vectors>, grid, block,
+                       plan.shared_bytes, op);
+        });
+    else if (plan.blocks > 0)
+        visit_columns(op.dtype, plan, [&](auto shape) {
+            using S = decltype(shape);
+            launch(layer_norm_backward_wide_kernel<typename S::Element, S::columns>, grid, block,
+                   plan.shared_bytes, op);
+        });
+    launch_partial_rows(sums, launch);
 }
 
 }  // namespace vlk

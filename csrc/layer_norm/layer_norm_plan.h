@@ -88,13 +88,14 @@ inline RowPlan plan_forward(const LayerNormForward& op) {
     return plan;
 }
 
-// Threads in a block of the backward: the fewer columns a thread holds, the more rows are in flight.
-constexpr int backward_threads(int columns_held) {
-    return columns_held <= 8 ? 512 : columns_held <= 16 ? 256 : 128;
+// Rows of one warp each that a block of the backward takes at a time: the less a thread holds, the more of them.
+constexpr int backward_rows(int columns_held) { return columns_held <= 8 ? 8 : 4; }
+constexpr int backward_threads(int columns, int vectors) {
+    return columns == 1 ? most_threads : 32 * backward_rows(columns * vectors);
 }
 
-// Every block makes one partial row of each sum. Their number grows no further than to two blocks for each
-// multiprocessor of a Hopper card, on every card: the sums are then the same bits on all of them.
+// Every block makes one partial row of each sum. There are at most two blocks for each multiprocessor of a Hopper
+// card, and as many on any other card: the sums are the same bits everywhere.
 inline RowPlan plan_backward(const LayerNormBackward& op) {
     constexpr int64_t most_blocks = 264;
     const bool aligned = is_aligned({op.dy, op.dsum, op.z, op.weight.data, op.dz, op.dx});
@@ -103,8 +104,7 @@ inline RowPlan plan_backward(const LayerNormBackward& op) {
         return {columns, 0, most_threads, 1, blocks_for(op.rows, 1, most_blocks / 2),
                 2 * op.width * static_cast<int64_t>(sizeof(float))};
     RowPlan plan = held_row(op.width, columns);
-    const int threads = backward_threads(plan.vectors * columns);
-    plan.rows_per_block = plan.threads == 32 ? threads / 32 : 1;
+    plan.rows_per_block = plan.threads == 32 ? backward_rows(plan.vectors * columns) : 1;
     plan.blocks = blocks_for(op.rows, plan.rows_per_block, most_blocks);
     plan.shared_bytes = plan.rows_per_block * op.width * static_cast<int64_t>(sizeof(float));
     return plan;

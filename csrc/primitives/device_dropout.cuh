@@ -26,6 +26,12 @@ class DropoutDraw {
         return kept;
     }
 
+    template <int V>
+    __device__ __forceinline__ uint32_t kept_group(int64_t row, int column) const {
+        return kept_group<V>(row_counter(dropout_, row), column);
+    }
+
+  private:
     // Bit i: column `column + i` is kept. V divides columns_per_draw, and `column` by V.
     template <int V>
     __device__ __forceinline__ uint32_t kept_group(const PhiloxWords& first, int column) const {
@@ -44,7 +50,6 @@ class DropoutDraw {
         return kept;
     }
 
-  private:
     const Dropout& dropout_;
     PhiloxKey key_;
 };
