@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -39,6 +40,13 @@ inline void check_numel(const Tensor& tensor, int64_t numel, const char* name) {
 
 inline void check_contiguous(const Tensor& tensor, const char* name) {
     STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check_same_device(const Tensor& tensor, std::initializer_list<std::optional<Tensor>> others) {
+    for (const std::optional<Tensor>& other : others)
+        STD_TORCH_CHECK(!other || (other->is_cuda() == tensor.is_cuda() &&
+                                   other->get_device_index() == tensor.get_device_index()),
+                        "all tensors must be on one device");
 }
 
 // The elements of a contiguous tensor of a known type (int32 layouts, float statistics).

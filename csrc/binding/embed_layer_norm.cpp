@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& mean
     const SumArguments arguments(dy, rows, ids, tables, dense);
     const int64_t width = arguments.sum.width;
     const RowNorms norms = row_norms(norm_ids, weight, rows);
-    const PartialRows partials(dy, rows, 2, norms.count * width);
+    const ChunkSums partials(dy, rows, 2, norms.count * width);
     Tensor dz = torch::stable::empty_like(dy);
     EmbedLayerNormBackward op{};
     op.sum = arguments.sum;

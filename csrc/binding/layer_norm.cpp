@@ -1,6 +1,14 @@
 #include "layer_norm/layer_norm_cpu.h"
 
+#include <array>
+
 #include "binding/norm.h"
+#include "layer_norm/layer_norm_plan.h"
+
+#ifdef VLK_WITH_CUDA
+#include "binding/cuda.h"
+#include "layer_norm/layer_norm_cuda.h"
+#endif
 
 namespace vlk {
 namespace {
@@ -14,6 +22,62 @@ bool can_stream(const Tensor& tensor) {
 
 int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
+// The gradients of weight, bias and linear_bias; empty where there is no such parameter.
+using ParameterGradients = std::array<Tensor, 3>;
+using Parameters = std::array<OptionalTensor, 3>;
+
+void forward_on_cpu(LayerNormForward& op, const Tensor&, const Tensor& z) {
+    op.stream_z = op.z && can_stream(z);
+    parallel_rows(op.rows, 16 * op.width,
+                  [&, kernel = VLK_CPU(layer_norm_forward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
+}
+
+ParameterGradients backward_on_cpu(LayerNormBackward& op, const Tensor& z, const Parameters& parameters) {
+    const ChunkSums sums(z, op.rows, 3, op.width);
+    op.num_chunks = sums.chunks;
+    op.partials = sums.data();
+    const int64_t chunk_bytes = 16 * op.width * std::max<int64_t>(1, op.rows / sums.chunks);
+    parallel_rows(
+        sums.chunks, chunk_bytes,
+        [&, kernel = VLK_CPU(layer_norm_backward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
+    return {sums.sum(0, parameters[0]), sums.sum(1, parameters[1]), sums.sum(2, parameters[2])};
+}
+
+#ifdef VLK_WITH_CUDA
+void check_served(Dtype data, int64_t width, std::initializer_list<Parameter> parameters) {
+    STD_TORCH_CHECK(width <= widest_row, "rows must have at most ", widest_row, " columns, got ", width);
+    for (const Parameter& parameter : parameters)
+        STD_TORCH_CHECK(!parameter.data || parameter.dtype == Dtype::float32 || parameter.dtype == data,
+                        "parameters must have the dtype of the data or float32");
+}
+
+void forward_on_cuda(LayerNormForward& op, const Tensor& x, const Tensor&) {
+    check_served(op.dtype, op.width, {op.linear_bias, op.weight, op.bias});
+    const OnDeviceOf device(x);
+    check_launch(layer_norm_forward_cuda(op, device.stream()), "layer_norm_forward");
+}
+
+ParameterGradients backward_on_cuda(LayerNormBackward& op, const Tensor& z, const Parameters& parameters) {
+    check_served(op.dtype, op.width, {op.weight});
+    op.num_chunks = plan_backward(op).blocks;
+    const Tensor partials = new_float(z, {op.num_chunks, 3, op.width});
+    op.partials = static_cast<float*>(partials.mutable_data_ptr());
+    PartialRows<3> sums{op.partials, op.num_chunks, op.width, {}};
+    ParameterGradients gradients{new_float(z, {0}), new_float(z, {0}), new_float(z, {0})};
+    for (int part = 0; part < 3; ++part) {
+        if (!parameters[part]) continue;
+        check_numel(*parameters[part], op.width, "parameter");
+        gradients[part] = torch::stable::empty_like(*parameters[part]);
+        check_contiguous(gradients[part], "parameter");
+        sums.gradients[part] = {gradients[part].mutable_data_ptr(), dtype_of(gradients[part], "parameter")};
+    }
+    const OnDeviceOf device(z);
+    check_launch(layer_norm_backward_cuda(op, sums, device.stream()), "layer_norm_backward");
+    return gradients;
+}
+#endif
+
+template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& residual,
                                                    const OptionalTensor& linear_bias,
                                                    const OptionalTensor& row_scale,
@@ -21,6 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
                                                    const OptionalTensor& rng_state,
                                                    const OptionalTensor& keys, int64_t stream,
                                                    int64_t threshold, double eps, bool keep_sum) {
+    check_same_device(x, {residual, linear_bias, row_scale, weight, bias, rng_state, keys});
     check_contiguous(x, "x");
     const int64_t width = width_of(x), rows = width ? x.numel() / width : 0;
     LayerNormForward op{};
@@ -41,28 +106,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
     Tensor mean = new_float(x, {rows}), rstd = new_float(x, {rows});
     op.y = y.mutable_data_ptr();
     op.z = is_fused(op) && keep_sum ? z.mutable_data_ptr() : nullptr;
-    op.stream_z = op.z && can_stream(z);
     op.mean = static_cast<float*>(mean.mutable_data_ptr());
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-    parallel_rows(rows, 16 * width, [&, kernel = VLK_CPU(layer_norm_forward)](int64_t begin, int64_t end) {
-        kernel(op, begin, end);
-    });
+    run(op, x, z);
     return {y, z, mean, rstd};
 }
 
+template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const OptionalTensor& dsum, const Tensor& z, const Tensor& mean, const Tensor& rstd,
     const OptionalTensor& linear_bias, const OptionalTensor& row_scale, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& rng_state, const OptionalTensor& keys, int64_t stream,
     int64_t threshold) {
+    check_same_device(z, {dy, dsum, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys});
     check_contiguous(z, "z");
     const int64_t width = width_of(z), rows = width ? z.numel() / width : 0;
-    const PartialRows partials(z, rows, 3, width);
     LayerNormBackward op{};
     op.dtype = dtype_of(z, "z");
     op.width = width;
     op.rows = rows;
-    op.num_chunks = partials.chunks;
     op.dy = data_like(dy, z, "dy");
     op.dsum = data_like(dsum, z, "dsum");
     op.z = z.const_data_ptr();
@@ -71,7 +133,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     op.weight = parameter(weight, width, "weight");
     op.row_scale = row_scale ? row_statistics(*row_scale, rows, "row_scale") : nullptr;
     op.dropout = dropout_of(rng_state, keys, stream, threshold, rows);
-    op.partials = partials.data();
     op.sum_dx = linear_bias.has_value();
 
     const bool dx_differs = op.row_scale || op.dropout.threshold;
@@ -79,17 +140,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor dx = dx_differs ? torch::stable::empty_like(z) : torch::stable::new_empty(z, {0});
     op.dz = dz.mutable_data_ptr();
     op.dx = dx_differs ? dx.mutable_data_ptr() : nullptr;
-    const int64_t chunk_bytes = 16 * width * std::max<int64_t>(1, rows / partials.chunks);
-    parallel_rows(
-        partials.chunks, chunk_bytes,
-        [&, kernel = VLK_CPU(layer_norm_backward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
-    return {dz, dx, partials.sum(0, weight), partials.sum(1, bias), partials.sum(2, linear_bias)};
+    const auto [dweight, dbias, dlinear_bias] = run(op, z, {weight, bias, linear_bias});
+    return {dz, dx, dweight, dbias, dlinear_bias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vlkernels, CPU, m) {
-    m.impl("layer_norm_forward", TORCH_BOX(&forward));
-    m.impl("layer_norm_backward", TORCH_BOX(&backward));
+    m.impl("layer_norm_forward", TORCH_BOX(&forward<forward_on_cpu>));
+    m.impl("layer_norm_backward", TORCH_BOX(&backward<backward_on_cpu>));
 }
+
+#ifdef VLK_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vlkernels, CUDA, m) {
+    m.impl("layer_norm_forward", TORCH_BOX(&forward<forward_on_cuda>));
+    m.impl("layer_norm_backward", TORCH_BOX(&backward<backward_on_cuda>));
+}
+#endif
 
 }  // namespace
 }  // namespace vlk

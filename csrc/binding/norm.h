@@ -42,9 +42,9 @@ inline Dropout dropout_of(const OptionalTensor& state, const OptionalTensor& key
 }
 
 // Partial rows of `parts` parameter gradients, and their sums.
-class PartialRows {
+class ChunkSums {
   public:
-    PartialRows(const Tensor& like, int64_t rows, int64_t parts, int64_t width)
+    ChunkSums(const Tensor& like, int64_t rows, int64_t parts, int64_t width)
         : chunks(num_row_chunks(rows)),
           parts_(parts),
           width_(width),

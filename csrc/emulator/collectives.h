@@ -1,11 +1,8 @@
 // CUDA's barriers, warp collectives and atomics for the emulator. A collective happens when the last lane of its
-// mask arrives. Included by emulator.h.
+// mask arrives; where it is called from comes along as default arguments. Included by emulator.h.
 #pragma once
 
 namespace vlk::emulator {
-
-#define VLK_SITE \
-    ::vlk::emulator::Site { __builtin_FILE(), __builtin_LINE() }
 
 inline void barrier(Site site) {
     block.self().site = site;
@@ -72,31 +69,33 @@ T shuffle(const char* name, Site site, uint32_t mask, T value, const Source& sou
 
 }  // namespace vlk::emulator
 
-inline void __syncthreads(vlk::emulator::Site site = VLK_SITE) { vlk::emulator::barrier(site); }
+#define VLK_FROM_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncwarp(uint32_t mask = 0xffffffffu, vlk::emulator::Site site = VLK_SITE) {
-    vlk::emulator::collective("__syncwarp", site, mask, 0, [](const auto&) {});
+inline void __syncthreads(VLK_FROM_HERE) { vlk::emulator::barrier({file, line}); }
+
+inline void __syncwarp(uint32_t mask = 0xffffffffu, VLK_FROM_HERE) {
+    vlk::emulator::collective("__syncwarp", {file, line}, mask, 0, [](const auto&) {});
 }
 
 template <typename T>
-T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, vlk::emulator::Site site = VLK_SITE) {
+T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, VLK_FROM_HERE) {
     const auto source = [=](int lane) { return lane ^ lane_mask; };
-    return vlk::emulator::shuffle("__shfl_xor_sync", site, mask, value, source);
+    return vlk::emulator::shuffle("__shfl_xor_sync", {file, line}, mask, value, source);
 }
 
 template <typename T>
-T __shfl_down_sync(uint32_t mask, T value, unsigned delta, vlk::emulator::Site site = VLK_SITE) {
+T __shfl_down_sync(uint32_t mask, T value, unsigned delta, VLK_FROM_HERE) {
     const auto source = [=](int lane) { return lane + static_cast<int>(delta); };
-    return vlk::emulator::shuffle("__shfl_down_sync", site, mask, value, source);
+    return vlk::emulator::shuffle("__shfl_down_sync", {file, line}, mask, value, source);
 }
 
 template <typename T>
-T __shfl_sync(uint32_t mask, T value, int lane, vlk::emulator::Site site = VLK_SITE) {
+T __shfl_sync(uint32_t mask, T value, int lane, VLK_FROM_HERE) {
     const auto source = [=](int) { return lane & 31; };
-    return vlk::emulator::shuffle("__shfl_sync", site, mask, value, source);
+    return vlk::emulator::shuffle("__shfl_sync", {file, line}, mask, value, source);
 }
 
-inline uint32_t __ballot_sync(uint32_t mask, int vote, vlk::emulator::Site site = VLK_SITE) {
+inline uint32_t __ballot_sync(uint32_t mask, int vote, VLK_FROM_HERE) {
     const auto count = [](const vlk::emulator::Warp& warp) {
         uint32_t votes = 0;
         for (unsigned lane = 0; lane < vlk::emulator::lanes; ++lane)
@@ -104,15 +103,15 @@ inline uint32_t __ballot_sync(uint32_t mask, int vote, vlk::emulator::Site site 
         for (vlk::emulator::Thread* thread : warp)
             if (thread) thread->taken = votes;
     };
-    return static_cast<uint32_t>(vlk::emulator::collective("__ballot_sync", site, mask, vote != 0, count));
+    return static_cast<uint32_t>(vlk::emulator::collective("__ballot_sync", {file, line}, mask, vote != 0, count));
 }
 
-inline int __any_sync(uint32_t mask, int vote, vlk::emulator::Site site = VLK_SITE) {
-    return __ballot_sync(mask, vote, site) != 0;
+inline int __any_sync(uint32_t mask, int vote, VLK_FROM_HERE) {
+    return __ballot_sync(mask, vote, file, line) != 0;
 }
 
-inline int __all_sync(uint32_t mask, int vote, vlk::emulator::Site site = VLK_SITE) {
-    return __ballot_sync(mask, vote, site) == mask;
+inline int __all_sync(uint32_t mask, int vote, VLK_FROM_HERE) {
+    return __ballot_sync(mask, vote, file, line) == mask;
 }
 
 template <typename T>
@@ -136,4 +135,4 @@ T atomicCAS(T* address, T expected, T value) {
     return before;
 }
 
-#undef VLK_SITE
+#undef VLK_FROM_HERE

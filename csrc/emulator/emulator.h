@@ -38,7 +38,10 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // one block runs at a time
+// One block runs at a time, so that what a block shares is static.
+#define VLK_SHARED(type, name, extents)                            \
+    static ::vlk::emulator::Shared<type extents> shared_##name;     \
+    auto& name = shared_##name.of_this_block()
 #define VLK_DYNAMIC_SHARED(name) float* name = ::vlk::emulator::dynamic_shared()
 
 struct dim3 {
@@ -80,6 +83,7 @@ struct Thread {
 struct Block {
     std::vector<std::unique_ptr<Thread>> threads;
     unsigned count = 0, current = 0;
+    uint64_t number = 0;  // of all blocks that ever ran
     std::function<void()> kernel;
     std::unique_ptr<char, decltype(&std::free)> shared{nullptr, std::free};
     std::exception_ptr failure;
@@ -87,6 +91,21 @@ struct Block {
     Thread& self() { return *threads[current]; }
 };
 inline Block block;
+
+// Full of NaN when a block first comes to it: what the block before left there must not pass for a result.
+template <typename T>
+class Shared {
+  public:
+    T& of_this_block() {
+        if (filled_for_ != block.number) std::memset(&memory_, 0xff, sizeof memory_);
+        filled_for_ = block.number;
+        return memory_;
+    }
+
+  private:
+    T memory_;
+    uint64_t filled_for_ = 0;
+};
 
 inline float* dynamic_shared() { return reinterpret_cast<float*>(block.shared.get()); }
 
@@ -160,7 +179,8 @@ inline bool pass_barrier() {
 }
 
 inline void run_block(size_t shared_bytes, std::mt19937& random) {
-    if (shared_bytes) std::memset(block.shared.get(), 0xff, shared_bytes);  // as floats: NaN
+    ++block.number;
+    if (shared_bytes) std::memset(block.shared.get(), 0xff, shared_bytes);
     std::vector<unsigned> order(block.count);
     for (unsigned number = 0; number < block.count; ++number) {
         order[number] = number;

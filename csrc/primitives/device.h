@@ -4,8 +4,10 @@
 
 #ifdef __CUDACC__
 #define VLK_HOST_DEVICE __host__ __device__
+// An array in shared memory: VLK_SHARED(float, held, [2][32]).
+#define VLK_SHARED(type, name, extents) __shared__ type name extents
 // Declares `float* name`: the shared memory whose size the launch gives, on a 16-byte boundary.
-#define VLK_DYNAMIC_SHARED(name)              \
+#define VLK_DYNAMIC_SHARED(name)                   \
     extern __shared__ float4 vlk_dynamic_shared[]; \
     float* name = reinterpret_cast<float*>(vlk_dynamic_shared)
 #else

@@ -14,7 +14,7 @@ constexpr int partial_row_threads = warp_threads;  // in both directions
 template <int Parts>
 __global__ void __launch_bounds__(partial_row_threads* partial_row_threads)
     partial_rows_kernel(const __grid_constant__ PartialRows<Parts> op) {
-    __shared__ float of_warps[partial_row_threads][partial_row_threads + 1];  // the gap spreads a column over banks
+    VLK_SHARED(float, of_warps, [partial_row_threads][partial_row_threads + 1]);  // the gap spreads a column over banks
     const Gradient& gradient = op.gradients[blockIdx.y];
     if (!gradient.data) return;
     const int64_t first = static_cast<int64_t>(blockIdx.x) * partial_row_threads, column = first + threadIdx.x;

@@ -47,7 +47,7 @@ class RowTeam {
     // after it before all have read this.
     template <int Count>
     __device__ __forceinline__ void sum_warps(float (&values)[Count]) {
-        __shared__ float of_warps[2][Count][most_warps];
+        VLK_SHARED(float, of_warps, [2][Count][most_warps]);
         const int warp = threadIdx.x / warp_threads, warps = blockDim.x / warp_threads;
         if (threadIdx.x % warp_threads == 0) {
 #pragma unroll

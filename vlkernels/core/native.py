@@ -46,8 +46,23 @@ def _missing(op: str, dispatch_key: str) -> str | None:
     if reason is not None:
         return reason
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vlkernels::{op}", dispatch_key):
-        return f"the compiled library was built without a {dispatch_key} kernel for {op}"
+        why = f" ({build_info()['cuda_missing']})" if dispatch_key == "CUDA" and build_info()["cuda_missing"] else ""
+        return f"the compiled library was built without a {dispatch_key} kernel for {op}{why}"
+    if dispatch_key == "CUDA" and torch.cuda.is_available():
+        return not_compiled_for(torch.cuda.get_device_capability(), build_info()["cuda_architectures"].split())
     return None
+
+
+def not_compiled_for(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Why machine code for these architectures does not run on a card of this compute capability; ``None`` when it does.
+
+    Code runs on later cards of the same generation; with an ``a`` behind the number on that one alone.
+    """
+    for architecture in architectures:
+        major, minor = divmod(int(architecture.rstrip("a")), 10)
+        if capability == (major, minor) or (architecture.isdigit() and capability[0] == major and capability[1] > minor):
+            return None
+    return f"the CUDA kernels are compiled for sm_{', sm_'.join(architectures)}, the card is sm_{capability[0]}{capability[1]}"
 
 
 def build_info() -> dict[str, str]:

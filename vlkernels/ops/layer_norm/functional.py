@@ -18,6 +18,7 @@ from vlkernels.ops.layer_norm import reference
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this many elements the host time of a training call outweighs what the kernel saves (MATH.md).
 FEWEST_ELEMENTS_TO_TRAIN = 600_000
+WIDEST_CUDA_ROW = 16_384  # csrc/layer_norm/layer_norm_plan.h
 
 
 def _kernel_supports(facts: Facts) -> str | None:
@@ -28,7 +29,19 @@ def _kernel_supports(facts: Facts) -> str | None:
     return None
 
 
+def _cuda_supports(facts: Facts) -> str | None:
+    if facts["width"] > WIDEST_CUDA_ROW:
+        return f"it serves D up to {WIDEST_CUDA_ROW:,}, x has D = {facts['width']:,}"
+    return _kernel_supports(facts)
+
+
 IMPLEMENTATIONS = (
+    Implementation(
+        "cuda",
+        devices=("cuda",),
+        available=functools.partial(native.missing, "layer_norm_forward", "CUDA"),
+        supports=_cuda_supports,
+    ),
     Implementation(
         "cpp",
         devices=("cpu",),
@@ -80,13 +93,13 @@ def layer_norm(
         layout: the rows of ``x`` are its tokens; dropout is then keyed by sample id and position in the
             sample. Without it by sample 0 and the index of the row.
         return_sum: also return ``z``; its gradient adds to that of the norm.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``y`` like ``x``, or ``(y, z)``. ``y`` is the LayerNorm of ``z`` as rounded to the dtype of ``x``.
 
     Gradients: to ``x``, ``residual``, ``linear_bias``, ``weight`` and ``bias``; the same bits in every run
-        and for any number of threads. The kernel's backward has no derivative of its own.
+        and for any number of threads, and on every card. The kernel's backward has no derivative of its own.
     Numerics: statistics (two-pass variance), products and sums over rows in float32.
     Memory: the backward keeps ``z`` (``x`` when nothing is fused) and two floats per row, and no mask.
     Errors: ``ValueError`` where shapes, dtypes or devices disagree, for ``dropout_p`` outside [0, 1), and for
@@ -96,7 +109,8 @@ def layer_norm(
     _check(x, weight, bias, residual, linear_bias, dropout_p, row_scale, layout)
     check_stream(stream)
     barely_fused = linear_bias is None and dropout_p == 0
-    facts = {"dtype": x.dtype, "too_few": impl == "auto" and barely_fused and _too_few_to_train(x)}
+    too_few = impl == "auto" and barely_fused and _too_few_to_train(x)
+    facts = {"dtype": x.dtype, "width": x.shape[-1], "too_few": too_few}
     if dispatch.resolve("layer_norm", impl, IMPLEMENTATIONS, x.device, facts) == "reference":
         return reference.layer_norm(
             x,
