@@ -5,8 +5,8 @@
 //     vlk::emulator::launch(kernel, grid, block, shared_bytes, arguments...);
 //
 // Every thread of a block is a fiber; blocks run one after another. A thread runs until it meets a barrier, a
-// collective of its warp or its end, then the next one does: in the order of their indices, or, with a seed, in
-// another order every round. launch() throws std::runtime_error, with the state of every thread, where threads
+// collective of its warp or its end, then the next one does: in the order of their indices, or, with a seed, one warp
+// as far as it comes and then another, drawn at random. launch() throws std::runtime_error, with the state of every thread, where threads
 // wait for each other for ever (a barrier that not all threads of the block reach, lanes absent from a
 // collective whose mask names them) or meet at different barriers.
 //
@@ -24,6 +24,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -148,16 +149,37 @@ inline void run_thread() {
     self.fiber.finish();
 }
 
-inline bool resume_ready(const std::vector<unsigned>& order) {
+inline bool resume_if_ready(unsigned number) {
+    Thread& thread = *block.threads[number];
+    if (thread.state != State::ready) return false;
+    block.current = number;
+    threadIdx = thread.index;
+    thread.fiber.resume();
+    if (block.failure) std::rethrow_exception(std::exchange(block.failure, nullptr));
+    return true;
+}
+
+// All threads in turn.
+inline bool resume_in_order() {
     bool any = false;
-    for (const unsigned number : order) {
-        Thread& thread = *block.threads[number];
-        if (thread.state != State::ready) continue;
-        any = true;
-        block.current = number;
-        threadIdx = thread.index;
-        thread.fiber.resume();
-        if (block.failure) std::rethrow_exception(std::exchange(block.failure, nullptr));
+    for (unsigned number = 0; number < block.count; ++number) any |= resume_if_ready(number);
+    return any;
+}
+
+// One warp after another in random order, each as far as it comes without the others.
+inline bool resume_by_warps(std::mt19937& random) {
+    std::vector<unsigned> warps((block.count + lanes - 1) / lanes);
+    std::iota(warps.begin(), warps.end(), 0u);
+    std::shuffle(warps.begin(), warps.end(), random);
+    bool any = false;
+    for (const unsigned warp : warps) {
+        std::vector<unsigned> threads(std::min(lanes, block.count - warp * lanes));
+        std::iota(threads.begin(), threads.end(), warp * lanes);
+        for (bool more = true; more; any |= more) {
+            std::shuffle(threads.begin(), threads.end(), random);
+            more = false;
+            for (const unsigned number : threads) more |= resume_if_ready(number);
+        }
     }
     return any;
 }
@@ -181,15 +203,13 @@ inline bool pass_barrier() {
 inline void run_block(size_t shared_bytes, std::mt19937& random) {
     ++block.number;
     if (shared_bytes) std::memset(block.shared.get(), 0xff, shared_bytes);
-    std::vector<unsigned> order(block.count);
     for (unsigned number = 0; number < block.count; ++number) {
-        order[number] = number;
         block.threads[number]->state = State::ready;
         block.threads[number]->fiber.start(run_thread);
     }
     while (threads_in(State::ended) < block.count) {
-        if (schedule.seed) std::shuffle(order.begin(), order.end(), random);
-        if (!resume_ready(order) && !pass_barrier()) fail("threads wait for each other for ever");
+        const bool any = schedule.seed ? resume_by_warps(random) : resume_in_order();
+        if (!any && !pass_barrier()) fail("threads wait for each other for ever");
     }
 }
 

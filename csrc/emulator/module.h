@@ -46,7 +46,7 @@ class Fields {
 
 inline void bind_schedule(py::module_& m) {
     m.def("run_in_order", [] { schedule = Schedule{}; }, "Threads run in the order of their indices, and all blocks.");
-    m.def("shuffle", [](unsigned seed) { schedule.seed = seed; }, "Threads run in another order every round.");
+    m.def("shuffle", [](unsigned seed) { schedule.seed = seed; }, "Warps and their threads run in a random order.");
     m.def(
         "only_blocks",
         [](int64_t first, int64_t last) {

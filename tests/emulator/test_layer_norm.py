@@ -1,13 +1,16 @@
 """The CUDA kernels of layer_norm, run thread by thread on the CPU from the sources and by the plan of the launcher."""
 
-import dataclasses
+import mmap
 
 import pytest
 import torch
 
 import vlkernels as vk
 from tests import emulated
+from vlkernels.core import dispatch
+from vlkernels.core.random import dropout_scale, keep_mask
 from vlkernels.core.spec import Case
+from vlkernels.ops.layer_norm.functional import WIDEST_CUDA_ROW
 from vlkernels.ops.layer_norm.spec import SPECS
 from vlkernels.testing import contract
 
@@ -29,16 +32,16 @@ def test_contract(case, dtype):
     contract.verify(SPEC, case, dtype, "cuda")
 
 
-def whole(rows, width):
+def whole(rows, width, weight_dtype=torch.float32):
     """Everything that can be fused, on so many rows."""
 
     def make(fill):
         return {
             "x": fill.normal(rows, width),
-            "weight": fill.normal(width, dtype=torch.float32),
+            "weight": fill.normal(width, dtype=weight_dtype),
             "bias": fill.normal(width),
             "residual": fill.normal(rows, width),
-            "linear_bias": fill.normal(width),
+            "linear_bias": fill.normal(width, dtype=weight_dtype),
             "dropout_p": 0.1,
             "row_scale": fill.normal(rows, grad=False, dtype=torch.float32),
             "rng": fill.rng(),
@@ -57,4 +60,99 @@ def test_every_width(width, dtype):
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 31, 1087])
 def test_any_number_of_rows(rows):
-    contract.verify(SPEC, whole(rows, 24), torch.bfloat16, "cuda")
+    contract.verify(SPEC, whole(rows, 24, None), torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("seed", range(1, 4))
+@pytest.mark.parametrize("width", [264, 1512, 4104])
+def test_the_order_of_threads_does_not_change_a_bit(emulator, width, seed):
+    case = whole(5, width)
+    in_order = contract.run(SPEC.functional, case, torch.float32, impl="cuda")
+    emulator.shuffle(seed)
+    shuffled = contract.run(SPEC.functional, case, torch.float32, impl="cuda")
+    for name, tensor in in_order.named().items():
+        assert torch.equal(tensor, shuffled.named()[name]), name
+
+
+@pytest.mark.parametrize("shift", [1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_view_that_begins_off_a_boundary(dtype, shift):
+    """Such rows are served column by column."""
+
+    def moved(tensor):
+        whole = torch.empty(tensor.numel() + shift, dtype=tensor.dtype)
+        whole[shift:] = tensor.detach().flatten()
+        return whole[shift:].view(tensor.shape).requires_grad_(tensor.requires_grad)
+
+    def make(fill):
+        arguments = whole(4, 768).make(fill)
+        return arguments | {"x": moved(arguments["x"]), "bias": moved(arguments["bias"])}
+
+    contract.verify(SPEC, Case("moved", make), dtype, "cuda")
+
+
+def test_rows_that_lie_apart():
+    wide = torch.randn(6, 100)
+    x, residual = wide[:, 10:58], wide[:, 52:]
+    expected = vk.layer_norm(x, None, None, residual=residual, impl="reference")
+    torch.testing.assert_close(vk.layer_norm(x, None, None, residual=residual, impl="cuda"), expected)
+    torch.testing.assert_close(
+        vk.layer_norm(x.t(), None, None, impl="cuda"), vk.layer_norm(x.t(), None, None, impl="reference")
+    )
+
+
+@pytest.mark.parametrize("width", [64, 77, 16384])
+def test_dropout_is_the_core_mask(width):
+    rows, p, stream = 3, 0.3, 9
+    rng = vk.Rng(77)
+    rng.advance(3)
+    x = torch.ones(rows, width, requires_grad=True)
+    _, z = vk.layer_norm(x, None, None, dropout_p=p, rng=rng, stream=stream, return_sum=True, impl="cuda")
+    kept = keep_mask(rng.state, stream, 0, torch.arange(rows)[:, None], torch.arange(width), p)
+    assert torch.equal(z, kept * dropout_scale(p))
+    (gradient,) = torch.autograd.grad(z.sum(), x)
+    assert torch.equal(gradient, kept * dropout_scale(p))
+
+
+def test_backward_twice():
+    x, weight = torch.randn(9, 40, requires_grad=True), torch.randn(40, requires_grad=True)
+    loss = vk.layer_norm(x, weight, None, dropout_p=0.2, rng=vk.Rng(3), impl="cuda").square().sum()
+    first, second = (torch.autograd.grad(loss, (x, weight), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_the_emulator_serves_and_leaves(monkeypatch):
+    x = torch.randn(4, 24)
+    with dispatch.recorded() as served:
+        vk.layer_norm(x, None, None)
+    assert served == [("layer_norm", "cuda")]
+    assert emulated.layer_norm().widest_row == WIDEST_CUDA_ROW
+
+
+def sparse(rows, width, dtype):
+    """Zeros that take no memory before they are written."""
+    element = torch.empty(0, dtype=dtype).element_size()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, rows * width * element, flags=flags), dtype=dtype).view(rows, width)
+
+
+@pytest.mark.parametrize("width", [1024, 16384])
+def test_more_elements_than_31_bits_count(emulator, width):
+    rows = 2**31 // width + 5
+    x, y, dy, dz = (sparse(rows, width, torch.bfloat16) for _ in range(4))
+    x[-1], dy[-1] = torch.randn(2, width).unbind()
+    mean, rstd = torch.zeros(rows), torch.zeros(rows)
+    call = emulated.fields(dtype=x.dtype, width=width, rows=rows, eps=1e-5, x=x, y=y, z=x, mean=mean, rstd=rstd, dy=dy, dz=dz)
+    per_block = 4 if width == 1024 else 1
+    emulator.only_blocks((rows - 1) // per_block, rows)
+    emulator.forward({name: value for name, value in call.items() if name != "z"})
+    expected = torch.nn.functional.layer_norm(x[-1].float().requires_grad_(), (width,))
+    torch.testing.assert_close(y[-1], expected.detach().bfloat16())
+
+    blocks = emulator.partial_rows(call)
+    emulator.only_blocks((rows - 1) // per_block % blocks, (rows - 1) // per_block % blocks + 1)
+    partials = torch.empty(blocks, 3, width)
+    emulator.backward(call | emulated.fields(partials=partials))
+    wide = x[-1].float().requires_grad_()
+    torch.nn.functional.layer_norm(wide, (width,)).backward(dy[-1].float())
+    torch.testing.assert_close(dz[-1], wide.grad.bfloat16(), rtol=2e-2, atol=2e-2)
