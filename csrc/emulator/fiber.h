@@ -63,7 +63,10 @@ class Fiber {
     // The next resume() calls `entry`, which ends with finish(); what the fiber did before is forgotten.
     void start(void (*entry)()) {
 #if VLK_ADDRESS_SANITIZER
-        __asan_unpoison_memory_region(memory_ + page, stack_bytes);
+        // What finished has left the marks of its first function alone; what was given up, those of all.
+        const size_t marked = finished_ ? page : stack_bytes;
+        __asan_unpoison_memory_region(memory_ + page + stack_bytes - marked, marked);
+        finished_ = false;
 #endif
         void** top = reinterpret_cast<void**>(memory_ + page + stack_bytes);
         *--top = nullptr;  // where entry would return to
@@ -106,6 +109,7 @@ class Fiber {
     // leave() for the last time.
     void finish() {
 #if VLK_ADDRESS_SANITIZER
+        finished_ = true;
         __sanitizer_start_switch_fiber(nullptr, caller_bottom_, caller_size_);
 #endif
         vlk_switch_stack(&stack_, caller_);
@@ -119,6 +123,7 @@ class Fiber {
 #if VLK_ADDRESS_SANITIZER
     const void* caller_bottom_ = nullptr;
     size_t caller_size_ = 0;
+    bool finished_ = false;
 #endif
 };
 

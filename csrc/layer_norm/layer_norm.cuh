@@ -94,7 +94,8 @@ __device__ __forceinline__ void forward_row(const LayerNormForward& op, const Dr
 }
 
 template <typename T, int V, int N>
-__global__ void __launch_bounds__(forward_threads(V * N)) layer_norm_forward_kernel(const LayerNormForward op) {
+__global__ void __launch_bounds__(forward_threads(V * N), 1)
+    layer_norm_forward_kernel(const LayerNormForward op) {
     RowTeam team;
     const DropoutDraw draw(op.dropout);
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;

@@ -2,6 +2,7 @@
 // neighbours at once.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "primitives/device.h"
 #include "primitives/dtype.h"
@@ -14,6 +15,7 @@ namespace vlk {
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
+using Words = uint4;
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(bfloat16 value) { return __bfloat162float(value); }
@@ -27,6 +29,13 @@ template <>
 __device__ __forceinline__ bfloat16 from_float<bfloat16>(float value) { return __float2bfloat16_rn(value); }
 template <>
 __device__ __forceinline__ float16 from_float<float16>(float value) { return __float2half_rn(value); }
+
+// Sixteen bytes by one access, where the compiler takes an assignment apart into elements now and then.
+__device__ __forceinline__ void store_words(void* to, Words words) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+}
 
 // Two at once take one instruction, where one alone takes a slow one.
 __device__ __forceinline__ void from_floats(float low, float high, bfloat16* to) {
@@ -53,6 +62,10 @@ using emulated::bfloat16;
 using emulated::float16;
 using emulated::from_float;
 using emulated::to_float;
+struct alignas(16) Words {
+    uint32_t x, y, z, w;
+};
+inline void store_words(void* to, Words words) { *static_cast<Words*>(to) = words; }
 
 template <typename T>
 void from_floats(float low, float high, T* to) {
@@ -111,7 +124,13 @@ __device__ __forceinline__ void load_floats(const T* from, float (&values)[V]) {
 
 template <typename T, int V>
 __device__ __forceinline__ void store_vector(T* to, const Vector<T, V>& stored) {
-    *reinterpret_cast<Vector<T, V>*>(to) = stored;
+    if constexpr (sizeof stored == sizeof(Words)) {
+        Words words;
+        memcpy(&words, &stored, sizeof words);
+        store_words(to, words);
+    } else {
+        *reinterpret_cast<Vector<T, V>*>(to) = stored;
+    }
 }
 
 // On the host: calls work with a value of the type that `dtype` names.

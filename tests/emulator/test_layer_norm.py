@@ -121,12 +121,15 @@ def test_backward_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_the_emulator_serves_and_leaves(monkeypatch):
+def test_the_emulator_is_what_serves(monkeypatch):
     x = torch.randn(4, 24)
     with dispatch.recorded() as served:
         vk.layer_norm(x, None, None)
     assert served == [("layer_norm", "cuda")]
     assert emulated.layer_norm().widest_row == WIDEST_CUDA_ROW
+    monkeypatch.setattr(emulated, "layer_norm", lambda: pytest.fail("called"))
+    with pytest.raises(pytest.fail.Exception, match="called"):
+        vk.layer_norm(x, None, None)
 
 
 def sparse(rows, width, dtype):

@@ -1,0 +1,47 @@
+"""The tests of the CUDA kernels once more, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import subprocess
+import sys
+import textwrap
+
+from tests import emulated
+
+
+def run(*command):
+    environment = emulated.sanitized_environment()
+    return subprocess.run(
+        [sys.executable, *command], cwd=emulated.ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_layer_norm_is_clean():
+    """Every kind of kernel: rows of one warp, of several and not held; with and without vectors."""
+    chosen = "contract or 768-dtype1 or 770-dtype0 or 4100-dtype1 or boundary"
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    found = run("-m", "pytest", *options, "tests/emulator/test_layer_norm.py")
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
+    assert " passed" in found.stdout and "skipped" not in found.stdout
+
+
+SCRIPT = """
+    import torch
+    from pathlib import Path
+    from tests import emulated
+    kernels = emulated.module(Path("tests/emulator/emulator_kernels.cpp").resolve())
+    memory = torch.zeros(2)
+    kernels.fill_shared(10, 10, memory.data_ptr())
+    print("so far so good", flush=True)
+    kernels.fill_shared(10, {floats}, memory.data_ptr() + {shift})
+"""
+
+
+def test_what_lies_outside_is_seen():
+    found = run("-c", textwrap.dedent(SCRIPT.format(floats=11, shift=0)))
+    assert "so far so good" in found.stdout
+    assert found.returncode != 0 and "heap-buffer-overflow" in found.stderr
+
+
+def test_what_lies_on_no_boundary_is_seen():
+    found = run("-c", textwrap.dedent(SCRIPT.format(floats=10, shift=2)))
+    assert "so far so good" in found.stdout
+    assert found.returncode != 0 and "misaligned address" in found.stderr
