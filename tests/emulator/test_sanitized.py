@@ -18,7 +18,7 @@ def test_layer_norm_is_clean():
     """Every kind of kernel: rows of one warp, of several and not held; with and without vectors."""
     chosen = "contract or 768-dtype1 or 770-dtype0 or 4100-dtype1 or boundary"
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-    found = run("-m", "pytest", *options, "tests/emulator/test_layer_norm.py")
+    found = run("-m", "pytest", *options, "tests/emulator/test_layer_norm_cuda.py")
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
     assert " passed" in found.stdout and "skipped" not in found.stdout
 

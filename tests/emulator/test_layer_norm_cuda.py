@@ -22,8 +22,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def emulator(monkeypatch):
     with emulated.serving(monkeypatch):
-        yield emulated.layer_norm()
-        emulated.layer_norm().run_in_order()
+        module = emulated.layer_norm()
+        yield module
+        module.run_in_order()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
