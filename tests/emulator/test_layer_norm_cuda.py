@@ -160,3 +160,15 @@ def test_more_elements_than_31_bits_count(emulator, width):
     wide = x[-1].float().requires_grad_()
     torch.nn.functional.layer_norm(wide, (width,)).backward(dy[-1].float())
     torch.testing.assert_close(dz[-1], wide.grad.bfloat16(), rtol=2e-2, atol=2e-2)
+
+
+def test_more_rows_than_the_grid_takes_at_once(emulator):
+    """Four rows to a block and 2**20 blocks: the first block takes the rows that are left."""
+    rows = 2**22 + 3
+    x, y = sparse(rows, 8, torch.float32), sparse(rows, 8, torch.float32)
+    x[-3:] = torch.randn(3, 8)
+    mean, rstd = torch.zeros(rows), torch.zeros(rows)
+    emulator.only_blocks(0, 1)
+    emulator.forward(emulated.fields(dtype=x.dtype, width=8, rows=rows, eps=1e-5, x=x, y=y, mean=mean, rstd=rstd))
+    torch.testing.assert_close(y[-3:], torch.nn.functional.layer_norm(x[-3:], (8,)))
+    assert rstd.count_nonzero() == 7
