@@ -143,8 +143,7 @@ class RelativeBias:
         return f"RelativeBias(heads={self.num_heads}, buckets={list(self.buckets)}, scale={self.scale})"
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # a graph takes the numbers
 def _borders(buckets: int, max_distance: int) -> tuple[int, ...]:
     """The smallest distance of every bucket after the first, of one direction: bucket = how many of them are reached."""
     exact = buckets // 2
