@@ -107,6 +107,7 @@ def attention(
 
     Source: Dao, "FlashAttention-2", 2023, for the backward from lse.
     """
+    _check_kinds(layout, mask, kv_layout, bias)
     checks.check_floating("q", q)
     checks.check_shape("q", q, "[Tq, H, K]", (layout.num_tokens, None, None))
     keys = layout if kv_layout is None else kv_layout
@@ -163,6 +164,7 @@ def attention_qkvpacked(
 
     Source: as :func:`attention`.
     """
+    _check_kinds(layout, mask, None, bias)
     checks.check_floating("qkv", qkv)
     checks.check_shape("qkv", qkv, "[T, 3, H, K]", (layout.num_tokens, 3, None, None))
     _check_width(qkv.shape[3])
@@ -249,6 +251,15 @@ def _new_full_table(cells: int, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _kept_full_table(cells: int, device: torch.device) -> Tensor:
     return lasting(lambda: _new_full_table(cells, device))
+
+
+def _check_kinds(layout: Any, mask: Any, kv_layout: Any, bias: Any) -> None:
+    layouts = ("layout", layout, SegmentLayout), ("kv_layout", kv_layout, SegmentLayout)
+    for name, value, kind in (*layouts, ("mask", mask, SegmentMask)):
+        if not isinstance(value, kind) and (value is not None or name == "layout"):
+            raise ValueError(f"{name} must be a {kind.__name__}, got a {type(value).__name__}")
+    if bias is not None and not isinstance(bias, (Tensor, RelativeBias)):
+        raise ValueError(f"bias must be a Tensor or a RelativeBias, got a {type(bias).__name__}")
 
 
 def _check_width(width: int) -> None:
