@@ -151,11 +151,11 @@ def test_arguments_that_would_be_left_out_are_refused():
     q, k, v = qkv()
     attention_forward(module(), q, k, v, None, softcap=None, output_attentions=False, use_cache=True, position_ids=torch.arange(6))
     for more, message in (
-        ({"softcap": 30.0}, "does not take softcap"),
-        ({"output_attentions": True}, "no output_attentions=True"),
-        ({"head_mask": torch.ones(4)}, "does not take head_mask"),
-        ({"s_aux": torch.ones(4)}, "does not take s_aux"),
-        ({"cache": object()}, "does not take cache"),
+        ({"softcap": 30.0}, "does not serve softcap"),
+        ({"output_attentions": True}, "stores no probabilities for output_attentions=True"),
+        ({"head_mask": torch.ones(4)}, "does not serve head_mask"),
+        ({"s_aux": torch.ones(4)}, "does not serve s_aux"),
+        ({"cache": object()}, "does not serve cache"),
     ):
         with pytest.raises(ValueError, match=message):
             attention_forward(module(), q, k, v, None, **more)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlkernels.integrations.padded import Padding, attend, kept
+from vlkernels.integrations.calls import read_mask, refuse
+from vlkernels.integrations.padded import attend
+from vlkernels.integrations.swap import ORIGINAL, Left, Report, swap
+from vlkernels.integrations.transformers_modules import replacement
 
 NAME = "vlkernels"
-
-# Arguments that models hand over and that mean something only when they are set.
-_NOT_SERVED = {
-    "softcap": "it caps no scores",
-    "s_aux": "it has no attention sinks",
-    "head_mask": "it masks no heads",
-    "layer_head_mask": "it masks no heads",
-    "cache": "it reads no paged cache",
-}
 
 
 def register() -> None:
@@ -102,49 +97,6 @@ def attention_mask(
     )  # fmt: skip
 
 
-def read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Padding | None, Tensor | None]:
-    """A mask as (padding, bias): bool or integer ``[B, Lk]``, or anything that broadcasts to ``[B, H, Lq, Lk]``."""
-    if mask is None:
-        return None, None
-    real = _real_keys(mask)
-    _check_mask(mask, (query.shape[0], *([] if real is not None else query.shape[1:3]), key.shape[2]), real)
-    if real is not None:
-        return kept(mask, ("padding", len(query)), lambda: Padding(real.bool().expand(len(query), -1))), None
-    additive = mask
-    if mask.dtype == torch.bool:
-        additive = kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
-    return None, additive.expand(-1, -1, query.shape[2], -1)
-
-
-def _real_keys(mask: Any) -> Tensor | None:
-    """``[B or 1, Lk]`` if the mask hides the same keys from every query and head, which its shape or its strides tell."""
-    if not isinstance(mask, Tensor) or mask.is_floating_point():
-        return None
-    if mask.dim() == 2:
-        return mask
-    if mask.dim() == 4 and mask.numel() and all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2)):
-        return mask[:, 0, 0]
-    return None
-
-
-def _check_mask(mask: Any, wanted: tuple[int, ...], real: Tensor | None) -> None:
-    # Some models make a mask of padding for other queries than they call with: only its keys count.
-    shape = tuple(getattr(mask if real is None else real, "shape", ()))
-    if len(shape) != len(wanted) or any(n not in (1, w) for n, w in zip(shape, wanted)) or shape[-1] != wanted[-1]:
-        symbols = "[B, Lk]" if real is not None else "[B, H, Lq, Lk]"
-        kind = str(getattr(mask, "dtype", type(mask).__name__)).removeprefix("torch.")
-        raise ValueError(f"attention_mask must broadcast to {symbols} = {list(wanted)}, got {kind} {list(shape)}")
-
-
-def refuse(arguments: dict[str, Any]) -> None:
-    """Raise for what a model asks and this attention would silently leave out."""
-    if arguments.get("output_attentions"):
-        raise ValueError(f'attn_implementation="{NAME}" has no output_attentions=True: probabilities are never stored; use "eager"')
-    for name, reason in _NOT_SERVED.items():
-        if arguments.get(name) is not None:
-            raise ValueError(f'attn_implementation="{NAME}" does not take {name}: {reason}')
-
-
 def _is_causal(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None) -> bool:
     """The call's word, else the module's; one query sees every key, and a mask by pairs has causality in it."""
     queries, keys = query.shape[2], key.shape[2]
@@ -160,6 +112,40 @@ def _says_causal(module: nn.Module) -> bool:
     if type(module).__name__ == "BridgeTowerSelfAttention":  # always marked causal, which eager, its only own way, ignores
         return module.config.is_decoder
     return getattr(module, "is_causal", True)
+
+
+def swap_attention(model: nn.Module) -> Report:
+    """Put ``vk.attention`` into the attention modules of a live model that call no registry, by changing their class.
+
+    Example::
+
+        model = ViltForMaskedLM.from_pretrained(...)
+        print(vk.integrations.transformers.swap_attention(model))        # what was swapped, what was left and why
+        vk.integrations.swap.unswap(model)
+
+    ViLT, LayoutLMv2, LayoutLMv3, LXMERT, VisualBERT, BLIP (vision and text), FLAVA. Parameters and the state dict stay as they
+    are. ``output_attentions=True`` is refused afterwards; LayoutLMv2 and v3 do not tell their attention
+    and return none.
+    """
+    kinds = {type(module) for module in model.modules()}
+    report = swap(model, {kind: replacement(kind) for kind in kinds if replacement(kind) is not None})
+    named = {entry.name for entry in (*report.swapped, *report.left)}
+    others = [Left(n, type(m).__name__, _why_left(m)) for n, m in model.named_modules() if n not in named and _is_attention(m)]
+    return Report(report.swapped, (*report.left, *others))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """An attention that has no other one inside."""
+    inner = [m for m in module.modules() if type(m).__name__.endswith("Attention")]
+    return inner == [module]
+
+
+def _why_left(module: nn.Module) -> str:
+    if ORIGINAL in vars(module):
+        return "it has its new class already"
+    if hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS"):
+        return f'it asks the registry: register(), then model.set_attn_implementation("{NAME}")'
+    return "no replacement for it is known"
 
 
 def _transformers() -> Any:

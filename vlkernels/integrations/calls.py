@@ -1,0 +1,63 @@
+"""What model code hands to an attention function beside q, k and v: masks of every form, and words that must not be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlkernels.integrations.padded import Padding, kept
+
+# Arguments that models hand over and that mean something only when they are set.
+_NOT_SERVED = {
+    "softcap": "it caps no scores",
+    "s_aux": "it has no attention sinks",
+    "head_mask": "it masks no heads",
+    "layer_head_mask": "it masks no heads",
+    "cache": "it reads no paged cache",
+}
+
+
+def read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Padding | None, Tensor | None]:
+    """A mask as (padding, bias): bool or integer ``[B, Lk]``, or anything that broadcasts to ``[B, H, Lq, Lk]``."""
+    if mask is None:
+        return None, None
+    real = _real_keys(mask)
+    _check_mask(mask, (query.shape[0], *([] if real is not None else query.shape[1:3]), key.shape[2]), real)
+    if real is not None:
+        return kept(mask, ("padding", len(query)), lambda: Padding(real.bool().expand(len(query), -1))), None
+    additive = mask
+    if mask.dtype == torch.bool:
+        additive = kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
+    return None, additive.expand(-1, -1, query.shape[2], -1)
+
+
+def _real_keys(mask: Any) -> Tensor | None:
+    """``[B or 1, Lk]`` if the mask hides the same keys from every query and head, which its shape or its strides tell."""
+    if not isinstance(mask, Tensor) or mask.is_floating_point():
+        return None
+    if mask.dim() == 2:
+        return mask
+    if mask.dim() == 4 and mask.numel() and all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2)):
+        return mask[:, 0, 0]
+    return None
+
+
+def _check_mask(mask: Any, wanted: tuple[int, ...], real: Tensor | None) -> None:
+    # Some models make a mask of padding for other queries than they call with: only its keys count.
+    shape = tuple(getattr(mask if real is None else real, "shape", ()))
+    if len(shape) != len(wanted) or any(n not in (1, w) for n, w in zip(shape, wanted)) or shape[-1] != wanted[-1]:
+        symbols = "[B, Lk]" if real is not None else "[B, H, Lq, Lk]"
+        kind = str(getattr(mask, "dtype", type(mask).__name__)).removeprefix("torch.")
+        raise ValueError(f"attention_mask must broadcast to {symbols} = {list(wanted)}, got {kind} {list(shape)}")
+
+
+def refuse(arguments: Mapping[str, Any]) -> None:
+    """Raise for what a model asks and this attention would silently leave out."""
+    if arguments.get("output_attentions"):
+        raise ValueError('vk.attention stores no probabilities for output_attentions=True: use attn_implementation="eager"')
+    for name, reason in _NOT_SERVED.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"vk.attention does not serve {name}: {reason}")
