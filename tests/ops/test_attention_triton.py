@@ -17,6 +17,10 @@ def card(monkeypatch):
     monkeypatch.setattr(triton_runtime, "_missing_on_a_card", lambda: None)
 
 
+def by_position(tokens):
+    return vk.RelativeBias(torch.arange(tokens, dtype=torch.int32)[:, None], [torch.zeros(8, 1)], num_buckets=8, max_distance=20)
+
+
 def on_meta(value):
     return map_tensors(value, lambda t: torch.empty_like(t, device="meta").requires_grad_(t.requires_grad))
 
@@ -26,7 +30,8 @@ def on_meta(value):
     (
         ({}, "triton"),
         ({"dropout_p": 0.1}, "triton"),
-        ({"bias": torch.zeros(1, 1, 9, 9)}, "reference"),
+        ({"bias": torch.zeros(1, 1, 9, 9)}, "triton"),
+        ({"bias": by_position(9)}, "triton"),
         ({"softmax_scale": 0.0}, "reference"),
         ({"qkv": torch.randn(9, 3, 1, 8, dtype=torch.float64)}, "reference"),
         ({"qkv": torch.randn(9, 3, 1, 264)}, "reference"),

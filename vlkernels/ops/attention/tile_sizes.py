@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-KERNELS = ("forward", "query_gradient", "key_gradient")
+KERNELS = ("forward", "query_gradient", "key_gradient", "shared_gradient", "distance_gradient")
 MOST_HEAD_DIM = 256
 
 
@@ -24,15 +24,15 @@ class TileSizes(NamedTuple):
 
 # By the width a head is padded to (64: up to 64), for forward, query_gradient, key_gradient.
 HALF = {
-    64: (TileSizes(128, 64, 8, 3), TileSizes(128, 64, 8, 2), TileSizes(64, 128, 8, 2)),
-    128: (TileSizes(128, 64, 8, 2), TileSizes(128, 64, 8, 2), TileSizes(64, 64, 8, 2)),
-    256: (TileSizes(64, 64, 8, 2), TileSizes(64, 32, 8, 2), TileSizes(32, 32, 8, 2)),
+    64: (TileSizes(128, 64, 8, 3), TileSizes(128, 64, 8, 2), TileSizes(64, 128, 8, 2), TileSizes(64, 64, 4, 2), TileSizes(64, 64, 4, 2)),
+    128: (TileSizes(128, 64, 8, 2), TileSizes(128, 64, 8, 2), TileSizes(64, 64, 8, 2), TileSizes(64, 64, 4, 2), TileSizes(64, 64, 4, 2)),
+    256: (TileSizes(64, 64, 8, 2), TileSizes(64, 32, 8, 2), TileSizes(32, 32, 8, 2), TileSizes(32, 32, 8, 2), TileSizes(32, 32, 8, 2)),
 }
 # Products in float32 without tensor cores keep both factors in registers.
 SINGLE = {
-    64: (TileSizes(32, 32, 4, 2), TileSizes(32, 32, 4, 2), TileSizes(32, 32, 4, 2)),
-    128: (TileSizes(32, 32, 8, 2), TileSizes(32, 32, 8, 2), TileSizes(32, 32, 8, 2)),
-    256: (TileSizes(16, 16, 8, 2), TileSizes(16, 16, 8, 2), TileSizes(16, 16, 8, 2)),
+    64: TileSizes(32, 32, 4, 2),
+    128: TileSizes(32, 32, 8, 2),
+    256: TileSizes(16, 16, 8, 2),
 }
 # (kernel, width, dropout, family of the architecture), where the tables above would spill or not fit.
 EXCEPTIONS = {
@@ -60,7 +60,7 @@ def tile_sizes(kernel: str, dtype: torch.dtype, head_dim: int, dropout: bool, ar
     """What ``kernel`` runs with on ``architecture`` (90 is sm_90)."""
     width = max(64, padded_head_dim(head_dim))
     if dtype == torch.float32:
-        return SINGLE[width][KERNELS.index(kernel)]
+        return SINGLE[width]
     return EXCEPTIONS.get((kernel, width, dropout, family(architecture)), HALF[width][KERNELS.index(kernel)])
 
 

@@ -12,10 +12,10 @@ from vlkernels.core.random import Rng
 from vlkernels.core.spec import Variant
 from vlkernels.core.triton_runtime import Launch
 from vlkernels.ops.attention import triton_launches
-from vlkernels.ops.attention.triton_launches import Options
-from vlkernels.ops.attention.work_list import Streams
+from vlkernels.ops.attention.call import Call
 
 HEADS = 2
+RADIUS = 128
 CALLS = (
     *[(torch.bfloat16, head_dim, dropout) for head_dim in (64, 80, 128) for dropout in (False, True)],
     (torch.bfloat16, 256, False),
@@ -32,18 +32,49 @@ def variants(architecture: int) -> Iterator[Variant]:
 
 
 def launches(
-    dtype: torch.dtype, head_dim: int, dropout: bool, architecture: int, layout: SegmentLayout | None = None
-) -> dict[str, Launch]:
-    """The three kernels of a call on views of a fused projection, without data worth reading."""
+    dtype: torch.dtype, head_dim: int, dropout: bool, architecture: int, layout: SegmentLayout | None = None,
+    bias: str | int | None = None,
+) -> dict[str, Launch]:  # fmt: skip
+    """The kernels of a call on views of a fused projection, without data worth reading.
+
+    ``bias``: ``"own"`` or ``"shared"`` for a tensor, or the number of coordinates of a relative one.
+    """
     layout = layout or SegmentLayout([[5, 3], [2, 4]])
-    table = SegmentMask.full(layout.num_segments).table("cpu")
-    (q, k, v), (dq, dk, dv) = (torch.empty(layout.num_tokens, 3, HEADS, head_dim, dtype=dtype).unbind(1) for _ in range(2))
-    out, grad_out = torch.empty_like(q), torch.empty_like(q)
+    call = _call(dtype, head_dim, dropout, layout, bias)
+    (dq, dk, dv) = torch.empty_like(call.qkv[0]).unbind(1)
+    out, grad_out = torch.empty_like(dq), torch.empty_like(dq)
     lse, delta = (torch.empty(HEADS, layout.num_tokens) for _ in range(2))
-    streams = Streams(layout.starts, layout.lengths, None, None, None, table, layout.sample_ids if dropout else None)
-    options = Options(Rng(0).state if dropout else None, head_dim**-0.5, 0.1 if dropout else 0.0, 1, architecture)
-    return {
-        "forward": triton_launches.forward_launch(q, k, v, out, lse, streams, options),
-        "query_gradient": triton_launches.query_gradient_launch(q, k, v, out, grad_out, lse, None, delta, dq, streams, options),
-        "key_gradient": triton_launches.key_gradient_launch(q, k, v, grad_out, lse, delta, dk, dv, streams, options),
+    stored = call.bias if bias == "own" else None
+    found = {
+        "forward": triton_launches.forward_launch(call, out, lse, architecture),
+        "query_gradient": triton_launches.query_gradient_launch(
+            call, out, grad_out, lse, None, delta, dq, stored, architecture
+        ),
+        "key_gradient": triton_launches.key_gradient_launch(call, grad_out, lse, delta, dk, dv, architecture),
     }
+    if bias == "shared":
+        sums = torch.empty(2, *call.bias.shape)
+        found["shared_gradient"] = triton_launches.shared_gradient_launch(call, grad_out, lse, delta, sums, architecture)
+    if call.distance_bias is not None:
+        counts, fixed = torch.empty(2, *call.distance_bias.shape, dtype=torch.int64), torch.empty(())
+        found["distance_gradient"] = triton_launches.distance_gradient_launch(
+            call, grad_out, lse, delta, counts, fixed, architecture
+        )
+    return found
+
+
+def _call(dtype: torch.dtype, head_dim: int, dropout: bool, layout: SegmentLayout, bias: str | int | None) -> Call:
+    qkv = torch.empty(layout.num_tokens, 3, HEADS, head_dim, dtype=dtype)
+    table = SegmentMask.full(layout.num_segments).table("cpu")
+    planar = distance_bias = coordinates = None
+    if isinstance(bias, int):
+        distance_bias = torch.empty(HEADS, bias, 2 * RADIUS + 1)
+        coordinates = torch.empty(layout.num_tokens, bias, dtype=torch.int32)
+    elif bias is not None:
+        samples = layout.num_samples if bias == "own" else 1
+        planar = torch.empty(samples, HEADS, layout.max_seqlen, layout.max_seqlen, dtype=dtype)
+    rng_state = Rng(0).state if dropout else None
+    return Call(
+        [qkv], layout.starts, layout.lengths, None, None, None, table, planar, distance_bias, coordinates, None,
+        layout.sample_ids, rng_state, head_dim**-0.5, 0.1 if dropout else 0.0, 1, layout.max_seqlen, RADIUS,
+    )  # fmt: skip
