@@ -31,9 +31,9 @@ def _rows(lengths: Lengths, heads: int, width: int, mask: SegmentMask | None = N
     return make
 
 
-def _drawn(fill: InputMaker, *shape: int) -> Tensor:
+def _drawn(fill: InputMaker, *shape: int, seed: int = 0) -> Tensor:
     """Drawn on the device in its dtype: hundreds of millions of numbers."""
-    generator = torch.Generator(fill.device).manual_seed(0)
+    generator = torch.Generator(fill.device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=fill.device, dtype=fill.dtype).requires_grad_()
 
 
@@ -134,16 +134,15 @@ def on_a_cpu() -> dict[str, Benchmark]:
 
 
 def on_a_card(shrink: int = 1) -> dict[str, Benchmark]:
-    """The rows for a GPU, most telling first; ``shrink`` divides numbers and lengths of samples, for a trial of the code."""
+    """The rows for a GPU, most telling first; ``shrink`` makes them small, for a trial of the code."""
 
     def row(
         samples: int, lengths: Sequence[int], heads: int, width: int, mask: SegmentMask | None, beside: Mapping[str, Peer]
     ) -> Benchmark:
-        own = [[max(2, n // shrink) for n in lengths]] * max(2 if samples > 1 else 1, samples // shrink)
-        return Benchmark(_rows(own, heads, width, mask), ("cuda",), CARD_DTYPES, beside)
+        return Benchmark(_rows(_equal(samples, lengths, shrink), heads, width, mask), ("cuda",), CARD_DTYPES, beside)
 
     def drawn(samples: int, low: int, high: int) -> Benchmark:
-        lengths = _draw_lengths(max(2, samples // shrink), max(2, low // shrink), max(3, high // shrink))
+        lengths = _draw_lengths(samples, low, high) if shrink == 1 else _draw_lengths(4, 1, 9)
         return Benchmark(_rows(lengths, 8, 64), ("cuda",), CARD_DTYPES, {**VARLEN, **CARD_SDPA})
 
     prefix_lm, every = SegmentMask.prefix_lm(), {**VARLEN, **FLEX, **CARD_SDPA}
@@ -167,8 +166,14 @@ def on_a_card(shrink: int = 1) -> dict[str, Benchmark]:
     }
 
 
+def _equal(samples: int, lengths: Sequence[int], shrink: int) -> Lengths:
+    if shrink == 1:
+        return [list(lengths)] * samples
+    return [[max(4 + n % 5, n // shrink) for n in lengths]] * min(samples, 3)
+
+
 def _dropout(samples: int, lengths: Sequence[int], mask: SegmentMask | None, shrink: int) -> Benchmark:
-    own = [[max(2, n // shrink) for n in lengths]] * max(2, samples // shrink)
+    own = _equal(samples, lengths, shrink)
     without = peers.same_call(lambda given: {**given, "dropout_p": 0.0}, functional.attention_qkvpacked)
     return Benchmark(_rows(own, 12, 64, mask, dropout_p=0.1), ("cuda",), CARD_DTYPES, {"without dropout": without})
 
@@ -179,7 +184,7 @@ PAGE = 1000
 
 
 def _biased(samples: int, length: int, shrink: int) -> Benchmark:
-    plain = _rows([[max(2, length // shrink)]] * max(2, samples // shrink), 12, 64)
+    plain = _rows(_equal(samples, [length], shrink), 12, 64)
 
     def make(fill: InputMaker) -> Arguments:
         arguments = plain(fill)
@@ -206,12 +211,11 @@ def _biased_call(*qkv: Tensor, coordinates: Tensor, tables: Sequence[Tensor], **
 
 def across_streams(shrink: int = 1) -> dict[str, Benchmark]:
     """Query tokens read an image, as in Q-Former's cross-attention."""
-    samples, queries, image = max(2, 1024 // shrink), max(2, 32 // shrink), max(2, 257 // shrink)
 
     def make(fill: InputMaker) -> Arguments:
-        layout, keys = fill.layout([[queries]] * samples), fill.layout([[image]] * samples)
+        layout, keys = (fill.layout(_equal(1024, [length], shrink)) for length in (32, 257))
         q = _drawn(fill, layout.num_tokens, 12, 64)
-        k, v = (_drawn(fill, keys.num_tokens, 12, 64) for _ in range(2))
+        k, v = (_drawn(fill, keys.num_tokens, 12, 64, seed=seed) for seed in (1, 2))
         return {"q": q, "k": k, "v": v, "layout": layout, "kv_layout": keys}
 
     return {"1024 x 32 over 257, H12 K64": Benchmark(make, ("cuda",), CARD_DTYPES, {**VARLEN, **CARD_SDPA})}

@@ -1,0 +1,123 @@
+"""What attention is timed beside: every row of `make bench-gpu` runs here small, and every peer shows that it computes the same."""
+
+import dataclasses
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import vlkernels as vk
+from benchmarks import run
+from benchmarks.roof import Roof
+from tests.ops.varlen_standin import Standin, rounding
+from vlkernels.core.mask import CODES
+from vlkernels.core.spec import InputMaker
+from vlkernels.ops.attention import benchmarks, peers, spec
+
+CROSS, PACKED = spec.SPECS
+SHRINK = 256
+CARD = [(PACKED, name) for name in benchmarks.on_a_card(SHRINK)] + [(CROSS, name) for name in benchmarks.across_streams(SHRINK)]
+
+
+def small_row(op, name):
+    rows = benchmarks.across_streams(SHRINK) if op is CROSS else benchmarks.on_a_card(SHRINK)
+    made = run.benchmarks_of(dataclasses.replace(op, benchmarks={name: rows[name]}), "cuda")[name]
+    standin = peers.rival(partial(peers.varlen, lambda: rounding(Standin())))
+    missing = set(benchmarks.VARLEN) - {"varlen_attn"}
+    return dataclasses.replace(
+        made, peers={n: standin if n == "varlen_attn" else p for n, p in made.peers.items() if n not in missing}
+    )
+
+
+@pytest.mark.parametrize("op, name", CARD, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_the_rows_of_a_card_run_and_their_peers_compute_the_same(op, name, capsys):
+    benchmark = small_row(op, name)
+    here = run.Run("cpu", 0.0, Path("unused"), roof=Roof(flops=1e12, bytes=1e11))
+    row = run.timed(op, name, benchmark, torch.bfloat16, here)
+    told = capsys.readouterr().out
+    assert {n for n in benchmark.peers if n not in row["seconds"]} <= {"cuDNN SDPA"}, told
+    assert "computes something else" not in told
+    for part in run.DIRECTIONS:
+        rates, shares = row["derived"][part]["tflops"], row["derived"][part]["share_of_roof"]
+        assert rates.keys() == shares.keys() == row[part].keys() and min(rates.values()) > 0
+        assert set(row[part]) >= set(row["seconds"]) - {"FlexAttention", "BlockMask alone"}
+    if set(benchmark.peers) & set(benchmarks.VARLEN):
+        assert row["derived"]["forward"]["best_peer"]["name"] not in ("reference", "new layout", "BlockMask alone", "vlkernels")
+
+
+def test_names_say_what_is_timed(monkeypatch):
+    monkeypatch.setattr(benchmarks, "_drawn", lambda fill, *shape: torch.empty(0))
+    for name, row in benchmarks.on_a_card().items():
+        if "tables" in name:
+            continue
+        samples, lengths = name.split(",")[0].split(" x ")
+        layout = row.make(InputMaker(torch.bfloat16))["layout"]
+        if ".." not in lengths:
+            assert layout.lengths.unique(dim=0).tolist() == [[int(n) for n in lengths.split(" + ")]], name
+        assert layout.num_samples == int(samples) and row.devices == ("cuda",) and row.dtypes == (torch.bfloat16,)
+
+
+@pytest.mark.parametrize("wrong", ("mask", "scale", "gradient"))
+def test_a_peer_that_computes_something_else_is_not_timed(wrong, capsys):
+    def build(q, k, v, *, layout, mask):
+        if wrong == "mask":
+            mask = vk.SegmentMask.full(2)
+        made = peers.padded(1, q * 1.1 if wrong == "scale" else q, k, v, layout=layout, mask=mask)
+        if wrong == "gradient":
+            return made._replace(call=lambda: [x + made.inputs[0].sum() - made.inputs[0].sum().detach() for x in made.call()])
+        return made
+
+    layout = vk.SegmentLayout([[5, 4], [7, 3]])
+    arguments = {"qkv": torch.randn(19, 3, 2, 8, requires_grad=True), "layout": layout, "mask": vk.SegmentMask.prefix_lm()}
+    benchmark = run.Benchmark(lambda _: arguments, peers={"wrong": peers.rival(build)}, call=vk.attention_qkvpacked)
+    steps = run.variants(benchmark, arguments, run.Run("cpu", 0.0, Path("unused")))
+    assert list(steps) == ["vlkernels"]
+    part = {"gradient": "gradient of q"}.get(wrong, "output")
+    assert f"wrong does not run here: it computes something else: its {part} is off by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batches", (1, 2))
+@pytest.mark.parametrize("name", ("full", "prefix_lm", "causal", "ragged causal"))
+def test_padded_sdpa_serves_every_table_and_any_lengths(name, batches):
+    lengths = [[4, 3]] * 4 if name == "causal" else [[4, 3], [0, 6], [9, 2], [1, 1]]
+    mask = {"full": None, "prefix_lm": vk.SegmentMask.prefix_lm()}.get(name, vk.SegmentMask.causal(2))
+    layout = vk.SegmentLayout(lengths)
+    q, k, v = torch.randn(3, layout.num_tokens, 2, 8).unbind()
+    call, inputs = peers.rival(partial(peers.padded, batches)).prepare(q=q, k=k, v=v, layout=layout, mask=mask)
+    assert len(call()) == len(inputs) / 3 == batches
+
+
+def test_the_work_of_a_table_is_its_visible_pairs():
+    draw = random.Random(0)
+    for _ in range(40):
+        segments, others = draw.randint(1, 3), draw.randint(1, 3)
+        layout = vk.SegmentLayout([[draw.randint(0, 9) for _ in range(segments)] for _ in range(4)])
+        keys = vk.SegmentLayout([[draw.randint(0, 9) for _ in range(others)] for _ in range(4)])
+        mask = vk.SegmentMask([[draw.choice(tuple(CODES)) for _ in range(others)] for _ in range(segments)])
+        assert benchmarks.visible_pairs(layout, keys, mask) == int(mask.dense(layout, keys).sum())
+        own = vk.SegmentMask.causal(segments)
+        assert benchmarks.visible_pairs(layout, None, own) == int(own.dense(layout).sum())
+    qkv = torch.randn(6, 3, 2, 8, dtype=torch.bfloat16)
+    cost = benchmarks.cost(vk.SegmentLayout([[2], [4]]), qkv)
+    assert cost.forward_flops == 4 * 20 * 2 * 8 and cost.backward_flops == 10 * 20 * 2 * 8
+    assert cost.forward_bytes == 4 * 6 * 2 * 8 * 2 and cost.backward_bytes == 2 * cost.forward_bytes
+
+
+@pytest.mark.parametrize("share", (0.25, 0.5, 0.75))
+@pytest.mark.parametrize("samples, longest", ((32, 128), (16, 256), (8, 20)))
+def test_padding_is_the_share_that_the_name_says(share, samples, longest):
+    lengths = [n for (n,) in benchmarks.lengths_with_padding(samples, longest, share)]
+    assert len(lengths) == samples and min(lengths) >= 1 and max(lengths) == longest
+    assert 1 - sum(lengths) / (samples * longest) == share
+    assert len(set(lengths)) > samples / 3
+
+
+def test_rows_on_the_cpu_are_for_the_cpu():
+    rows = run.benchmarks_of(PACKED, "cpu")
+    assert len([name for name in rows if "padding" in name]) == 3
+    assert not set(rows) & set(run.benchmarks_of(PACKED, "cuda")) and not run.benchmarks_of(CROSS, "cpu")
+    arguments = rows["32 x 1..128, 50% padding, H12 K64"].make(InputMaker(torch.float32))
+    layout = arguments["layout"]
+    assert layout.num_tokens * 2 == layout.num_samples * layout.max_seqlen
