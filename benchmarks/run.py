@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", action="append", help="only this op; may be given several times")
     parser.add_argument("--budget-s", type=float, default=2.0, help="seconds of measuring per benchmark and dtype")
-    parser.add_argument("--limit-s", type=float, help=f"start no benchmark after so many seconds; default: {CARD_LIMIT_S} on a card")
+    parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {CARD_LIMIT_S} on a card")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     options = parser.parse_args(arguments)
     on_card = options.device == "cuda"
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(options.device, options.budget_s, options.results, ends=time.monotonic() + limit)
     if on_card:
         run.roof = roof.measure("cuda", torch.bfloat16)
-        print(f"matrix products {run.roof.flops / 1e12:.0f} TFLOP/s in bfloat16, copy {run.roof.bytes / 1e12:.2f} TB/s", flush=True)
+        print(f"bfloat16 products {run.roof.flops / 1e12:.0f} TFLOP/s, copy {run.roof.bytes / 1e12:.2f} TB/s", flush=True)
     else:
         keep_large_blocks()
     chosen = [spec for spec in ops.specs() if not options.op or spec.name in options.op]

@@ -22,7 +22,7 @@ Parts = Mapping[str, Callable[[], object]]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median and the quartiles of ``runs`` measured calls; ``host``: median until the call returned, on a card."""
+    """Seconds per call: median and quartiles of ``runs`` calls; on a card also ``host``: median until the call returned."""
 
     median: float
     low: float

@@ -129,8 +129,8 @@ def test_a_card_is_kept_busy_until_the_call_is_queued(monkeypatch):
 
 def test_parts_are_timed_one_after_the_other_and_summed():
     order = []
-    variants = {"a": {"forward": lambda: order.append("af"), "backward": lambda: order.append("ab")}, "b": {"forward": lambda: None}}
-    timings = timing.interleaved_parts(variants, "cpu", 0.0)
+    both = {"forward": lambda: order.append("af"), "backward": lambda: order.append("ab")}
+    timings = timing.interleaved_parts({"a": both, "b": {"forward": lambda: None}}, "cpu", 0.0)
     assert order[:4] == ["af", "ab", "af", "ab"] and len(order) == 2 * (timing.WARM_UP_ROUNDS + timing.FEWEST_ROUNDS)
     assert timings["a"].keys() == {"forward", "backward", "total"} and timings["b"].keys() == {"forward", "total"}
     assert timings["a"]["total"].low >= max(timings["a"][part].low for part in ("forward", "backward"))
@@ -145,7 +145,8 @@ def test_clocks_and_power_are_read_while_numbers_are_taken():
                 break
             time.sleep(0.01)
         taken = card.take()
-        assert taken["sm_mhz"] == [1800, 1890, 1980] and taken["power_w"] == [690.5, 695, 699.5] and taken["celsius"] == [61, 62, 63]
+        assert taken["sm_mhz"] == [1800, 1890, 1980] and taken["celsius"] == [61, 62, 63]
+        assert taken["memory_mhz"] == [3201] * 3 and taken["power_w"] == [690.5, 695, 699.5]
         assert card.take() is None
     assert card._process.returncode is not None
     with CardLog(("no-such-program",)) as card:
@@ -157,7 +158,8 @@ def test_the_provenance_of_a_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = provenance.provenance("cuda")
-    assert found["device"] == "NVIDIA H200" and found["arch"] == "sm_90" and found["peers"].keys() == set(provenance.PEER_PACKAGES)
+    assert found["device"] == "NVIDIA H200" and found["arch"] == "sm_90"
+    assert found["peers"].keys() == set(provenance.PEER_PACKAGES)
     command = CardLog()._command
     assert command[:2] == ("nvidia-smi", "--id=GPU-4d2")
     assert "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu" in command

@@ -1,4 +1,4 @@
-"""impl="flash": tables as calls of a variable-length kernel; a plain-PyTorch library with the same contract stands in for it."""
+"""impl="flash": tables as calls of a variable-length kernel; a library in plain PyTorch stands in for it."""
 
 import inspect
 import random
@@ -42,7 +42,8 @@ def draw_call(seed):
         keys = kv_layout = draw_layout(draw, draw.choice((samples, 3)), draw.randint(1, 2))
     if keys.num_samples != samples or draw.random() < 0.2:
         kv_index = torch.tensor([draw.randrange(keys.num_samples) for _ in range(samples)], dtype=torch.int32)
-    usual = [vk.SegmentMask.full(segments), vk.SegmentMask.causal(segments), vk.SegmentMask.block_diagonal([1] * segments), None]
+    usual = [None, vk.SegmentMask.full(segments), vk.SegmentMask.causal(segments)]
+    usual += [vk.SegmentMask.block_diagonal([1] * segments)]
     usual += [vk.SegmentMask.prefix_lm()] if segments == 2 else []
     table = [
         [draw.choice(CELLS if kv_layout or q == k else CELLS[:2]) for k in range(keys.num_segments)] for q in range(segments)
@@ -83,11 +84,11 @@ def expressible(options):
     return True
 
 
-EXPRESSIBLE = [seed for seed in range(160) if expressible(draw_call(seed)[1])]
+EXPRESSIBLE = [seed for seed in range(120) if expressible(draw_call(seed)[1])]
 
 
 def test_both_kinds_of_tables_are_drawn():
-    assert 80 < len(EXPRESSIBLE) < 150
+    assert 60 < len(EXPRESSIBLE) < 110
 
 
 @pytest.mark.parametrize("seed", EXPRESSIBLE)
@@ -164,7 +165,7 @@ REFUSED = {
     "causal first": (
         [["full", "full"], ["causal", "full"]],
         False,
-        "it serves causal segments at the end of what is seen, query segment 1 sees more after one",
+        "it serves a causal segment as the last one seen, query segment 1 sees more after one",
     ),
     "full and causal across": (
         [["full", "causal"]],
@@ -215,7 +216,8 @@ def test_what_this_library_cannot_is_refused():
     message = "old varlen_attn takes as many heads of k as of q in this version"
     assert flash.refusal(facts(grouped=True), plain) == message and flash.refusal(facts(), plain) is None
     library = flash_libraries.torch_varlen()
-    assert "use_deterministic_algorithms(True) only: pass deterministic=False" in flash.refusal(facts(deterministic=True), library)
+    reason = flash.refusal(facts(deterministic=True), library)
+    assert reason.endswith("under torch.use_deterministic_algorithms(True) only: pass deterministic=False")
     torch.use_deterministic_algorithms(True)
     try:
         assert flash.refusal(facts(deterministic=True), library) is None

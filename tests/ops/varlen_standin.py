@@ -6,7 +6,7 @@ from vlkernels.ops.attention.flash_libraries import Library
 
 
 class Standin:
-    """What flash-attn promises, sample by sample: ends aligned, grouped heads, lse without gradient; rows of nobody hold NaN."""
+    """Sample by sample: ends aligned, grouped heads, lse without a gradient; rows of nobody hold NaN, also in gradients."""
 
     def __init__(self):
         self.calls = []

@@ -22,7 +22,9 @@ CPU_DTYPES = (torch.float32, torch.bfloat16)
 CARD_DTYPES = (torch.bfloat16,)
 
 
-def _rows(lengths: Lengths, heads: int, width: int, mask: SegmentMask | None = None, **options: Any) -> Callable[..., Arguments]:
+def _rows(
+    lengths: Lengths, heads: int, width: int, mask: SegmentMask | None = None, **options: Any
+) -> Callable[[InputMaker], Arguments]:
     def make(fill: InputMaker) -> Arguments:
         layout = fill.layout(lengths)
         qkv = _drawn(fill, layout.num_tokens, 3, heads, width)

@@ -1,7 +1,7 @@
 """impl "flash": other people's variable-length kernels, one call for each group of query segments that sees one run of keys.
 
-Every call is a composite of differentiable parts: rows of a group are taken, attended to by the library, and put back. A group that
-is a whole packed stream is read where it lies. Lengths are read on the device alone.
+A call is a composite of differentiable parts: the rows of a group are taken, the library attends, its rows are put back. A
+group that is a whole packed stream is read where it lies. Lengths are read on the device alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vlkernels.ops.attention.flash_libraries import Library
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM = 256
+SHARED = "gradients of keys that several samples read add up in any order"
 
 Codes = tuple[tuple[int, ...], ...]
 
@@ -56,8 +57,8 @@ def refusal(facts: Mapping[str, Any], library: Library | None = None) -> str | N
     if facts["grouped"] and not library.grouped_heads:
         return f"{library.name} takes as many heads of k as of q in this version"
     if facts["deterministic"]:
-        unsteady = library.unsteady() or (facts["shared_keys"] and "gradients of keys that several samples read add up in any order")
-        if unsteady:
+        unsteady = library.unsteady() or (SHARED if facts["shared_keys"] else None)
+        if unsteady is not None:
             return f"{unsteady}: pass deterministic=False"
     try:
         groups(facts["table"], facts["aligned"])
@@ -89,7 +90,7 @@ def _group(segment: int, row: Sequence[int], aligned: bool) -> Group | None:
     if seen != list(range(first, last + 1)):
         raise Inexpressible(f"it serves segments that see one run of keys, query segment {segment} sees key segments {seen}")
     if CAUSAL in row[:last]:
-        raise Inexpressible(f"it serves causal segments at the end of what is seen, query segment {segment} sees more after one")
+        raise Inexpressible(f"it serves a causal segment as the last one seen, query segment {segment} sees more after one")
     causal = row[last] == CAUSAL
     if causal and first != last and not aligned:
         raise Inexpressible(f"in another stream query segment {segment} may see full segments or one causal segment, not both")
@@ -132,7 +133,7 @@ def attention(
 
 
 class Rows(NamedTuple):
-    """Rows of a stream that a call reads: ``rows`` (None: all, as they lie; -1 past the last one) of samples at ``cu_seqlens``."""
+    """What a call reads of a stream: ``rows`` (None: all, as they lie; -1 past the last one), its samples at ``cu_seqlens``."""
 
     rows: Tensor | None
     cu_seqlens: Tensor
@@ -171,7 +172,9 @@ def _calls(layout: SegmentLayout, mask: SegmentMask | None, kv_layout: SegmentLa
     return kept[mask, kv_layout]
 
 
-def _new_calls(layout: SegmentLayout, mask: SegmentMask | None, kv_layout: SegmentLayout | None, kv_index: Tensor | None) -> Calls:
+def _new_calls(
+    layout: SegmentLayout, mask: SegmentMask | None, kv_layout: SegmentLayout | None, kv_index: Tensor | None
+) -> Calls:
     keys, aligned = layout if kv_layout is None else kv_layout, kv_layout is None and kv_index is None
     table = full_table(layout, keys) if mask is None else mask.codes
     made = (_call(group, layout, keys, kv_index, aligned) for group in groups(table, aligned))
@@ -194,7 +197,9 @@ def _spare(layout: SegmentLayout) -> Tensor:
     return (rows >= layout.lengths.sum()).view(-1, 1, 1)
 
 
-def _call(group: Group, layout: SegmentLayout, keys: SegmentLayout, kv_index: Tensor | None, aligned: bool) -> VarlenCall | None:
+def _call(
+    group: Group, layout: SegmentLayout, keys: SegmentLayout, kv_index: Tensor | None, aligned: bool
+) -> VarlenCall | None:
     queries = _rows(layout, group.queries, None)
     seen = _rows(keys, range(group.first, group.last + 1), kv_index)
     if not queries.longest or not seen.longest:

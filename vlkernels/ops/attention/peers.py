@@ -1,7 +1,7 @@
 """Other people's ways to attend over packed samples, each in the form it likes best.
 
-What a peer needs before its call (padding, sorting, masks, compiling) is done before the clock starts. Every peer shows first that it
-computes the same: its output and gradients are compared with those of ``vk.attention``.
+What a peer needs before its call (padding, sorting, masks, compiling) is done before the clock starts. Every peer shows first
+that it computes the same: its output and gradients are compared with those of ``vk.attention``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from vlkernels.ops.attention import flash, functional
 from vlkernels.ops.attention.bias import RelativeBias
 from vlkernels.ops.attention.flash_libraries import Library
 
-# Difference from ours as a share of the norm, of a row of the output and of a whole gradient: roundings pass, another mask does not.
+# Difference from ours as a share of our norm, for each row of the output and for each gradient as a whole: roundings pass,
+# another mask does not.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
 
@@ -69,7 +70,7 @@ def _streams(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor, Arguments]:
 
 
 def _check_equal(made: Prepared, ours: Callable[..., Tensor], qkv: Sequence[Tensor], options: Arguments) -> None:
-    """Raise ``ValueError`` unless output and gradients are ours; gradients of a peer that cannot be trained are not looked at."""
+    """Raise ``ValueError`` unless the output is ours and, of a peer that can be trained, the gradients."""
     queries, keys = options["layout"], options.get("kv_layout") or options["layout"]
     leaves = [x.clone().requires_grad_() for x in qkv]
     expected, actual = ours(*leaves), made.packed(made.call(), queries)
@@ -121,7 +122,7 @@ def padded(
     rows = [(_padded_rows(layout, samples), _padded_rows(keys, samples)) for samples in order]
     parts = [[_padded(x, pair[side]) for pair in rows] for x, side in ((q, 0), (k, 1), (v, 1))]
     masks = [_dense_mask(layout, keys, mask, samples) for samples in order]
-    is_causal = relative_bias is None and mask == SegmentMask.causal(layout.num_segments) and int(sizes.min()) == int(sizes.max())
+    is_causal = mask == SegmentMask.causal(layout.num_segments) and int(sizes.min()) == int(sizes.max())
     biases = [] if relative_bias is None else [_dense_bias(relative_bias, pair, q.dtype) for pair in rows]
 
     def attend() -> list[Tensor]:
