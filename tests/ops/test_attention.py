@@ -10,6 +10,7 @@ import vlkernels as vk
 from vlkernels.core import dispatch, native, random as generator
 from vlkernels.core.mask import CODES
 from vlkernels.ops.attention import reference
+from vlkernels.ops.attention.tile_kernels import STEP_SCORES
 from vlkernels.ops.attention.tiles import visible_blocks
 from vlkernels.testing.error_rule import assert_close
 
@@ -231,7 +232,8 @@ def test_padded_layout_attends_inside_padded_tensors():
 
 
 def test_samples_longer_than_a_step():
-    layout = vk.SegmentLayout([[300, 140]])
+    layout = vk.SegmentLayout([[40, 400]])
+    assert 400 * 440 * 4 > STEP_SCORES
     q, k, v = torch.randn(3, 440, 4, 8, requires_grad=True).unbind()
     bias = torch.randn(1, 4, 440, 440, requires_grad=True)
     inputs, cotangent = (q, k, v, bias), torch.randn(440, 4, 8)

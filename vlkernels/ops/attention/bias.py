@@ -59,7 +59,7 @@ class RelativeBias:
         >>> expected = torch.nn.functional.scaled_dot_product_attention(*last, attn_mask=dense)
         >>> torch.testing.assert_close(out[3:], expected.transpose(0, 1))
 
-    The buckets are those of T5 (Raffel et al., 2020), rounded in float32 as PyTorch does on a CPU. With LayoutLMv2's three
+    The buckets are those of T5 (Raffel et al., 2020), rounded in float32, the same on every device. With LayoutLMv2's three
     coordinates (position, x, y) they are its spatial bias; LayoutLMv3 divides the same by ``sqrt(K)``, which is ``scale``.
 
     The tables are read when the object is made: make it in the forward pass, one for all layers, which then share one
