@@ -126,6 +126,7 @@ def test_what_is_interpreted_is_what_a_hopper_card_runs(monkeypatch, dtype, drop
     qkv = torch.randn(9, 3, 1, 64, dtype=dtype, requires_grad=True)
     options = {"layout": vk.SegmentLayout([[4, 5]]), "dropout_p": dropout_p, "rng": vk.Rng(0)}
     vk.attention_qkvpacked(qkv, **options, impl="triton").sum().backward()
+    launched = [launch for launch in launched if "QUERIES" in launch.constants]  # without those of the work lists
     assert len(launched) == len(tile_sizes.KERNELS)
     for launch, kernel in zip(launched, tile_sizes.KERNELS):
         wanted = tile_sizes.tile_sizes(kernel, dtype, 64, dropout_p > 0, 90)
