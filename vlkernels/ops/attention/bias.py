@@ -36,7 +36,8 @@ class Buckets(NamedTuple):
 
     def of(self, distance: Tensor) -> Tensor:
         """int64: the bucket of every distance."""
-        borders = torch.tensor(_borders(self.per_direction, self.max_distance), device=distance.device)
+        borders = torch.tensor(_borders(self.per_direction, self.max_distance), device="cpu")
+        borders = borders.to(distance.device, non_blocking=True)
         steps = distance.abs() if self.bidirectional else distance.neg().clamp(min=0)
         bucket = torch.bucketize(steps, borders, right=True)
         return bucket + (distance > 0) * self.per_direction if self.bidirectional else bucket
