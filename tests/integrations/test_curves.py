@@ -52,7 +52,10 @@ def clip() -> nn.Module:
     return T.CLIPModel(T.CLIPConfig(text_config=text, vision_config=dict(IMAGE, projection_dim=16), projection_dim=16))
 
 
-def curve(build: Callable[[], nn.Module], batch: Callable[[torch.Generator], dict[str, Any]], implementation: str) -> Iterator[float]:
+Batch = Callable[[torch.Generator], dict[str, Any]]
+
+
+def curve(build: Callable[[], nn.Module], batch: Batch, implementation: str) -> Iterator[float]:
     torch.manual_seed(0)
     model = build().train()
     keys = list(model.state_dict())

@@ -30,7 +30,8 @@ def formula(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[1:]).tril(scores.shape[2] - scores.shape[1]).bool(), -torch.inf)
+        before = torch.ones(scores.shape[1:]).tril(scores.shape[2] - scores.shape[1]).bool()
+        scores = scores.masked_fill(~before, -torch.inf)
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     return torch.einsum("hqk,khd->qhd", weights, v), scores.logsumexp(-1)
@@ -54,7 +55,8 @@ def test_varlen(causal, scale):
     torch.testing.assert_close(lse, expected_lse)
     assert probabilities is None
     weights = torch.randn_like(out)
-    for found, true in zip(torch.autograd.grad((out * weights).sum(), tensors), torch.autograd.grad((expected * weights).sum(), tensors)):
+    grads = (torch.autograd.grad((x * weights).sum(), tensors) for x in (out, expected))
+    for found, true in zip(*grads):
         torch.testing.assert_close(found, true)
 
 
@@ -73,7 +75,7 @@ def test_qkv_in_one_tensor(causal):
     q, k, v = qkv.unbind(1)
     expected = flash_attn_varlen_func(q, k, v, lengths, lengths, max(QUERIES), max(QUERIES), causal=causal)
     torch.testing.assert_close(out, expected)
-    (found,), (true,) = torch.autograd.grad(out.square().sum(), qkv), torch.autograd.grad(expected.square().sum(), qkv)
+    (found,), (true,) = (torch.autograd.grad(x.square().sum(), qkv) for x in (out, expected))
     torch.testing.assert_close(found, true)
 
 
@@ -91,7 +93,8 @@ def test_batched(keys, causal):
 def test_dropout_drops():
     tensors = packed()
     lengths = bounds(QUERIES), bounds(KEYS), max(QUERIES), max(KEYS)
-    assert not torch.equal(flash_attn_varlen_func(*tensors, *lengths, dropout_p=0.5), flash_attn_varlen_func(*tensors, *lengths))
+    dropped, whole = (flash_attn_varlen_func(*tensors, *lengths, dropout_p=p) for p in (0.5, 0.0))
+    assert not torch.equal(dropped, whole)
 
 
 def test_signatures_are_flash_attns():
@@ -129,7 +132,8 @@ def test_lengths_that_do_not_fit():
 def test_layers_share_one_layout_which_dies_with_its_lengths(monkeypatch):
     made = []
     own = vk.SegmentLayout.from_cu_seqlens.__func__
-    monkeypatch.setattr(vk.SegmentLayout, "from_cu_seqlens", classmethod(lambda cls, *a, **k: made.append(1) or own(cls, *a, **k)))
+    counted = classmethod(lambda cls, *a, **k: made.append(1) or own(cls, *a, **k))
+    monkeypatch.setattr(vk.SegmentLayout, "from_cu_seqlens", counted)
     q, lengths = packed()[0], bounds(QUERIES)
     for _ in range(3):
         flash_attn_varlen_func(q, q, q, lengths, lengths, max(QUERIES), max(QUERIES))

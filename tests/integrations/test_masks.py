@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import vlkernels as vk
-from tests.integrations.tiny_models import TEXT, holes, ids, labels, left, redrawn, right, transformers
+from tests.integrations.tiny_models import LLAMA, TEXT, holes, ids, labels, left, redrawn, right, transformers
 from vlkernels.integrations import padded
 from vlkernels.integrations.transformers import attention_forward, attention_mask
 
 masking_utils = pytest.importorskip("transformers.masking_utils")
-LLAMA = dict(TEXT, num_key_value_heads=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -149,7 +148,8 @@ def test_position_bias_causality_and_padding_together(mask, causal):
 # 6. Other arguments: those that change nothing pass, the others are refused.
 def test_arguments_that_would_be_left_out_are_refused():
     q, k, v = qkv()
-    attention_forward(module(), q, k, v, None, softcap=None, output_attentions=False, use_cache=True, position_ids=torch.arange(6))
+    harmless = {"softcap": None, "output_attentions": False, "use_cache": True, "position_ids": torch.arange(6)}
+    attention_forward(module(), q, k, v, None, **harmless)
     for more, message in (
         ({"softcap": 30.0}, "does not serve softcap"),
         ({"output_attentions": True}, "stores no probabilities for output_attentions=True"),
@@ -222,6 +222,21 @@ def test_a_mask_that_must_be_there_is_there():
     assert mask_of(config, attention_mask=None, allow_is_causal_skip=False).shape == (3, 1, 11, 11)
 
 
+@pytest.mark.parametrize("offset", [0, 3, torch.tensor(3)])
+def test_the_empty_places_of_a_static_cache_are_not_seen(offset):
+    sizes = {"batch_size": 3, "q_length": 4, "kv_length": 20, "q_offset": offset}
+    own = masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    assert torch.equal(attention_mask(**sizes, mask_function=masking_utils.causal_mask_function), own)
+
+
+def test_other_patterns_are_masks_by_pairs():
+    def own(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (k % 2 == 0)
+
+    sizes = {"batch_size": 3, "q_length": 6, "kv_length": 6, "mask_function": own}
+    assert torch.equal(attention_mask(**sizes), masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False))
+
+
 def test_packed_position_ids():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0]]).expand(3, -1)
     same_as_sdpa(llama(), input_ids=ids(), position_ids=positions)
@@ -263,7 +278,8 @@ def test_generation(cache):
 
 
 def test_generation_with_cross_attention_and_position_bias():
-    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    sizes = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
     model, texts = redrawn(transformers.T5ForConditionalGeneration(config)).double(), []
     for implementation in ("sdpa", "vlkernels"):
         model.set_attn_implementation(implementation)
@@ -273,8 +289,8 @@ def test_generation_with_cross_attention_and_position_bias():
 
 # One forward makes what its layers share once.
 def test_layers_share_what_is_made_from_a_mask(monkeypatch):
-    made = []
-    monkeypatch.setattr(padded.Padding, "__init__", lambda self, real, own=padded.Padding.__init__: made.append(1) or own(self, real))
+    made, own = [], padded.Padding.__init__
+    monkeypatch.setattr(padded.Padding, "__init__", lambda self, real: made.append(1) or own(self, real))
     for model in (bert(), llama()):
         model.set_attn_implementation("vlkernels")
         made.clear()

@@ -87,7 +87,8 @@ def test_equals_the_formula(kind, queries, causal, bias, lengths_known_on):
     torch.testing.assert_close(out * read, expected * read)
     weights = torch.randn_like(expected) * read
     wanted = [t for t in tensors if t is not None]
-    for found, true in zip(torch.autograd.grad((out * weights).sum(), wanted), torch.autograd.grad((expected * weights).sum(), wanted)):
+    grads = (torch.autograd.grad((x * weights).sum(), wanted) for x in (out, expected))
+    for found, true in zip(*grads):
         torch.testing.assert_close(found, true)
 
 
@@ -133,7 +134,7 @@ def test_padding_is_not_read():
 def test_nothing_waits_for_the_device(queries, causal, monkeypatch):
     # Nothing without data may outlive this test.
     monkeypatch.setattr(padded, "CAUSAL", vk.SegmentMask.causal())
-    monkeypatch.setattr(padded, "_kept_whole_layout", padded._new_whole_layout)
+    monkeypatch.setattr(padded, "whole_layout", padded._new_whole_layout)
 
     def call(q, k, v, real):
         return attend(q, k, v, padding=Padding(real), causal=causal)
@@ -178,12 +179,13 @@ def test_what_is_made_from_a_mask_is_shared_and_dies_with_it():
     assert len(padded._made) == before - 1
 
 
-def test_a_mask_first_met_in_inference_mode_serves_training():
-    mask = mask_of("right")
-    tensors = inputs(L, L, None)[:3]
+@pytest.mark.parametrize("bias", [None, "shared"])
+@pytest.mark.parametrize("kind", ["right", "many-holes"])
+def test_a_mask_first_met_in_inference_mode_serves_training(kind, bias):
+    mask, (q, k, v, added) = mask_of(kind), inputs(L, L, bias)
     with torch.inference_mode():
-        attend(*tensors, padding=padded.kept(mask, "padding", lambda: Padding(mask)))
-    attend(*tensors, padding=padded.kept(mask, "padding", lambda: Padding(mask))).sum().backward()
+        attend(q, k, v, padding=padded.kept(mask, "padding", lambda: Padding(mask)), bias=added)
+    attend(q, k, v, padding=padded.kept(mask, "padding", lambda: Padding(mask)), bias=added).sum().backward()
     with torch.inference_mode():
-        own = mask_of("left")
-        attend(*tensors, padding=padded.kept(own, "padding", lambda: Padding(own)))
+        own = mask_of(kind)
+        attend(q, k, v, padding=padded.kept(own, "padding", lambda: Padding(own)), bias=added)

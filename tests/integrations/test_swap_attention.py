@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import vlkernels as vk
+from tests.integrations.comparing import assert_same, attention_calls, cast, floats, gradients
 from tests.integrations.tiny_models import IMAGE, TEXT, WIDTH, boxes, ids, left, pixels, redrawn, right, transformers
 from vlkernels.testing import error_rule
 
@@ -106,7 +107,8 @@ def _layoutlm(kind: str, **more: Any) -> Any:
 
 def _lxmert() -> nn.Module:
     layers = dict(l_layers=2, r_layers=1, x_layers=1)
-    return T.LxmertModel(T.LxmertConfig(**{k: v for k, v in TEXT.items() if k != "num_hidden_layers"}, **layers, visual_feat_dim=20))
+    text = {name: value for name, value in TEXT.items() if name != "num_hidden_layers"}
+    return T.LxmertModel(T.LxmertConfig(**text, **layers, visual_feat_dim=20))
 
 
 def _lxmert_inputs() -> dict[str, Any]:
@@ -127,8 +129,8 @@ def _blip(cls: Any) -> nn.Module:
 
 
 def _flava() -> nn.Module:
-    parts = dict(text_config=dict(TEXT), image_config=dict(IMAGE), multimodal_config=dict(WIDTH), projection_dim=16, hidden_size=32)
-    return T.FlavaModel(T.FlavaConfig(**parts))
+    parts = dict(text_config=dict(TEXT), image_config=dict(IMAGE), multimodal_config=dict(WIDTH))
+    return T.FlavaModel(T.FlavaConfig(**parts, projection_dim=16, hidden_size=32))
 
 
 FAMILIES = [
@@ -143,7 +145,8 @@ FAMILIES = [
     Family("layoutlmv3-no-bias", lambda: _layoutlm("v3", has_relative_attention_bias=False),
            _text(left, bbox=boxes, pixel_values=pixels), 2),
     Family("lxmert", _lxmert, _lxmert_inputs, 2 + 1 + 3, calls=2 + 1 + 4),
-    Family("visual-bert", lambda: T.VisualBertModel(T.VisualBertConfig(**TEXT, visual_embedding_dim=20)), _visual_bert_inputs, 2),
+    Family("visual-bert", lambda: T.VisualBertModel(T.VisualBertConfig(**TEXT, visual_embedding_dim=20)),
+           _visual_bert_inputs, 2),
     Family("blip", lambda: _blip(T.BlipModel), _text(pixel_values=pixels, return_loss=lambda: True), 2 + 4, calls=2 + 2),
     Family("blip-matching", lambda: _blip(T.BlipForImageTextRetrieval), _text(pixel_values=pixels), 2 + 4),
     Family("blip-caption", lambda: _blip(T.BlipForConditionalGeneration), _text(pixel_values=pixels, labels=ids), 2 + 4),
@@ -151,22 +154,11 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-def floats(output: Any) -> dict[str, Tensor]:
-    return {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
-
-
 def run(model: nn.Module, family: Family) -> tuple[dict[str, Tensor], int]:
-    inputs = {k: v.to(model.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in family.inputs().items()}
     torch.manual_seed(4)  # ViLT draws its patches
-    exactly = _in_float64() if family.name.startswith("layoutlmv2") and model.dtype == torch.float64 else contextlib.nullcontext()
-    with exactly, vk.recorded() as served:
-        return floats(model(**inputs)), len([op for op, _ in served if op.startswith("attention")])
-
-
-def gradients(model: nn.Module, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.zero_grad()
-    sum((v * draw(*v.shape, seed=9)).sum() for v in outputs.values() if v.requires_grad).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    inexact = family.name.startswith("layoutlmv2") and model.dtype == torch.float64
+    with _in_float64() if inexact else contextlib.nullcontext(), vk.recorded() as served:
+        return floats(model(**cast(family.inputs(), model.dtype))), len(attention_calls(served))
 
 
 def built(family: Family, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
@@ -185,13 +177,9 @@ def test_outputs_and_gradients_are_eagers(family, monkeypatch):
     assert len(report.swapped) == family.modules and report.left == (), str(report)
     actual, calls = run(model, family)
     assert (none, calls) == (0, family.calls or family.modules)
-    for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    found = gradients(model, actual)
-    assert found.keys() == expected_gradients.keys() and list(model.state_dict()) == keys
-    for name, gradient in found.items():
-        scale = max(1.0, float(expected_gradients[name].abs().max()))
-        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same(actual, expected)
+    assert_same(gradients(model, actual), expected_gradients)
+    assert list(model.state_dict()) == keys
     assert vk.integrations.swap.unswap(model) == family.modules
     assert run(model, family)[1] == 0
 
@@ -237,7 +225,7 @@ def test_blip_generates_the_same_text():
     model = redrawn(_blip(T.BlipForConditionalGeneration)).double()
     texts = []
     for _ in range(2):
-        texts.append(model.generate(pixel_values=pixels().double(), input_ids=ids(4), max_new_tokens=8, do_sample=False))
+        texts.append(model.generate(pixels().double(), ids(4), max_new_tokens=8, do_sample=False))
         vk.integrations.transformers.swap_attention(model)
     assert torch.equal(*texts)
 

@@ -1,4 +1,4 @@
-"""The functions of flash-attn under their own names, over ``vk.attention``: any dtype it knows, CPU and CUDA, differentiable lse.
+"""The functions of flash-attn under their own names, over ``vk.attention``: its dtypes, CPU and CUDA, differentiable lse.
 
 What is not served raises one line. Rows that see nothing give 0, and lse -inf.
 """

@@ -1,4 +1,4 @@
-"""Attention over padded ``[B, H, L, K]`` tensors, as model code calls it: the padding is told to ``vk.attention`` as a layout."""
+"""Attention over padded ``[B, H, L, K]`` tensors, as model code calls it; the padding becomes a layout."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Padding:
         """
         if torch.compiler.is_compiling():
             return None
-        if self.real.device.type != "cpu" and (not needed or _is_captured(self.real)):
+        if self.real.device.type != "cpu" and (not needed or _is_captured(self.real.device)):
             return None
         return self._segments
 
@@ -137,7 +137,7 @@ def _whole(batch: int, queries: int, keys: int, causal: bool, device: torch.devi
 
 def whole_layout(batch: int, length: int, device: torch.device) -> SegmentLayout:
     """``[B, L]`` tensors without padding; kept, so that calls of one shape share what is made from it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_captured(device):
         return _new_whole_layout(batch, length, device)
     return _kept_whole_layout(batch, length, device)
 
@@ -181,9 +181,9 @@ def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
-def _is_captured(tensor: Tensor) -> bool:
-    """A captured graph is replayed with other masks in the same tensors: it must make everything from them itself."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_captured(device: torch.device) -> bool:
+    """A captured graph is replayed with other masks in the same tensors: it makes everything itself, and leaves nothing."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -191,9 +191,7 @@ _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def kept(source: Tensor, name: Hashable, make: Callable[[], Made]) -> Made:
     """``make()``, kept while ``source`` lives unchanged: the layers of a model share what is made from one mask."""
-    if torch.compiler.is_compiling() or source.is_inference() or source.requires_grad:
-        return make()
-    if _is_captured(source):
+    if torch.compiler.is_compiling() or source.is_inference() or source.requires_grad or _is_captured(source.device):
         return make()
     version, made = _made.get(source, (None, None))
     if version != source._version:

@@ -1,4 +1,4 @@
-"""Attention modules of transformers that call no registry, with ``vk.attention`` in their place; nothing here imports transformers.
+"""Attention modules of transformers that call no registry, over ``vk.attention``; nothing here imports transformers.
 
 A class here is a ``forward`` for the module of the same parameters; :func:`replacement` joins the two into a class that a live
 module can take.
@@ -54,8 +54,9 @@ class LayoutLMv2:
     ) -> tuple[Tensor, None]:
         refuse(others)
         q, k, v = (_heads(self, x) for x in self.compute_qkv(hidden_states))
-        biases = (rel_pos if self.has_relative_attention_bias else None, rel_2d_pos if self.has_spatial_attention_bias else None)
-        return _attend(self, q, k, v, attention_mask, _sum(*biases)), None
+        near = rel_pos if self.has_relative_attention_bias else None
+        bias = _sum(near, rel_2d_pos if self.has_spatial_attention_bias else None)
+        return _attend(self, q, k, v, attention_mask, bias), None
 
 
 class LayoutLMv3:
