@@ -32,11 +32,13 @@ def gradients(model: nn.Module, outputs: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The float64 tensors differ by rounding alone: 1e-9 of the largest entry, or of 1."""
+    """Tensors of float64 models differ by rounding alone: 1e-9 of the largest entry, or of 1; two ulps where a model takes its
+    loss to float32.
+    """
     assert found.keys() == expected.keys()
     for name, value in found.items():
         true = expected[name].detach()
-        assert value.shape == true.shape and value.dtype == true.dtype == torch.float64, name
+        assert value.shape == true.shape and value.dtype == true.dtype, name
         scale = max(1.0, float(true.abs().max()))
         difference = float((value.detach() - true).abs().max()) / scale
-        assert difference <= 1e-9, f"{name}: {difference:.1e} of {scale:.1e}"
+        assert difference <= max(1e-9, 2 * torch.finfo(value.dtype).eps), f"{name}: {difference:.1e} of {scale:.1e}"
