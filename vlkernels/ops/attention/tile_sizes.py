@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-KERNELS = ("forward", "query_gradient", "key_gradient", "shared_gradient", "distance_gradient")
+KERNELS = ("forward", "query_gradient", "key_gradient")
+BIAS_KERNELS = (*KERNELS, "shared_gradient", "distance_gradient")
 MOST_HEAD_DIM = 256
 
 
@@ -24,9 +25,9 @@ class TileSizes(NamedTuple):
 
 # By the width a head is padded to (64: up to 64), for forward, query_gradient, key_gradient.
 HALF = {
-    64: (TileSizes(128, 64, 8, 3), TileSizes(128, 64, 8, 2), TileSizes(64, 128, 8, 2), TileSizes(64, 64, 4, 2), TileSizes(64, 64, 4, 2)),
-    128: (TileSizes(128, 64, 8, 2), TileSizes(128, 64, 8, 2), TileSizes(64, 64, 8, 2), TileSizes(64, 64, 4, 2), TileSizes(64, 64, 4, 2)),
-    256: (TileSizes(64, 64, 8, 2), TileSizes(64, 32, 8, 2), TileSizes(32, 32, 8, 2), TileSizes(32, 32, 8, 2), TileSizes(32, 32, 8, 2)),
+    64: (TileSizes(128, 64, 8, 3), TileSizes(128, 64, 8, 2), TileSizes(64, 128, 8, 2)),
+    128: (TileSizes(128, 64, 8, 2), TileSizes(128, 64, 8, 2), TileSizes(64, 64, 8, 2)),
+    256: (TileSizes(64, 64, 8, 2), TileSizes(64, 32, 8, 2), TileSizes(32, 32, 8, 2)),
 }
 # Products in float32 without tensor cores keep both factors in registers.
 SINGLE = {
@@ -49,6 +50,26 @@ EXCEPTIONS = {
     ("query_gradient", 256, True, 100): TileSizes(32, 32, 8, 2),
     **{(kernel, 256, dropout, 86): TileSizes(32, 32, 8, 1) for kernel in KERNELS for dropout in (False, True)},
 }
+# With a bias, for forward, query_gradient, key_gradient, shared_gradient, distance_gradient: its pointers take registers, and
+# the values of a tile pass through shared memory. Tables of up to four coordinates, dropout or not.
+BIASED = {
+    64: (
+        TileSizes(128, 64, 8, 2), TileSizes(64, 64, 8, 2), TileSizes(32, 64, 8, 2), TileSizes(64, 64, 8, 2),
+        TileSizes(64, 32, 8, 2),
+    ),
+    128: (
+        TileSizes(128, 32, 8, 2), TileSizes(64, 32, 8, 2), TileSizes(16, 64, 8, 2), TileSizes(64, 64, 8, 2),
+        TileSizes(64, 32, 8, 2),
+    ),
+    256: (TileSizes(32, 32, 8, 2),) * len(BIAS_KERNELS),
+}  # fmt: skip
+# (kernel, width, family of the architecture), as above.
+BIASED_EXCEPTIONS = {
+    ("forward", 64, 100): TileSizes(128, 32, 8, 2),
+    ("shared_gradient", 128, 100): TileSizes(64, 32, 8, 2),
+    **{(kernel, width, 86): TileSizes(32, 32, 4, 2) for kernel in BIAS_KERNELS for width in (64, 128)},
+    **{(kernel, 256, 86): TileSizes(32, 32, 8, 1) for kernel in BIAS_KERNELS},
+}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -56,12 +77,17 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile_sizes(kernel: str, dtype: torch.dtype, head_dim: int, dropout: bool, architecture: int) -> TileSizes:
+def tile_sizes(
+    kernel: str, dtype: torch.dtype, head_dim: int, dropout: bool, architecture: int, biased: bool = False
+) -> TileSizes:
     """What ``kernel`` runs with on ``architecture`` (90 is sm_90)."""
     width = max(64, padded_head_dim(head_dim))
     if dtype == torch.float32:
         return SINGLE[width]
-    return EXCEPTIONS.get((kernel, width, dropout, family(architecture)), HALF[width][KERNELS.index(kernel)])
+    card = family(architecture)
+    if biased:
+        return BIASED_EXCEPTIONS.get((kernel, width, card), BIASED[width][BIAS_KERNELS.index(kernel)])
+    return EXCEPTIONS.get((kernel, width, dropout, card), HALF[width][KERNELS.index(kernel)])
 
 
 def family(architecture: int) -> int:

@@ -278,7 +278,8 @@ def key_gradient_kernel(
             run = begin, run_end, fixed, slope, origin
             draw = key0, key1, stream, head, identity, first - key_origin, threshold
             bias = bias_base, samples, bias_sample, bias_head, bias_row, radius
-            bias = open_bias(bias, head, begin, key_origin, end, own, coordinates, BIAS)
+            some_query = tl.maximum(run_end - 1, 0)
+            bias = open_bias(bias, head, some_query, key_origin, end, own, coordinates, BIAS)
             start = tl.minimum(fixed, tl.maximum(begin, first - slope))
             masked = tl.minimum(fixed, tl.maximum(begin, last - slope)) - start
             unmasked = tl.minimum(run_end, start + (masked + (QUERIES - 1)) // QUERIES * QUERIES)

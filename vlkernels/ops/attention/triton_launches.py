@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlkernels.core import triton_runtime
+from vlkernels.core.kept import kept
 from vlkernels.core.layout import MAX_SEGMENTS
 from vlkernels.core.mask import CAUSAL, FULL
 from vlkernels.core.random import COLUMNS_PER_CALL, dropout_scale, dropout_threshold
@@ -227,7 +228,7 @@ class Bias(NamedTuple):
 
 def samples_of_rows(starts: Tensor, tokens: int) -> Tensor:
     """int32 ``[tokens]``: the sample that each row stands in or behind."""
-    return work_list._kept(("samples of rows", tokens), (starts,), lambda: _segments_of_rows(starts, tokens) // starts.shape[1])
+    return kept(("samples of rows", tokens), (starts,), lambda: _segments_of_rows(starts, tokens) // starts.shape[1])
 
 
 def row_marks(call: Call) -> tuple[Tensor, Tensor]:
@@ -238,7 +239,7 @@ def row_marks(call: Call) -> tuple[Tensor, Tensor]:
     """
     streams = _streams(call)._replace(sample_ids=None)
     tokens = call.heads[0].shape[0], call.heads[1].shape[0]
-    return work_list._kept(("row marks", *tokens), streams, lambda: _row_marks(streams, *tokens))
+    return kept(("row marks", *tokens), streams, lambda: _row_marks(streams, *tokens))
 
 
 def _row_marks(streams: Streams, tokens: int, key_tokens: int) -> tuple[Tensor, Tensor]:
@@ -288,8 +289,11 @@ def _streams(call: Call) -> Streams:
 
 def _scales(call: Call) -> tuple[float, float]:
     """(of the products, or of a biased score, in powers of two; of the products)."""
-    plain = call.bias is None and call.distance_bias is None
-    return call.softmax_scale * LOG2_E if plain else LOG2_E, call.softmax_scale
+    return call.softmax_scale * LOG2_E if _plain(call) else LOG2_E, call.softmax_scale
+
+
+def _plain(call: Call) -> bool:
+    return call.bias is None and call.distance_bias is None
 
 
 def _drawn(call: Call) -> tuple[int, int, float]:
@@ -317,7 +321,7 @@ def _constants(call: Call, sizes: TileSizes) -> dict[str, Any]:
 
 def _sizes(kernel: str, call: Call, architecture: int) -> TileSizes:
     q, _, _ = call.heads
-    return tile_sizes(kernel, q.dtype, q.shape[2], call.rng_state is not None, architecture)
+    return tile_sizes(kernel, q.dtype, q.shape[2], call.rng_state is not None, architecture, not _plain(call))
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -17,17 +17,30 @@ from vlkernels.ops.attention.call import Call
 HEADS = 2
 RADIUS = 128
 CALLS = (
-    *[(torch.bfloat16, head_dim, dropout) for head_dim in (64, 80, 128) for dropout in (False, True)],
-    (torch.bfloat16, 256, False),
+    *[(torch.bfloat16, head_dim, dropout) for head_dim in (64, 128, 256) for dropout in (False, True)],
+    (torch.bfloat16, 32, False),
+    (torch.bfloat16, 96, False),
     (torch.float16, 64, False),
+    (torch.float16, 128, False),
     (torch.float32, 64, False),
 )
+# The fourth says which bias, see :func:`launches`. They take long to compile: the cards of the targets alone.
+BIASED_CALLS = (
+    (torch.bfloat16, 64, False, "own"),
+    (torch.bfloat16, 64, True, 3),
+    (torch.bfloat16, 128, False, 1),
+    (torch.bfloat16, 128, True, "shared"),
+)
+BIASED_ARCHITECTURES = (90, 100)
 
 
 def variants(architecture: int) -> Iterator[Variant]:
-    for dtype, head_dim, dropout in CALLS:
+    biased = BIASED_CALLS if architecture in BIASED_ARCHITECTURES else ()
+    for dtype, head_dim, dropout, *bias in (*CALLS, *biased):
         facts = {"dtype": str(dtype).removeprefix("torch."), "head_dim": head_dim, "dropout": dropout}
-        for kernel, launch in launches(dtype, head_dim, dropout, architecture).items():
+        if bias:
+            facts["bias"] = bias[0] if isinstance(bias[0], str) else f"{bias[0]} distances"
+        for kernel, launch in launches(dtype, head_dim, dropout, architecture, bias=bias[0] if bias else None).items():
             yield Variant(kernel, facts, launch)
 
 
