@@ -95,6 +95,36 @@ def test_masks_of_every_shape(shape):
         torch.testing.assert_close(out, sdpa(q, k, v, attn_mask=mask))
 
 
+HIDDEN = torch.finfo(torch.float32).min
+
+
+def _additive(case: str) -> Tensor:
+    mask = torch.zeros(2, 1, 6, 6)
+    mask[0, ..., :2] = mask[1, ..., 5] = HIDDEN
+    if case == "one row":
+        return mask[:, :, :1].clone()
+    if case == "another value":
+        mask[0, ..., 3] = -1.0
+    if case == "another row":
+        mask[1, 0, 4, 4] = HIDDEN
+    if case == "empty sample":
+        mask[0] = HIDDEN
+    return mask.requires_grad_(case == "gradient")
+
+
+@pytest.mark.parametrize(("case", "served"), [
+    ("padding", "cpp"), ("one row", "cpp"), ("another value", "torch"), ("another row", "torch"), ("empty sample", "torch"),
+    ("gradient", "torch"),
+])  # fmt: skip
+def test_additive_masks_that_are_padding_alone_are_read_as_that(case, served):
+    q, k, v = (x.float() for x in qkv())
+    mask = _additive(case)
+    with vk.recorded() as calls:
+        out, _ = attention_forward(module(is_causal=True), q, k, v, mask)
+    assert calls == [("attention", served)]
+    torch.testing.assert_close(out, sdpa(q, k, v, attn_mask=mask))
+
+
 def test_masks_by_pairs_given_by_the_user():
     visible = torch.rand(3, 1, 11, 11) > 0.4
     visible |= torch.eye(11, dtype=torch.bool)

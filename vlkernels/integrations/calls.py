@@ -28,6 +28,9 @@ def read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Padding 
     _check_mask(mask, (query.shape[0], *([] if real is not None else query.shape[1:3]), key.shape[2]), real)
     if real is not None:
         return kept(mask, ("padding", len(query)), lambda: Padding(real.bool().expand(len(query), -1))), None
+    padding = kept(mask, ("values", len(query)), lambda: _padding_by_value(mask, len(query)))
+    if padding is not None:
+        return padding, None
     additive = mask
     if mask.dtype == torch.bool:
         additive = kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
@@ -43,6 +46,20 @@ def _real_keys(mask: Any) -> Tensor | None:
     if mask.dim() == 4 and mask.numel() and all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2)):
         return mask[:, 0, 0]
     return None
+
+
+def _padding_by_value(mask: Tensor, batch: int) -> Padding | None:
+    """The padding that an additive mask is no more than; looked for on a CPU, where its values cost no wait.
+
+    A sample without any key is none: the finite values that hide its keys then leave it a softmax over all of them.
+    """
+    if mask.device.type != "cpu" or not mask.is_floating_point() or mask.requires_grad or torch.compiler.is_compiling():
+        return None
+    row = mask[:, :1, :1]
+    hidden = row <= torch.finfo(mask.dtype).min / 2
+    if not (hidden | (row == 0)).all() or hidden.all(-1).any() or not torch.equal(mask, row.expand_as(mask)):
+        return None
+    return Padding(hidden[:, 0, 0].logical_not().expand(batch, -1))
 
 
 def _check_mask(mask: Any, wanted: tuple[int, ...], real: Tensor | None) -> None:
