@@ -236,6 +236,17 @@ def test_a_bias_of_the_last_step_does_not_train_silently():
         loss.backward()
 
 
+@pytest.mark.parametrize("impl", ("torch", "reference"))
+@pytest.mark.parametrize("relative", (True, False))
+def test_a_graph_that_is_kept_gives_its_gradients_again(relative, impl):
+    layout, (place, tables) = vk.SegmentLayout([[5], [8]]), by_place(13)
+    qkv, read = normal(13, 3, 2, 8), tables if relative else [normal(1, 2, 8, 8)]
+    bias = vk.RelativeBias(place, tables, **LAYOUTLM) if relative else read[0]
+    total = vk.attention_qkvpacked(qkv, layout=layout, bias=bias, dropout_p=0.2, impl=impl).cos().sum()
+    first, second = (torch.autograd.grad(total, (qkv, *read), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
 def test_recomputed_layers_give_the_same_gradients():
     layout, (place, tables) = vk.SegmentLayout([[5], [8]]), by_place(13)
     qkv, rng = normal(13, 3, 2, 8), vk.Rng(3)
