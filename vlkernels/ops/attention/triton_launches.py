@@ -14,7 +14,7 @@ from vlkernels.core.layout import MAX_SEGMENTS
 from vlkernels.core.mask import CAUSAL, FULL
 from vlkernels.core.random import COLUMNS_PER_CALL, dropout_scale, dropout_threshold
 from vlkernels.core.triton_runtime import LOG2_E, Launch
-from vlkernels.ops.attention import work_list
+from vlkernels.ops.attention import resident, work_list
 from vlkernels.ops.attention.call import Call, split
 from vlkernels.ops.attention.tile_sizes import MOST_HEAD_DIM, TileSizes, padded_head_dim, tile_sizes
 from vlkernels.ops.attention.work_list import Side, Streams
@@ -44,8 +44,10 @@ def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
     out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     if _nothing(call):
         return out.zero_(), lse.fill_(-torch.inf)
+    architecture = _architecture(call)
+    launch = resident.forward_launch if resident.serves(call, architecture) else forward_launch
     with torch.cuda.device_of(q):
-        forward_launch(call, out, lse, _architecture(call)).run()
+        launch(call, out, lse, architecture).run()
     return out, lse
 
 
@@ -60,7 +62,12 @@ def backward(
         return [grad.zero_() for grad in (*grads, grad_bias) if grad is not None]
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    delta, architecture = torch.empty_like(lse), _architecture(call)
+    architecture = _architecture(call)
+    if resident.serves(call, architecture):
+        with torch.cuda.device_of(lse):
+            resident.backward_launch(call, grad_out, lse, grad_lse, split(grads), architecture).run()
+        return grads
+    delta = torch.empty_like(lse)
     stored = grad_bias.zero_() if grad_bias is not None and _own_bias(call) else None
     dq, dk, dv = split(grads)
     with torch.cuda.device_of(delta):
