@@ -166,6 +166,16 @@ def test_the_provenance_of_a_card(monkeypatch):
     assert len(found["source"]) == 16
 
 
+@pytest.mark.gpu
+def test_a_run_on_a_card(tmp_path, capsys):
+    arguments = ["--device", "cuda", "--budget-s", "0", "--op", "segment_mean", "--results", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert "TFLOP/s" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/segment_mean.jsonl")
+    row = json.loads(path.read_text().splitlines()[0])
+    assert row["roof"]["flops"] > 1e12 and row["seconds"]["vlkernels"]["host"] > 0 and row["arch"].startswith("sm_")
+
+
 TINY_UNITER = Sizes(bert(32, 2, 4), vocab_size=120, feature_values=20, classes=9)
 
 

@@ -153,7 +153,10 @@ def test_calls_are_shared_by_the_layers_of_a_model():
     flash.attention(q, k, v, layout=layout, mask=mask, library=Standin().library)
     first = flash._calls(layout, vk.SegmentMask.prefix_lm(), None, None)
     assert first is flash._calls(layout, mask, None, None)
-    assert first is not flash._calls(layout.with_sample_ids(layout.sample_ids), mask, None, None)
+    assert first is not flash._calls(layout, None, None, None)
+    assert flash._calls(layout, None, layout, None) is not flash._calls(layout, None, None, None), "another stream"
+    layout.lengths.copy_(torch.tensor([[4, 3], [2, 2]]))
+    assert first is not flash._calls(layout, mask, None, None)
 
 
 REFUSED = {
@@ -232,6 +235,22 @@ def test_no_second_derivative():
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match='cannot differentiate twice.*impl="reference"'):
         grad.sum().backward()
+
+
+def test_a_compiled_call_is_one_graph():
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, deterministic, lse):
+        return q * scale + (k.sum(0) + v.sum(0)), None
+
+    library = flash_libraries.Library("traceable", attend)
+    layout, mask = vk.SegmentLayout([[3, 4], [2, 2]]), vk.SegmentMask.prefix_lm()
+    inputs = [torch.randn(11, 2, 8, requires_grad=True) for _ in range(3)]
+    call = partial(flash.attention, layout=layout, mask=mask, library=library)
+    for function in (call, torch.compile(lambda *qkv: call(*qkv), backend="aot_eager", fullgraph=True)):
+        out = function(*inputs)
+        given = out.detach(), *torch.autograd.grad(out.square().sum(), inputs)
+        if function is call:
+            expected = given
+    torch.testing.assert_close(given, expected)
 
 
 def test_an_empty_batch_and_empty_streams():

@@ -6,15 +6,15 @@ group that is a whole packed stream is read where it lies. Lengths are read on t
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlkernels.core.layout import SegmentLayout, lasting
-from vlkernels.core.library import refuse_twice
+from vlkernels.core.kept import kept
+from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.library import eager_call, refuse_twice
 from vlkernels.core.mask import CAUSAL, FULL, NONE, SegmentMask
 from vlkernels.ops.attention import flash_libraries
 from vlkernels.ops.attention.flash_libraries import Library
@@ -158,18 +158,21 @@ class Calls(NamedTuple):
     spare_keys: Tensor | None
 
 
-_kept: weakref.WeakKeyDictionary[SegmentLayout, dict[Any, Calls]] = weakref.WeakKeyDictionary()
-
-
 def _calls(layout: SegmentLayout, mask: SegmentMask | None, kv_layout: SegmentLayout | None, kv_index: Tensor | None) -> Calls:
-    """:func:`_new_calls`, kept with the layout, so that the layers of a model share them."""
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if kv_index is not None or capturing or torch.compiler.is_compiling():
+    """:func:`_new_calls`, kept: the layers of a model share them."""
+    if torch.compiler.is_compiling() or type(layout.starts) is not Tensor:  # fake tensors, a graph's among them
         return _new_calls(layout, mask, kv_layout, kv_index)
-    kept = _kept.setdefault(layout, {})
-    if (mask, kv_layout) not in kept:
-        kept[mask, kv_layout] = lasting(lambda: _new_calls(layout, mask, kv_layout, None))
-    return kept[mask, kv_layout]
+    keys = layout if kv_layout is None else kv_layout
+    tensors = layout.starts, layout.lengths, keys.starts, keys.lengths, kv_index
+    name = "flash", None if mask is None else mask.codes, kv_layout is None, _known(layout), _known(keys)
+    with eager_call:
+        return kept(name, tensors, lambda: _new_calls(layout, mask, kv_layout, kv_index))
+
+
+def _known(layout: SegmentLayout) -> tuple[Any, ...]:
+    """What the host knows of a layout, and builds on."""
+    bounds = layout.num_tokens, layout.max_seqlen, layout.max_segment_lengths, layout.segment_totals
+    return *bounds, layout.exact, layout.has_gaps
 
 
 def _new_calls(
