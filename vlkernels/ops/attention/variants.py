@@ -11,7 +11,7 @@ from vlkernels.core.mask import SegmentMask
 from vlkernels.core.random import Rng
 from vlkernels.core.spec import Variant
 from vlkernels.core.triton_runtime import Launch
-from vlkernels.ops.attention import triton_launches
+from vlkernels.ops.attention import resident, triton_launches
 from vlkernels.ops.attention.call import Call
 
 HEADS = 2
@@ -32,6 +32,11 @@ BIASED_CALLS = (
     (torch.bfloat16, 128, True, "shared"),
 )
 BIASED_ARCHITECTURES = (90, 100)
+# The samples of these calls fill a slot.
+RESIDENT_CALLS = (
+    *[(64, rows, dropout) for rows in (16, 32, 64, 128) for dropout in (False, True)],
+    *[(128, rows, dropout) for rows in (64, 128) for dropout in (False, True)],
+)
 
 
 def variants(architecture: int) -> Iterator[Variant]:
@@ -41,6 +46,11 @@ def variants(architecture: int) -> Iterator[Variant]:
         if bias:
             facts["bias"] = bias[0] if isinstance(bias[0], str) else f"{bias[0]} distances"
         for kernel, launch in launches(dtype, head_dim, dropout, architecture, bias=bias[0] if bias else None).items():
+            yield Variant(kernel, facts, launch)
+    for head_dim, rows, dropout in RESIDENT_CALLS:
+        layout = SegmentLayout([[rows - 1, 1], [2, 4]])
+        facts = {"dtype": "bfloat16", "head_dim": head_dim, "dropout": dropout, "slot": rows}
+        for kernel, launch in resident_launches(torch.bfloat16, head_dim, dropout, architecture, layout).items():
             yield Variant(kernel, facts, launch)
 
 
@@ -74,6 +84,21 @@ def launches(
             call, grad_out, lse, delta, counts, fixed, architecture
         )
     return found
+
+
+def resident_launches(
+    dtype: torch.dtype, head_dim: int, dropout: bool, architecture: int, layout: SegmentLayout
+) -> dict[str, Launch]:
+    """The kernels of a call whose samples have a slot each; none where they do not fit into one."""
+    call = _call(dtype, head_dim, dropout, layout, None)
+    if not resident.serves(call, architecture):
+        return {}
+    out, *grads = (torch.empty_like(call.heads[0]) for _ in range(4))
+    lse = torch.empty(HEADS, layout.num_tokens)
+    return {
+        "resident_forward": resident.forward_launch(call, out, lse, architecture),
+        "resident_backward": resident.backward_launch(call, out, lse, None, tuple(grads), architecture),
+    }
 
 
 def _call(dtype: torch.dtype, head_dim: int, dropout: bool, layout: SegmentLayout, bias: str | int | None) -> Call:
