@@ -149,7 +149,8 @@ def draw_streams(seed):
     def lengths(count, width):
         return [[draw.choice((0, 1, draw.randint(0, longest))) for _ in range(width)] for _ in range(count)]
 
-    layout = vk.SegmentLayout(lengths(samples, segments), capacity=samples * segments * longest)
+    rows = lengths(samples, segments)
+    layout = vk.SegmentLayout(rows, capacity=sum(map(sum, rows)) + draw.choice((0, 1, 50)))
     keys, index = layout, None
     if draw.random() < 0.5:
         keys = vk.SegmentLayout(lengths(draw.choice((samples, 3, 33)), draw.choice((1, 2, 3))))
@@ -161,7 +162,7 @@ def draw_streams(seed):
         index = torch.tensor([draw.randrange(keys.num_samples) for _ in range(samples)])
         index = index.to(draw.choice((torch.int32, torch.int64)))
     columns = range(keys.num_segments)
-    rows = [[draw.choice(CELLS if keys is not layout or q == k else CELLS[:2]) for k in columns] for q in range(segments)]
-    mask = draw.choice((vk.SegmentMask(rows), vk.SegmentMask([["full"] * keys.num_segments] * segments)))
+    cells = [[draw.choice(CELLS if keys is not layout or q == k else CELLS[:2]) for k in columns] for q in range(segments)]
+    mask = draw.choice((vk.SegmentMask(cells), vk.SegmentMask([["full"] * keys.num_segments] * segments)))
     streams = streams_of(layout, mask, None if keys is layout else keys, index, draw.random() < 0.7)
     return streams, layout, keys, mask

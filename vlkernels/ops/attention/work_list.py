@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlkernels.core import triton_runtime
-from vlkernels.core.kept import kept as _kept
+from vlkernels.core.kept import kept
 from vlkernels.core.triton_runtime import Launch
 
 # Columns of Side.tiles; every tile of ``block`` rows starts at ``first``, its group's rows are [begin, end), and it answers for
@@ -53,7 +53,7 @@ class Streams(NamedTuple):
 
 def query_side(streams: Streams, tokens: int, block: int) -> Side:
     """Tiles of ``block`` queries and the runs of keys each of them sees."""
-    return _kept(("queries", tokens, block), streams, lambda: _filled(*query_launches(streams, tokens, block)))
+    return kept(("queries", tokens, block), streams, lambda: _filled(*query_launches(streams, tokens, block)))
 
 
 def key_side(streams: Streams, tokens: int, block: int, multiple: int = 1) -> Side:
@@ -61,7 +61,7 @@ def key_side(streams: Streams, tokens: int, block: int, multiple: int = 1) -> Si
 
     Tiles start at a multiple of ``multiple`` rows of their sample, before the group's first row if need be.
     """
-    return _kept(("keys", tokens, block, multiple), streams, lambda: _filled(*key_launches(streams, tokens, block, multiple)))
+    return kept(("keys", tokens, block, multiple), streams, lambda: _filled(*key_launches(streams, tokens, block, multiple)))
 
 
 def query_launches(streams: Streams, tokens: int, block: int) -> tuple[Side, list[Launch]]:
@@ -103,6 +103,7 @@ def work_list_launches(architecture: int) -> dict[str, Launch]:
 
 
 def _both(streams: Streams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert all(t is None or t.is_contiguous() for t in streams), "the kernels read these tensors without strides"
     if streams.kv_starts is None or streams.kv_lengths is None:
         return streams.starts, streams.lengths, streams.starts, streams.lengths
     return streams.starts, streams.lengths, streams.kv_starts, streams.kv_lengths
