@@ -196,7 +196,10 @@ def test_outputs_obey_the_error_rule_in_float32(family, monkeypatch):
         error_rule.assert_close(name, value, eager[name], truth[name])
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.name.startswith("layoutlm") and f.name != "blip-caption"], ids=str)
+NO_BIAS = [f for f in FAMILIES if not f.name.startswith("layoutlm") and f.name != "blip-caption"]
+
+
+@pytest.mark.parametrize("family", NO_BIAS, ids=str)
 def test_padding_is_packed_away(family, monkeypatch):
     """The kernel without a bias serves where a mask is no more than padding."""
     model = built(family, monkeypatch)
@@ -228,6 +231,19 @@ def test_blip_generates_the_same_text():
         texts.append(model.generate(pixels().double(), ids(4), max_new_tokens=8, do_sample=False))
         vk.integrations.transformers.swap_attention(model)
     assert torch.equal(*texts)
+
+
+def test_a_cache_of_both_kinds_keeps_the_pictures_keys():
+    decoder = redrawn(_blip(T.BlipForConditionalGeneration)).double().text_decoder
+    picture, tokens, steps = draw(3, 10, 32).double(), ids(), []
+    for _ in range(2):
+        past = T.EncoderDecoderCache(T.DynamicCache(), T.DynamicCache())
+        for part in (tokens[:, :4], tokens[:, 4:5]):
+            more = {"encoder_hidden_states": picture, "past_key_values": past, "use_cache": True, "is_decoder": True}
+            steps.append(decoder(input_ids=part, **more).logits)
+        assert past.cross_attention_cache.layers[0].keys.shape[2] == 10
+        vk.integrations.transformers.swap_attention(decoder)
+    torch.testing.assert_close(steps[2:], steps[:2], rtol=1e-9, atol=1e-9)
 
 
 def test_dropout_is_for_training_only():
