@@ -54,7 +54,7 @@ EXCEPTIONS = {
 # the values of a tile pass through shared memory. Tables of up to four coordinates, dropout or not.
 BIASED = {
     64: (
-        TileSizes(128, 64, 8, 2), TileSizes(64, 64, 8, 2), TileSizes(32, 64, 8, 2), TileSizes(64, 64, 8, 2),
+        TileSizes(128, 64, 8, 2), TileSizes(128, 32, 8, 2), TileSizes(32, 64, 8, 2), TileSizes(64, 64, 8, 2),
         TileSizes(64, 32, 8, 2),
     ),
     128: (
@@ -66,6 +66,8 @@ BIASED = {
 # (kernel, width, family of the architecture), as above.
 BIASED_EXCEPTIONS = {
     ("forward", 64, 100): TileSizes(128, 32, 8, 2),
+    ("query_gradient", 64, 100): TileSizes(64, 64, 8, 2),
+    ("forward", 128, 100): TileSizes(64, 32, 8, 2),
     ("shared_gradient", 128, 100): TileSizes(64, 32, 8, 2),
     **{(kernel, width, 86): TileSizes(32, 32, 4, 2) for kernel in BIAS_KERNELS for width in (64, 128)},
     **{(kernel, 256, 86): TileSizes(32, 32, 8, 1) for kernel in BIAS_KERNELS},
