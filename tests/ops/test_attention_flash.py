@@ -123,6 +123,10 @@ MASKS = {
         vk.SegmentMask([["full"] * 3, ["none", "full", "none"], ["full"] * 3]),
         [((0, 2), 0, 2, False), ((1,), 1, 1, False)],
     ),
+    "a break in a causal sequence": (
+        vk.SegmentMask([["causal", "none", "none"], ["none", "full", "none"], ["full", "full", "causal"]]),
+        [((0,), 0, 0, True), ((1,), 1, 1, False), ((2,), 0, 2, True)],
+    ),
     "one blind segment": (vk.SegmentMask([["none", "none"], ["full", "full"]]), [((1,), 0, 1, False)]),
 }
 

@@ -6,7 +6,7 @@ from vlkernels.ops.attention.flash_libraries import Library
 
 
 class Standin:
-    """Sample by sample: ends aligned, grouped heads, lse without a gradient; rows of nobody hold NaN, also in gradients."""
+    """Sample by sample: ends aligned, grouped heads, lse without a gradient; what nobody owns or blind queries get is NaN."""
 
     def __init__(self):
         self.calls = []
@@ -26,6 +26,7 @@ class _Varlen(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.rest = cu_q, cu_k, causal, scale
         out, lse = _varlen(q, k, v, *ctx.rest)
+        ctx.blind = (lse == torch.inf).any(0)
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -38,6 +39,7 @@ class _Varlen(torch.autograd.Function):
         grads = torch.autograd.grad(out, inputs, grad[: cu_q[-1]])
         for given, end in zip(grads, (cu_q[-1], cu_k[-1], cu_k[-1])):
             given[end:] = torch.nan
+        grads[0][ctx.blind] = torch.nan
         return (*grads, None, None, None, None)
 
 

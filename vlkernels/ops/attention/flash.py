@@ -123,7 +123,7 @@ def attention(
     library = library or flash_libraries.best()
     calls = _calls(layout, mask, None if kv_layout is layout else kv_layout, kv_index)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    q, k, v = _Entry.apply(calls.spare_queries, calls.spare_keys, q, k, v)
+    q, k, v = _Entry.apply(calls.spare_keys, q, k, v)
     pieces = [_attend(q, k, v, call, scale, deterministic, return_lse, library) for call in calls.calls]
     rows = [call.queries.rows for call in calls.calls]
     if len(rows) == 1 and rows[0] is None:
@@ -151,10 +151,9 @@ class VarlenCall(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """The calls of a table, and the rows of the streams that belong to nobody where a call reads a stream as it lies."""
+    """The calls of a table, and the keys that belong to nobody, where a call reads their stream as it lies."""
 
     calls: tuple[VarlenCall, ...]
-    spare_queries: Tensor | None
     spare_keys: Tensor | None
 
 
@@ -181,13 +180,9 @@ def _new_calls(
     keys, aligned = layout if kv_layout is None else kv_layout, kv_layout is None and kv_index is None
     table = full_table(layout, keys) if mask is None else mask.codes
     made = (_call(group, layout, keys, kv_index, aligned) for group in groups(table, aligned))
-    calls = [call for call in made if call is not None]
-    in_place = [[getattr(call, side).rows is None for call in calls] for side in ("queries", "keys")]
-    return Calls(
-        tuple(calls),
-        _spare(layout) if any(in_place[0]) and not layout.exact else None,
-        _spare(keys) if any(in_place[1]) and not keys.exact else None,
-    )
+    calls = tuple(call for call in made if call is not None)
+    in_place = any(call.keys.rows is None for call in calls)
+    return Calls(calls, _spare(keys) if in_place and not keys.exact else None)
 
 
 def full_table(layout: SegmentLayout, keys: SegmentLayout) -> Codes:
@@ -269,22 +264,24 @@ def _attend(
 
 
 class _Entry(torch.autograd.Function):
-    """q, k, v as they are; gradients of rows that belong to nobody, which no library writes, become 0."""
+    """q, k, v as they are; gradients of keys that belong to nobody, which no library writes, become 0."""
 
     @staticmethod
-    def forward(ctx: Any, spare_queries: Tensor | None, spare_keys: Tensor | None, *qkv: Tensor) -> tuple[Tensor, ...]:
-        ctx.spare = spare_queries, spare_keys, spare_keys
+    def forward(ctx: Any, spare_keys: Tensor | None, *qkv: Tensor) -> tuple[Tensor, ...]:
+        ctx.spare_keys = spare_keys
         return tuple(x.view_as(x) for x in qkv)
 
     @staticmethod
     @refuse_twice
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs = zip(grads, ctx.spare)
-        return None, None, *(grad if grad is None or spare is None else grad.masked_fill(spare, 0) for grad, spare in pairs)
+        of_q, *of_keys = grads
+        if ctx.spare_keys is not None:
+            of_keys = [None if grad is None else grad.masked_fill(ctx.spare_keys, 0) for grad in of_keys]
+        return None, of_q, *of_keys
 
 
 class _Unmoved(torch.autograd.Function):
-    """x as it is; the gradients of blind rows become 0."""
+    """x as it is; the gradients of blind rows, and of rows of nobody among them, become 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, blind: Tensor) -> Tensor:
