@@ -45,18 +45,17 @@ def interleaved(variants: Mapping[str, Callable[[], object]], device: str, budge
 def interleaved_parts(variants: Mapping[str, Parts], device: str, budget_s: float = 3.0) -> dict[str, dict[str, Timing]]:
     """:func:`interleaved` of variants in parts: the timing of each, and of their sum as ``"total"``."""
     clock = CudaClock() if device == "cuda" else _HostClock()
-    rounds: dict[str, list[list[Reading]]] = {name: [] for name in variants}
+
+    def one_round() -> dict[str, list[Reading]]:
+        return {name: [clock.measure((name, part), call) for part, call in parts.items()] for name, parts in variants.items()}
+
+    for _ in range(WARM_UP_ROUNDS):
+        one_round()
+    rounds: list[dict[str, list[Reading]]] = []
     started = time.perf_counter()
-    for done in range(WARM_UP_ROUNDS + 100_000):
-        if done == WARM_UP_ROUNDS:
-            started = time.perf_counter()
-        if done >= WARM_UP_ROUNDS + FEWEST_ROUNDS and time.perf_counter() - started >= budget_s:
-            break
-        for name, parts in variants.items():
-            readings = [clock.measure((name, part), call) for part, call in parts.items()]
-            if done >= WARM_UP_ROUNDS:
-                rounds[name].append(readings)
-    return {name: _summaries(list(variants[name]), rounds[name]) for name in variants}
+    while len(rounds) < FEWEST_ROUNDS or time.perf_counter() - started < budget_s:
+        rounds.append(one_round())
+    return {name: _summaries(list(parts), [readings[name] for readings in rounds]) for name, parts in variants.items()}
 
 
 def _summaries(parts: list[str], rounds: list[list[Reading]]) -> dict[str, Timing]:
