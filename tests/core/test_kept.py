@@ -1,4 +1,4 @@
-"""What is kept for tensors: shared while they live unchanged, and never where something else may write them or own its memory."""
+"""What is kept for tensors: shared while they live unchanged, never where something else may write them or own its memory."""
 
 import multiprocessing
 import shutil
@@ -29,7 +29,8 @@ def test_it_is_shared_while_its_tensors_live_unchanged(eager):
     x, y = torch.arange(3), torch.arange(3)
     first = doubled(x, None, y)
     assert doubled(x, None, y) is first
-    assert doubled(x, y, None) is not first and doubled(x, None, x) is not first and doubled(x, None, y, name="other") is not first
+    assert doubled(x, y, None) is not first and doubled(x, None, x) is not first
+    assert doubled(x, None, y, name="other") is not first
     y[0] += 1
     assert doubled(x, None, y) is not first
     x[0] += 1
@@ -75,7 +76,8 @@ def test_a_compiled_graph_that_uses_a_buffer_twice_gets_what_belongs_to_each():
             x = op(starts, op(starts, x, "torch"), "torch")
         return x
 
-    arguments = torch.tensor([3, 5, 7, 9, 2, 4], dtype=torch.int32), torch.tensor([0, 1, 2]), torch.tensor([5, 3, 1]), torch.zeros(4)
+    lengths = torch.tensor([3, 5, 7, 9, 2, 4], dtype=torch.int32)
+    arguments = lengths, torch.tensor([0, 1, 2]), torch.tensor([5, 3, 1]), torch.zeros(4)
     with torch.no_grad():
         assert torch.equal(torch.compile(chain, fullgraph=True)(*arguments), chain(*arguments))
 

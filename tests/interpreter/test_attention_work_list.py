@@ -39,6 +39,7 @@ def many(samples=1000):
     return vk.SegmentLayout(torch.randint(0, 40, (samples, 1), generator=generator))
 
 
+TWICE, AND_FULL = vk.SegmentMask([["causal"], ["causal"]]), vk.SegmentMask([["causal", "full"]])
 SIXTEEN = vk.SegmentMask([["causal" if k == q else "full" if k < q else "none" for k in range(16)] for q in range(16)])
 PREFIX, FULL, CAUSAL = vk.SegmentMask.prefix_lm(), vk.SegmentMask.full(), vk.SegmentMask.causal()
 FEW = vk.SegmentLayout([[7], [30], [0], [12]])
@@ -49,10 +50,10 @@ LAYOUTS = {  # name: (layout, mask, kv_layout, kv_index)
     "capacity": (vk.SegmentLayout([[5, 3]], capacity=400), PREFIX, None, None),
     "capacity of nobody": (vk.SegmentLayout([[0, 0]], capacity=100), PREFIX, None, None),
     "one long sample": (vk.SegmentLayout([[900, 500]]), PREFIX, None, None),
-    "three segments in one group": (vk.SegmentLayout([[50, 14, 64], [1, 2, 3]]), vk.SegmentMask.full(3), None, None),
+    "three in one group": (vk.SegmentLayout([[50, 14, 64], [1, 2, 3]]), vk.SegmentMask.full(3), None, None),
     "equals": (vk.SegmentLayout([[9], [9], [9]]), FULL, None, None),
-    "causal twice": (vk.SegmentLayout([[5, 6], [9, 2]]), vk.SegmentMask([["causal"], ["causal"]]), vk.SegmentLayout([[7], [4]]), None),
-    "causal, then full": (vk.SegmentLayout([[5], [9]]), vk.SegmentMask([["causal", "full"]]), vk.SegmentLayout([[3, 4], [6, 2]]), None),
+    "causal twice": (vk.SegmentLayout([[5, 6], [9, 2]]), TWICE, vk.SegmentLayout([[7], [4]]), None),
+    "causal, then full": (vk.SegmentLayout([[5], [9]]), AND_FULL, vk.SegmentLayout([[3, 4], [6, 2]]), None),
     "padded full": (vk.SegmentLayout.padded([3, 0, 40, 9], 50), FULL, None, None),
     "readers": (vk.SegmentLayout([[2], [3], [4], [5]], sample_ids=[9, 8, 7, 6]), FULL, FEW, torch.tensor([1, 0, 1, 3])),
     "padded": (vk.SegmentLayout.padded([3, 0, 40, 9], 50), CAUSAL, None, None),
@@ -85,7 +86,7 @@ def test_readers_come_in_their_order_and_runs_name_their_samples():
 
 
 def test_a_full_table_wastes_no_tile_at_the_borders_of_segments_and_meets_one_run():
-    layout, mask = LAYOUTS["three segments in one group"][:2]
+    layout, mask = LAYOUTS["three in one group"][:2]
     streams = streams_of(layout, mask)
     for kind in ("query_side", "key_side"):
         side = getattr(work_list, kind)(streams, layout.num_tokens, 64)
@@ -129,7 +130,7 @@ def test_the_layers_of_a_model_and_both_directions_share_their_work_lists(monkey
 
 MUTANTS = {  # name: (old, new, the layout that must notice)
     "groups joined across a causal cell": ("(codes != before) | (codes == CAUSAL)", "(codes != before)", "causal twice"),
-    "a group of its first segment alone": ("opens[None, :], index, segments), 1) - 1", "opens[None, :], 0, 0), 1) + segment", "three segments in one group"),
+    "a group of its first segment alone": (", index, segments), 1) - 1", ", 0, 0), 1) + segment", "three in one group"),
     "rows of nobody behind a sample": ("sample + 1 < samples, behind, tokens", "sample + 1 < samples, end, tokens", "padded"),
     "rows of nobody past the last sample": ("behind, tokens)", "behind, end)", "capacity"),
     "tiles that hold no whole draw": ("origin + (begin - origin) // multiple * multiple", "begin", "capacity"),
@@ -145,7 +146,7 @@ MUTANTS = {  # name: (old, new, the layout that must notice)
     "full queries under the causal line": ("tl.where(code == CAUSAL, end, start)", "end", "padded full"),
     "own keys for the ones read": ("(kv_index + sample, mask=inside", "(kv_index + sample * 0, mask=inside", "readers"),
     "readers that come before their equals": ("(reader < key)", "(reader > key)", "readers"),
-    "the readers of the next sample": ("first_reader = tl.load(bounds + sample,", "first_reader = tl.load(bounds + sample + 1,", "readers"),
+    "another's readers": ("first_reader = tl.load(bounds + sample", "first_reader = tl.load(bounds + sample + 1", "readers"),
     "readers of others weigh": ("(read == key) & (reader < samples)", "(reader < samples)", "readers"),
     "the sample id of a neighbour": ("tl.load(sample_ids + sample,", "tl.load(sample_ids + (sample ^ 1),", "readers"),
 }  # fmt: skip

@@ -1,12 +1,12 @@
 """What is made from tensors and kept while they live unchanged, so that the layers of a model share it.
 
-It is kept only where nothing but PyTorch, which counts the changes of a tensor, can write those tensors, and where its own memory
-is nobody else's:
+It is kept only where nothing but PyTorch, which counts the changes of a tensor, can write those tensors, and where its own
+memory is nobody else's:
 
 * for an eager call. A compiled graph uses a buffer again for another value, the same tensor of the same version;
-* on the default stream of the device. CUDA graphs are captured, and warmed up with memory that belongs to them, on other streams;
-  a replay writes the captured tensors without counting. So neither goes into a graph what was made outside, nor the reverse, and
-  what was made on a stream is read on it;
+* on the default stream of the device. CUDA graphs are captured, and warmed up with memory that belongs to them, on other
+  streams; a replay writes the captured tensors without counting. So neither goes into a graph what was made outside, nor the
+  reverse, and what was made on a stream is read on it;
 * for tensors that count their changes: those of inference mode do not.
 
 Elsewhere it is made anew. Not seen are writes that PyTorch does not count: through ``tensor.data``, by a collective, or by the
@@ -31,7 +31,7 @@ Made = TypeVar("Made")
 MOST_KEPT = 64
 DEFAULT_STREAM = 0
 
-# Threads share it (a backward runs in its own), a fork inherits it: every access is one operation of the dictionary, no lock is held.
+# Threads share it (a backward runs in its own), a fork inherits it: every access is one operation of the dictionary, no lock.
 _made: collections.OrderedDict[tuple[Any, ...], tuple[tuple[weakref.ref[Tensor] | None, ...], Any]] = collections.OrderedDict()
 
 

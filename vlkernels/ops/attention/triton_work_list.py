@@ -21,7 +21,8 @@ REST = tl.constexpr(512)  # integers behind the last tile that are cleared at on
 # Everything a call says is data: no length, alignment or table compiles another variant.
 NUMBERS = ("samples", "key_samples", "segments", "key_segments", "tokens", "most_tiles", "block", "multiple")
 POINTERS = (
-    "tiles", "runs", "starts", "lengths", "kv_starts", "kv_lengths", "kv_index", "table", "sample_ids", "places", "bounds", "met",
+    "tiles", "runs", "starts", "lengths", "kv_starts", "kv_lengths", "kv_index", "table", "sample_ids",
+    "places", "bounds", "met",
 )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def _tiles_before(
     number, met, opens, starts, lengths, samples, segments, other_lengths, other_index, other_segments, table, row_stride,
     column_stride, tokens, block, multiple, GROUPS: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """(tiles of the groups that stand before each of ours, tiles of all): those that meet more, then those of a lower number."""
+    """(tiles of the groups that come before each of ours, tiles of all): who meets more comes first, then a lower number."""
     before = tl.zeros([GROUPS], tl.int32)
     total = 0
     for start in range(0, samples * segments, OTHERS):
@@ -224,8 +225,9 @@ def query_side_kernel(
     query_end = tl.load(starts + number, mask=inside, other=0) + tl.load(lengths + number, mask=inside, other=0)
     first_run = number * key_segments
     found = _write_query_runs(
-        runs + first_run * RUN_WIDTH, inside & leads, codes, query_end, kv_starts, kv_lengths, read, key_segments, GROUPS, RUN_WIDTH
-    )
+        runs + first_run * RUN_WIDTH, inside & leads, codes, query_end, kv_starts, kv_lengths, read, key_segments,
+        GROUPS, RUN_WIDTH,
+    )  # fmt: skip
 
     met = _met(inside, kv_lengths, read, key_segments, codes, 1)
     before, total = _tiles_before(
@@ -236,7 +238,9 @@ def query_side_kernel(
         inside, leads, starts, lengths, sample, samples, segments, segment, last, tokens, block, 1
     )
     identity = _identity(sample_ids, sample, inside, GROUPS)
-    _write_tiles(tiles, before, count, first, begin, end, stop, first_run, first_run + found, origin, identity, block, TILE_WIDTH)
+    _write_tiles(
+        tiles, before, count, first, begin, end, stop, first_run, first_run + found, origin, identity, block, TILE_WIDTH
+    )
     _clear_the_rest(tiles, total, most_tiles, TILE_WIDTH)
 
 
@@ -276,8 +280,8 @@ def key_side_kernel(
         first_reader = tl.load(bounds + sample, mask=inside, other=0)
         last_reader = tl.load(bounds + sample + 1, mask=inside, other=0)
     before, total = _tiles_before(
-        number, _met(inside, met, sample, segments, codes, key_segments), opens, kv_starts, kv_lengths, key_samples, key_segments,
-        met, None, segments, table, 1, key_segments, tokens, block, multiple, GROUPS, OTHERS,
+        number, _met(inside, met, sample, segments, codes, key_segments), opens, kv_starts, kv_lengths, key_samples,
+        key_segments, met, None, segments, table, 1, key_segments, tokens, block, multiple, GROUPS, OTHERS,
     )  # fmt: skip
     first, begin, end, stop, origin, count = _count(
         inside, leads, kv_starts, kv_lengths, sample, key_samples, key_segments, segment, last, tokens, block, multiple
@@ -295,8 +299,8 @@ def readers_kernel(
 ):  # fmt: skip
     """The readers of a key sample follow each other, in their order.
 
-    ``places`` [B]: where a reader stands; ``bounds`` [Bk + 1]: where the readers of a key sample begin; ``met`` [Bk, S]: how many
-    rows its readers have in each segment.
+    ``places`` [B]: where a reader stands; ``bounds`` [Bk + 1]: where the readers of a key sample begin; ``met`` [Bk, S]: how
+    many rows its readers have in each segment.
     """
     number = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     sample, segment = number // segments, (number % segments)[:, None]
