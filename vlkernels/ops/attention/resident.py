@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlkernels.core.random import dropout_scale, dropout_threshold
 from vlkernels.core.triton_runtime import LOG2_E, Launch
-from vlkernels.ops.attention.call import Call
+from vlkernels.ops.attention.call import Call, strides
 from vlkernels.ops.attention.tile_sizes import family, padded_head_dim
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -38,7 +37,7 @@ def slot(longest: int, dtype: torch.dtype, head_dim: int, architecture: int) -> 
     width = max(64, padded_head_dim(head_dim))
     if dtype not in DTYPES or width not in SLOTS or (longest > MOST_ROWS and family(architecture) not in LONG_SLOTS):
         return None
-    return next((slot for slot in SLOTS[width] if slot.rows >= longest), None)
+    return next((found for found in SLOTS[width] if found.rows >= longest), None)
 
 
 def serves(call: Call, architecture: int) -> bool:
@@ -52,8 +51,8 @@ def serves(call: Call, architecture: int) -> bool:
 def forward_launch(call: Call, out: Tensor, lse: Tensor, architecture: int) -> Launch:
     q, k, v = call.heads
     arguments = (
-        q, k, v, out, lse, *_samples(call), *_strides(q, k, v, out), lse.stride(0), *_counts(call),
-        call.softmax_scale * LOG2_E, *_drawn(call),
+        q, k, v, out, lse, *_samples(call), *strides(q, k, v, out), lse.stride(0), *_counts(call),
+        call.softmax_scale * LOG2_E, *call.drawn,
     )  # fmt: skip
     return _launch(_kernels().forward_kernel, call, arguments, architecture)
 
@@ -63,8 +62,8 @@ def backward_launch(
 ) -> Launch:
     q, k, v = call.heads
     arguments = (
-        q, k, v, grad_out, lse, grad_lse, *grads, *_samples(call), *_strides(q, k, v, grad_out, *grads), lse.stride(0),
-        *_counts(call), call.softmax_scale * LOG2_E, call.softmax_scale, *_drawn(call),
+        q, k, v, grad_out, lse, grad_lse, *grads, *_samples(call), *strides(q, k, v, grad_out, *grads), lse.stride(0),
+        *_counts(call), call.softmax_scale * LOG2_E, call.softmax_scale, *call.drawn,
     )  # fmt: skip
     return _launch(_kernels().backward_kernel, call, arguments, architecture, GRAD_LSE=grad_lse is not None)
 
@@ -83,16 +82,6 @@ def _counts(call: Call) -> tuple[int, ...]:
     """The kernels' (heads, samples, segments, tokens)."""
     q = call.heads[0]
     return q.shape[1], *call.starts.shape, q.shape[0]
-
-
-def _drawn(call: Call) -> tuple[int, int, float]:
-    """The kernels' (stream, threshold, keep_scale)."""
-    return call.stream, dropout_threshold(call.dropout_p), dropout_scale(call.dropout_p)
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """(of a row, of a head) of every tensor."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
 def _launch(kernel: Any, call: Call, arguments: tuple[Any, ...], architecture: int, **flags: bool) -> Launch:

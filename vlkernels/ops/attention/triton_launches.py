@@ -12,10 +12,10 @@ from vlkernels.core import triton_runtime
 from vlkernels.core.kept import kept
 from vlkernels.core.layout import MAX_SEGMENTS
 from vlkernels.core.mask import CAUSAL, FULL
-from vlkernels.core.random import COLUMNS_PER_CALL, dropout_scale, dropout_threshold
+from vlkernels.core.random import COLUMNS_PER_CALL, dropout_scale
 from vlkernels.core.triton_runtime import LOG2_E, Launch
 from vlkernels.ops.attention import resident, work_list
-from vlkernels.ops.attention.call import Call, split
+from vlkernels.ops.attention.call import Call, split, strides
 from vlkernels.ops.attention.tile_sizes import MOST_HEAD_DIM, TileSizes, padded_head_dim, tile_sizes
 from vlkernels.ops.attention.work_list import Side, Streams
 
@@ -85,8 +85,8 @@ def forward_launch(call: Call, out: Tensor, lse: Tensor, architecture: int) -> L
     bias, sizes = Bias.of(call), _sizes("forward", call, architecture)
     side = work_list.query_side(_streams(call), q.shape[0], sizes.queries)
     arguments = (
-        q, k, v, out, lse, *side, call.rng_state, *bias.tensors, *_strides(q, k, v, out), lse.stride(0), q.shape[1] // k.shape[1],
-        *bias.numbers, *_scales(call), *_drawn(call),
+        q, k, v, out, lse, *side, call.rng_state, *bias.tensors, *strides(q, k, v, out), lse.stride(0), q.shape[1] // k.shape[1],
+        *bias.numbers, *_scales(call), *call.drawn,
     )  # fmt: skip
     return _launch(_kernels().forward_kernel, side, q.shape[1], arguments, call, bias, sizes)
 
@@ -102,8 +102,8 @@ def query_gradient_launch(
     grad_strides = (0, 0, 0) if grad_bias is None else grad_bias.stride()[:3]
     arguments = (
         q, k, v, out, grad_out, lse, grad_lse, delta, dq, *side, call.rng_state, *bias.tensors, grad_bias,
-        *_strides(q, k, v, out, grad_out, dq), lse.stride(0), q.shape[1] // k.shape[1], *bias.numbers, *grad_strides,
-        *_scales(call), *_drawn(call),
+        *strides(q, k, v, out, grad_out, dq), lse.stride(0), q.shape[1] // k.shape[1], *bias.numbers, *grad_strides,
+        *_scales(call), *call.drawn,
     )  # fmt: skip
     flags = {"GRAD_LSE": grad_lse is not None, "GRAD_BIAS": grad_bias is not None}
     return _launch(_kernels().query_gradient_kernel, side, q.shape[1], arguments, call, bias, sizes, **flags)
@@ -117,8 +117,8 @@ def key_gradient_launch(
     multiple = 1 if call.rng_state is None else COLUMNS_PER_CALL
     side = work_list.key_side(_streams(call), k.shape[0], sizes.keys, multiple)
     arguments = (
-        q, k, v, grad_out, lse, delta, dk, dv, *side, call.rng_state, *bias.tensors, *_strides(q, k, v, grad_out, dk, dv),
-        lse.stride(0), q.shape[1] // k.shape[1], *bias.numbers, *_scales(call), *_drawn(call),
+        q, k, v, grad_out, lse, delta, dk, dv, *side, call.rng_state, *bias.tensors, *strides(q, k, v, grad_out, dk, dv),
+        lse.stride(0), q.shape[1] // k.shape[1], *bias.numbers, *_scales(call), *call.drawn,
     )  # fmt: skip
     return _launch(_kernels().key_gradient_kernel, side, k.shape[1], arguments, call, bias, sizes)
 
@@ -145,9 +145,9 @@ def shared_gradient_launch(
     others = own if call.kv_starts is None else (call.kv_starts, call.kv_lengths)
     arguments = (
         q, k, v, grad_out, lse, delta, bias.tensors[0], sums, *own, *others, call.kv_index, *row_marks(call),
-        call.sample_ids, call.rng_state, *_strides(q, k, v, grad_out), lse.stride(0), q.shape[1] // k.shape[1],
+        call.sample_ids, call.rng_state, *strides(q, k, v, grad_out), lse.stride(0), q.shape[1] // k.shape[1],
         *bias.numbers[:3], call.bias.shape[1], samples, heads, -(-samples // sums.shape[0]), own[0].shape[1], others[0].shape[1],
-        *call.bias.shape[2:], call.softmax_scale, *_drawn(call),
+        *call.bias.shape[2:], call.softmax_scale, *call.drawn,
     )  # fmt: skip
     grid = _plane_tiles(call, sizes), sums.shape[0]
     return Launch(_bias_kernels().shared_gradient_kernel, grid, arguments, _constants(call, sizes), sizes.warps, sizes.stages)
@@ -182,8 +182,8 @@ def distance_gradient_launch(
     bias, sizes = Bias.of(call), _sizes("distance_gradient", call, architecture)
     side = work_list.query_side(_streams(call), q.shape[0], sizes.queries)
     arguments = (
-        q, k, v, grad_out, lse, delta, counts, fixed, *side, call.rng_state, *bias.tensors, *_strides(q, k, v, grad_out),
-        lse.stride(0), q.shape[1] // k.shape[1], counts.shape[0], *bias.numbers, call.softmax_scale, *_drawn(call),
+        q, k, v, grad_out, lse, delta, counts, fixed, *side, call.rng_state, *bias.tensors, *strides(q, k, v, grad_out),
+        lse.stride(0), q.shape[1] // k.shape[1], counts.shape[0], *bias.numbers, call.softmax_scale, *call.drawn,
     )  # fmt: skip
     constants = {**_constants(call, sizes), "COORDINATES": bias.coordinates}
     grid = side.tiles.shape[0], q.shape[1]
@@ -303,11 +303,6 @@ def _plain(call: Call) -> bool:
     return call.bias is None and call.distance_bias is None
 
 
-def _drawn(call: Call) -> tuple[int, int, float]:
-    """The kernels' (stream, threshold, keep_scale)."""
-    return call.stream, dropout_threshold(call.dropout_p), dropout_scale(call.dropout_p)
-
-
 def _launch(
     kernel: Any, side: Side, heads: int, arguments: tuple[Any, ...], call: Call, bias: Bias, sizes: TileSizes, **flags: bool
 ) -> Launch:
@@ -328,12 +323,8 @@ def _constants(call: Call, sizes: TileSizes) -> dict[str, Any]:
 
 def _sizes(kernel: str, call: Call, architecture: int) -> TileSizes:
     q, _, _ = call.heads
-    return tile_sizes(kernel, q.dtype, q.shape[2], call.rng_state is not None, architecture, not _plain(call))
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """(of a row, of a head) of every tensor."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    bias = None if _plain(call) else 0 if call.coordinates is None else call.coordinates.shape[1]
+    return tile_sizes(kernel, q.dtype, q.shape[2], call.rng_state is not None, architecture, bias)
 
 
 def _architecture(call: Call) -> int:

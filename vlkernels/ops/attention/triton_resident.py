@@ -176,6 +176,7 @@ def forward_kernel(
     sample, exists, first, end = _samples(starts, lengths, tile, samples, segments, GROUP)
     lse_base += head * statistic_stride
     out_base += head * out_head
+    # First, because behind the products its addresses would lengthen the life of registers.
     gap_end, tail, tail_end = _nobodys(starts, lengths, sample, exists, end, tile, samples, segments, tokens, GROUP)
     _clear(out_base, lse_base, end, gap_end, out_stride, SLOT, GROUP, HEAD_DIM, WIDTH)
     _clear(out_base, lse_base, tail, tail_end, out_stride, SLOT, 1, HEAD_DIM, WIDTH)
