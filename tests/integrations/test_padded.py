@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 
 import pytest
 import torch
@@ -67,9 +66,9 @@ KINDS = ("right", "left", "holes", "many-holes", "empty-sample")
 
 @pytest.fixture(params=["host", "device"])
 def lengths_known_on(request, monkeypatch):
-    """On a device the padding is gathered, unless there is a bias; here that way is walked on the CPU."""
+    """On a device real rows are gathered wherever they stand; here that way is walked on the CPU."""
     if request.param == "device":
-        monkeypatch.setattr(Padding, "segments", lambda self, needed: self._segments if needed else None)
+        monkeypatch.setattr(padded, "_find_rows", padded.Packed)
     return request.param
 
 
@@ -100,15 +99,20 @@ def test_without_padding(queries, causal):
     torch.testing.assert_close(out, formula(*tensors[:3], None, causal, tensors[3], K**-0.5))
 
 
-def test_which_way_is_taken(monkeypatch):
-    """Right-padded tensors are read in place; too many runs of padding are gathered, or hidden by the bias."""
-    gathered = []
-    monkeypatch.setattr(padded, "take_rows", lambda *a: gathered.append(1) or vk.take_rows(*a))
-    for kind, moved in (("right", 0), ("left", 0), ("holes", 0), ("many-holes", 4)):
-        gathered.clear()
-        attend(*inputs(L, L, None)[:3], padding=Padding(mask_of(kind)), causal=True)
-        assert len(gathered) == moved, kind
-    assert padded._run_lengths(mask_of("many-holes")).shape[1] > MAX_SEGMENTS
+@pytest.mark.parametrize(("kind", "gathered", "hidden"), [
+    ("right", 0, 0), ("empty-sample", 0, 0), ("left", 4, 0), ("holes", 4, 0), ("many-holes", 4, 1)
+])  # fmt: skip
+def test_which_way_is_taken(kind, gathered, hidden, monkeypatch):
+    """Rows at the front are read in place, others gathered; a bias takes the padding in where that has too many runs."""
+    calls = []
+    own = Padding.hide
+    monkeypatch.setattr(padded, "take_rows", lambda *a: calls.append("gather") or vk.take_rows(*a))
+    monkeypatch.setattr(Padding, "hide", lambda *a: calls.append("hide") or own(*a))
+    for bias in (None, "shared"):
+        q, k, v, added = inputs(L, L, bias)
+        attend(q, k, v, padding=Padding(mask_of(kind)), causal=True, bias=added)
+    assert (calls.count("gather"), calls.count("hide")) == (gathered, hidden)
+    assert (padded._run_lengths(mask_of(kind)).shape[1] > MAX_SEGMENTS) == bool(hidden)
 
 
 def test_runs_are_lengths_of_hidden_and_real_keys_in_turn():
@@ -116,17 +120,15 @@ def test_runs_are_lengths_of_hidden_and_real_keys_in_turn():
     assert padded._run_lengths(real).tolist() == [[0, 2, 2, 1], [1, 4, 0, 0], [5, 0, 0, 0], [0, 5, 0, 0]]
 
 
-def test_padding_is_not_read():
-    """Whatever stands behind the samples, or in what is gathered away, NaN too, changes nothing."""
-    for causal, (kind, way) in itertools.product((False, True), (("right", "in place"), ("holes", "packed"))):
-        real = mask_of(kind)
-        q, k, v, _ = inputs(L, L, None)
-        clean = attend(q, k, v, padding=Padding(real), causal=causal)
-        spoilt = [x.detach().masked_fill(~real[:, None, :, None], torch.nan) for x in (k, v)]
-        padding = Padding(real)
-        if way == "packed":
-            padding.segments = lambda needed: None
-        torch.testing.assert_close(attend(q, *spoilt, padding=padding, causal=causal), clean)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["right", "left", "many-holes"])
+def test_padding_is_not_read(kind, causal):
+    """Whatever stands in the padding, NaN too, changes nothing."""
+    real = mask_of(kind)
+    q, k, v, _ = inputs(L, L, None)
+    spoilt = [x.detach().masked_fill(~real[:, None, :, None], torch.nan) for x in (k, v)]
+    clean = attend(q, k, v, padding=Padding(real), causal=causal)
+    torch.testing.assert_close(attend(q, *spoilt, padding=Padding(real), causal=causal), clean)
 
 
 @pytest.mark.parametrize("causal", [False, True])
