@@ -35,7 +35,8 @@ SINGLE = {
     128: TileSizes(32, 32, 8, 2),
     256: TileSizes(16, 16, 8, 2),
 }
-# (kernel, width, dropout, family of the architecture), where the tables above would spill or not fit.
+# (kernel, width, dropout, family of the architecture), where the tables above would spill or not fit; narrower heads may have
+# an entry of their own.
 EXCEPTIONS = {
     ("key_gradient", 128, False, 90): TileSizes(32, 128, 8, 2),
     ("key_gradient", 128, True, 90): TileSizes(32, 128, 8, 2),
@@ -43,6 +44,8 @@ EXCEPTIONS = {
     ("key_gradient", 128, True, 86): TileSizes(32, 64, 8, 2),
     ("key_gradient", 128, True, 100): TileSizes(32, 64, 8, 2),
     ("key_gradient", 64, True, 100): TileSizes(64, 64, 8, 2),
+    ("query_gradient", 32, False, 100): TileSizes(128, 32, 8, 2),
+    ("query_gradient", 32, True, 100): TileSizes(128, 32, 8, 2),
     ("forward", 128, False, 100): TileSizes(128, 32, 8, 3),
     ("forward", 256, False, 100): TileSizes(64, 32, 8, 2),
     ("query_gradient", 256, False, 100): TileSizes(32, 32, 8, 2),
@@ -51,10 +54,10 @@ EXCEPTIONS = {
     **{(kernel, 256, dropout, 86): TileSizes(32, 32, 8, 1) for kernel in KERNELS for dropout in (False, True)},
 }
 # With a bias, for forward, query_gradient, key_gradient, shared_gradient, distance_gradient: its pointers take registers, and
-# the values of a tile pass through shared memory. Tables of up to four coordinates, dropout or not.
+# the values of a tile pass through shared memory. Dropout or not.
 BIASED = {
     64: (
-        TileSizes(128, 64, 8, 2), TileSizes(128, 32, 8, 2), TileSizes(32, 64, 8, 2), TileSizes(64, 64, 8, 2),
+        TileSizes(128, 64, 8, 2), TileSizes(128, 32, 8, 2), TileSizes(64, 64, 8, 2), TileSizes(64, 64, 8, 2),
         TileSizes(64, 32, 8, 2),
     ),
     128: (
@@ -63,6 +66,8 @@ BIASED = {
     ),
     256: (TileSizes(32, 32, 8, 2),) * len(BIAS_KERNELS),
 }  # fmt: skip
+# (kernel, width) where several coordinates would spill.
+SEVERAL_COORDINATES = {("key_gradient", 64): TileSizes(32, 64, 8, 2)}
 # (kernel, width, family of the architecture), as above.
 BIASED_EXCEPTIONS = {
     ("forward", 64, 100): TileSizes(128, 32, 8, 2),
@@ -80,16 +85,19 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def tile_sizes(
-    kernel: str, dtype: torch.dtype, head_dim: int, dropout: bool, architecture: int, biased: bool = False
+    kernel: str, dtype: torch.dtype, head_dim: int, dropout: bool, architecture: int, bias: int | None = None
 ) -> TileSizes:
-    """What ``kernel`` runs with on ``architecture`` (90 is sm_90)."""
-    width = max(64, padded_head_dim(head_dim))
+    """What ``kernel`` runs with on ``architecture`` (90 is sm_90). ``bias``: its coordinates, 0 for a tensor, ``None`` without."""
+    exact, card = padded_head_dim(head_dim), family(architecture)
+    width = max(64, exact)
     if dtype == torch.float32:
         return SINGLE[width]
-    card = family(architecture)
-    if biased:
-        return BIASED_EXCEPTIONS.get((kernel, width, card), BIASED[width][BIAS_KERNELS.index(kernel)])
-    return EXCEPTIONS.get((kernel, width, dropout, card), HALF[width][KERNELS.index(kernel)])
+    if bias is not None:
+        usual = BIASED[width][BIAS_KERNELS.index(kernel)]
+        usual = SEVERAL_COORDINATES.get((kernel, width), usual) if bias > 1 else usual
+        return BIASED_EXCEPTIONS.get((kernel, width, card), usual)
+    usual = EXCEPTIONS.get((kernel, width, dropout, card), HALF[width][KERNELS.index(kernel)])
+    return EXCEPTIONS.get((kernel, exact, dropout, card), usual)
 
 
 def family(architecture: int) -> int:
