@@ -37,8 +37,11 @@ inline int64_t queries_per_step(int64_t queries, int64_t keys) {
     return round_up((queries + steps - 1) / steps, panel_queries);
 }
 
-// Rows this many registers apart fall on different lines of the first cache: an odd number of them.
-inline int64_t stride_of(int64_t columns) { return (round_up(columns, lanes) / lanes | 1) * lanes; }
+// Rows an odd number of cache lines apart spread over the whole first cache.
+constexpr int64_t line_floats = 16;
+inline int64_t stride_of(int64_t columns) {
+    return (round_up(columns, line_floats) / line_floats | 1) * line_floats;
+}
 
 // A byte per (key, query), 1 where the table lets the query see the key. False when all of them are.
 inline bool fill_mask(const Attention& op, const Pair& pair, int64_t key_sample, uint8_t* mask) {

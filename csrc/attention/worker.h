@@ -144,10 +144,10 @@ class Worker {
         return static_cast<Element*>(rows.data) + span.start * rows.row + head * rows.head;
     }
 
-    // Room for the scores of any step: its rows are rounded up to panels, and to an odd number of registers.
+    // Room for the scores of any step: its rows are rounded up to panels, and to an odd number of lines.
     static int64_t scores_of(const Attention& op) {
         const int64_t all = op.longest_key * stride_of(round_up(op.longest_query, panel_queries));
-        const int64_t step = step_scores + op.longest_key * 2 * panel_queries;
+        const int64_t step = step_scores + op.longest_key * 2 * (panel_queries + line_floats);
         return all < step ? all : step;
     }
 
