@@ -7,7 +7,8 @@ import torch
 
 import vlkernels as vk
 from tests.ops import test_attention as shared
-from vlkernels.ops.attention import reference, spec, triton_launches
+from vlkernels.core import triton_runtime
+from vlkernels.ops.attention import reference, spec, tile_sizes, triton_launches
 from vlkernels.testing import contract
 from vlkernels.testing.error_rule import assert_close
 
@@ -111,3 +112,26 @@ def test_counts_hold_the_largest_gradient_there_is():
     assert grad.flatten().tolist() == [0, 0, 0, 0.96875, 0, 0, 0, -0.96875]
     (grad,) = torch.autograd.grad(out, table, torch.full_like(out, torch.nan))
     assert grad[3].isnan() and grad[7].isnan()
+
+
+KINDS = {  # name: (kernels of a step, coordinates)
+    "own": (tile_sizes.KERNELS, 0),
+    "shared": ((*tile_sizes.KERNELS, "shared_gradient"), 0),
+    "by position": ((*tile_sizes.KERNELS, "distance_gradient"), 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_interpreted_is_what_a_hopper_card_runs(kind, monkeypatch):
+    launched, (kernels, coordinates) = [], KINDS[kind]
+    monkeypatch.setattr(triton_runtime.Launch, "run", lambda launch: launched.append(launch))
+    layout, table = vk.SegmentLayout([[4], [5]]), torch.randn(8, 1, requires_grad=True)
+    planes = torch.randn(2 if kind == "own" else 1, 1, 5, 5, requires_grad=True)
+    bias = by_position(layout, table) if coordinates else planes
+    qkv = torch.randn(9, 3, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    vk.attention_qkvpacked(qkv, layout=layout, bias=bias, impl="triton").sum().backward()
+    launched = [launch for launch in launched if "QUERIES" in launch.constants]  # without those of the work lists
+    assert [launch.kernel.fn.__name__ for launch in launched] == [f"{kernel}_kernel" for kernel in kernels]
+    for launch, kernel in zip(launched, kernels):
+        wanted = tile_sizes.tile_sizes(kernel, torch.bfloat16, 64, False, 90, coordinates)
+        assert (launch.constants["QUERIES"], launch.constants["KEYS"], launch.warps, launch.stages) == wanted
