@@ -194,6 +194,24 @@ def test_every_instruction_set_gives_the_same_result(level, width):
 
 
 @compiled
+@pytest.mark.parametrize("level", native.CPU_ISA_LEVELS)
+def test_samples_of_several_steps_that_share_keys(level):
+    layout, keys = vk.SegmentLayout([[600], [130], [3], [90]]), vk.SegmentLayout([[200], [9]])
+    rows = (layout.num_tokens, 4), (keys.num_tokens, 2), (keys.num_tokens, 2)
+    tensors = dict(zip("qkv", (torch.randn(*shape, 8, dtype=torch.float64) for shape in rows)))
+    options = {"layout": layout, "kv_layout": keys, "kv_index": torch.tensor([0, 1, 1, 0]), "dropout_p": 0.2}
+    truth = results(reference.attention, tensors, options, torch.float64)
+    eager = results(reference.attention, tensors, options, torch.float32)
+    native.limit_cpu_isa(level)
+    try:
+        actual = results(vk.attention, tensors, options, torch.float32, impl="cpp")
+    finally:
+        native.limit_cpu_isa(native.CPU_ISA_LEVELS[-1])
+    for name, tensor in actual.items():
+        assert_close(name, tensor, eager[name], truth[name])
+
+
+@compiled
 def test_the_number_of_threads_changes_no_bit():
     layout, keys = vk.SegmentLayout([[n % 9 + 1, n % 5] for n in range(60)]), vk.SegmentLayout([[16]] * 11)
     rows = (layout.num_tokens, 4), (keys.num_tokens, 2), (keys.num_tokens, 2)
