@@ -1,4 +1,4 @@
-"""The work list of attention by its definition, in plain Python: what the kernels of triton_work_list.py must build."""
+"""The work list of attention by its definition, in plain Python: what the kernels of work_list_kernels.py must build."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import vlkernels as vk
 from vlkernels.core.mask import CAUSAL, FULL, NONE
-from vlkernels.ops.attention.work_list import Streams
+from vlkernels.ops.attention.gpu.work_list import Streams
 
 CELLS = ("none", "full", "causal")
 

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 from benchmarks import offline, static  # noqa: E402
 from vlkernels.core.triton_runtime import Launch  # noqa: E402
-from vlkernels.ops.attention import variants  # noqa: E402
+from vlkernels.ops.attention.gpu import variants  # noqa: E402
 
 SPECS = [spec for spec in ops.specs() if spec.variants is not None]
 REPRESENTATIVE = {("bfloat16", 64, False, 90)}  # the head width of vision-language models on the card of the targets

@@ -9,7 +9,9 @@ import vlkernels as vk
 from tests.ops import test_attention as shared
 from tests.ops.test_contract import RawCalls
 from vlkernels.core import dispatch, triton_runtime
-from vlkernels.ops.attention import reference, spec, tile_sizes, triton_kernels, triton_launches
+from vlkernels.ops.attention import reference, spec
+from vlkernels.ops.attention.gpu import kernels as triton_kernels
+from vlkernels.ops.attention.gpu import launches, tile_sizes
 from vlkernels.testing import contract
 from vlkernels.testing.error_rule import assert_close
 

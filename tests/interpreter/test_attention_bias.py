@@ -8,7 +8,8 @@ import torch
 import vlkernels as vk
 from tests.ops import test_attention as shared
 from vlkernels.core import triton_runtime
-from vlkernels.ops.attention import reference, spec, tile_sizes, triton_launches
+from vlkernels.ops.attention import reference, spec
+from vlkernels.ops.attention.gpu import launches, tile_sizes
 from vlkernels.testing import contract
 from vlkernels.testing.error_rule import assert_close
 
@@ -30,7 +31,7 @@ SHARED_BY = {"nobody": (3, 4), "samples": (1, 4), "heads": (3, 1), "all": (1, 1)
 
 @pytest.mark.parametrize("by, cross", [(by, False) for by in SHARED_BY] + [("nobody", True), ("all", True)])
 def test_a_bias_shared_in_every_way(by, cross, monkeypatch):
-    monkeypatch.setattr(triton_launches, "BUSY_PROGRAMS", 6)  # so few that samples are summed in several parts
+    monkeypatch.setattr(launches, "BUSY_PROGRAMS", 6)  # so few that samples are summed in several parts
     layout = keys = vk.SegmentLayout([[3, 30], [0, 5], [7, 2]], capacity=50)
     options = {"layout": layout, "mask": vk.SegmentMask.prefix_lm()}
     if cross:

@@ -10,7 +10,8 @@ import torch
 
 import vlkernels as vk
 from vlkernels.core.spec import Case, InputMaker
-from vlkernels.ops.attention import spec, triton_launches
+from vlkernels.ops.attention import spec
+from vlkernels.ops.attention.gpu import launches
 from vlkernels.testing import contract
 
 SPEC = dataclasses.replace(next(s for s in spec.SPECS if s.name == "attention"), deterministic=False)
@@ -112,24 +113,24 @@ def test_own_cases(name):
     contract.verify(SPEC, CASES[name], torch.float32, "triton")
 
 
-KERNEL_FILES = ("triton_tiles", "triton_kernels", "triton_bias")  # each imports from those before it
+KERNEL_FILES = ("tile_functions", "kernels", "bias_kernels")  # each imports from those before it
 
 
 def mutate(old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let launches take copies of the kernels that read ``new`` for ``old``."""
     copies, found = {}, 0
     for file in KERNEL_FILES:
-        source = (Path(spec.__file__).parent / f"{file}.py").read_text()
+        source = (Path(launches.__file__).parent / f"{file}.py").read_text()
         found += source.count(old)
         path = folder / f"{file}.py"
         path.write_text(source.replace(old, new))
         module_spec = importlib.util.spec_from_file_location(file, path)
         copies[file] = importlib.util.module_from_spec(module_spec)
-        monkeypatch.setitem(sys.modules, f"vlkernels.ops.attention.{file}", copies[file])
+        monkeypatch.setitem(sys.modules, f"vlkernels.ops.attention.gpu.{file}", copies[file])
         module_spec.loader.exec_module(copies[file])
     assert found, f"the kernels no longer read {old!r}"
-    monkeypatch.setattr(triton_launches, "_kernels", lambda: copies["triton_kernels"])
-    monkeypatch.setattr(triton_launches, "_bias_kernels", lambda: copies["triton_bias"])
+    monkeypatch.setattr(launches, "_kernels", lambda: copies["kernels"])
+    monkeypatch.setattr(launches, "_bias_kernels", lambda: copies["bias_kernels"])
 
 
 @pytest.mark.parametrize("name", MUTANTS)

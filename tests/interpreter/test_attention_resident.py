@@ -12,7 +12,8 @@ from tests.ops import test_attention as shared
 from vlkernels.core import triton_runtime
 from vlkernels.core.mask import CODES
 from vlkernels.core.spec import Case
-from vlkernels.ops.attention import reference, resident, spec, triton_resident
+from vlkernels.ops.attention import reference, spec
+from vlkernels.ops.attention.gpu import resident, resident_kernels
 from vlkernels.testing import contract
 from vlkernels.testing.error_rule import assert_close
 
@@ -37,7 +38,7 @@ def launched(monkeypatch):
 
 
 def resident_alone(launched):
-    return launched == [triton_resident.forward_kernel, triton_resident.backward_kernel]
+    return launched == [resident_kernels.forward_kernel, resident_kernels.backward_kernel]
 
 
 @pytest.mark.parametrize("op, name", SHORT)
@@ -219,7 +220,7 @@ def test_own_cases(launched, name):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_turns_the_contract_red(name, tmp_path, monkeypatch):
     old, new, case = MUTANTS[name]
-    source = open(triton_resident.__file__).read()
+    source = open(resident_kernels.__file__).read()
     assert old in source, f"the kernels no longer read {old!r}"
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(old, new))

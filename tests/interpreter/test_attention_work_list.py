@@ -9,7 +9,7 @@ import vlkernels as vk
 from tests import work_list_definition as definition
 from tests.work_list_definition import draw_streams, listed, streams_of
 from vlkernels.core.triton_runtime import Launch
-from vlkernels.ops.attention import triton_work_list, work_list
+from vlkernels.ops.attention.gpu import work_list, work_list_kernels
 from vlkernels.testing import contract
 
 BLOCK = 16
@@ -155,7 +155,7 @@ MUTANTS = {  # name: (old, new, the layout that must notice)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
     old, new, layout = MUTANTS[name]
-    source = open(triton_work_list.__file__).read()
+    source = open(work_list_kernels.__file__).read()
     assert old in source, f"the kernels no longer read {old!r}"
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(old, new))

@@ -10,8 +10,8 @@ import vlkernels as vk
 from vlkernels.core import dispatch, native, random as generator
 from vlkernels.core.mask import CODES
 from vlkernels.ops.attention import reference
-from vlkernels.ops.attention.tile_kernels import STEP_SCORES
-from vlkernels.ops.attention.tiles import visible_blocks
+from vlkernels.ops.attention.cpu.tile_kernels import STEP_SCORES
+from vlkernels.ops.attention.cpu.tiles import visible_blocks
 from vlkernels.testing.error_rule import assert_close
 
 CELLS = tuple(CODES)

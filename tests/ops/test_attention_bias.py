@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vlkernels as vk
-from vlkernels.ops.attention import reference, torch_kernels
+from vlkernels.ops.attention import reference
 from vlkernels.ops.attention.bias import MOST_DISTANCE, Buckets
 from vlkernels.ops.attention.call import Call
-from vlkernels.ops.attention.tile_kernels import STEP_SCORES
+from vlkernels.ops.attention.cpu import grouped
+from vlkernels.ops.attention.cpu.tile_kernels import STEP_SCORES
 from vlkernels.testing.error_rule import assert_close
 
 DISTANCES = torch.arange(-2000, 2001)
@@ -320,8 +321,8 @@ def test_no_array_of_all_pairs_is_ever_made():
     biases = [None, bias.distance_bias, bias.coordinates, None]
     call = Call([torch.randn(1100, 3, heads, 8)], *where, *biases, layout.sample_ids, None, 0.3, 0.0, 0, 1100, bias.radius)
     with Sizes() as sizes, torch.no_grad():
-        out, lse = torch_kernels.forward(*call)
-        grads = torch_kernels.backward(torch.randn_like(out), None, out, lse, True, *call)
+        out, lse = grouped.forward(*call)
+        grads = grouped.backward(torch.randn_like(out), None, out, lse, True, *call)
     assert grads[1].shape == bias.distance_bias.shape and grads[1].any()
     assert sizes.largest <= STEP_SCORES < 1100 * 1100 * heads
 

@@ -11,7 +11,8 @@ import vlkernels as vk
 from tests.ops.varlen_standin import Standin, rounding
 from vlkernels.core.mask import CODES
 from vlkernels.core.spec import Case
-from vlkernels.ops.attention import flash, flash_libraries, functional, reference
+from vlkernels.ops.attention import functional, reference
+from vlkernels.ops.attention.flash import calls as flash, libraries
 from vlkernels.testing import sync_lint
 from vlkernels.testing.arguments import map_tensors
 from vlkernels.testing.error_rule import assert_close
@@ -219,10 +220,10 @@ def test_what_no_library_can_is_refused(changed, message):
 
 
 def test_what_this_library_cannot_is_refused():
-    plain = flash_libraries.Library("old varlen_attn", None, grouped_heads=False)
+    plain = libraries.Library("old varlen_attn", None, grouped_heads=False)
     message = "old varlen_attn takes as many heads of k as of q in this version"
     assert flash.refusal(facts(grouped=True), plain) == message and flash.refusal(facts(), plain) is None
-    library = flash_libraries.torch_varlen()
+    library = libraries.torch_varlen()
     reason = flash.refusal(facts(deterministic=True), library)
     assert reason.endswith("under torch.use_deterministic_algorithms(True) only: pass deterministic=False")
     torch.use_deterministic_algorithms(True)
@@ -245,7 +246,7 @@ def test_a_compiled_call_is_one_graph():
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, deterministic, lse):
         return q * scale + (k.sum(0) + v.sum(0)), None
 
-    library = flash_libraries.Library("traceable", attend)
+    library = libraries.Library("traceable", attend)
     layout, mask = vk.SegmentLayout([[3, 4], [2, 2]]), vk.SegmentMask.prefix_lm()
     inputs = [torch.randn(11, 2, 8, requires_grad=True) for _ in range(3)]
     call = partial(flash.attention, layout=layout, mask=mask, library=library)
@@ -285,7 +286,7 @@ def test_our_calls_fit_the_installed_varlen_attn(lse):
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     recorded = Recorded(varlen_attn, ("out", "lse") if lse else "out")
-    attend = flash_libraries.torch_attend(recorded, AuxRequest)
+    attend = libraries.torch_attend(recorded, AuxRequest)
     q, k, v = torch.randn(4, 4, 8), *torch.randn(2, 4, 2, 8)
     assert attend(q, k, v, *BOUNDS, True, 0.5, False, lse) == ("out", "lse" if lse else None)
     attend(q, q, q, *BOUNDS, False, 0.5, False, lse)
@@ -319,7 +320,7 @@ def flash_attn_4(
 @pytest.mark.parametrize("lse", (False, True))
 def test_our_calls_fit_flash_attn(function, lse):
     recorded = Recorded(function, ("out", "lse", "more"))
-    attend = flash_libraries.dao_attend(recorded)
+    attend = libraries.dao_attend(recorded)
     q, k, v = torch.randn(3, 4, 2, 8)
     assert attend(q, k, v, *BOUNDS, True, 0.5, True, lse) == ("out", "lse" if lse else None)
     (bound,) = recorded.bound
@@ -337,7 +338,7 @@ def test_no_hidden_sync_with_the_installed_varlen_attn(name):
         q, k, v = (fill.normal(40, 2, 16) for _ in range(3))
         return {"q": q, "k": k, "v": v, "layout": layout, "mask": mask}
 
-    function = partial(flash.attention, library=flash_libraries.torch_varlen())
+    function = partial(flash.attention, library=libraries.torch_varlen())
     sync_lint.lint(function, Case(name, make), torch.bfloat16)
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import vlkernels as vk
-from vlkernels.ops.attention import resident
 from vlkernels.ops.attention.call import Call
+from vlkernels.ops.attention.gpu import resident
 
 triton = pytest.importorskip("triton")
 
 from benchmarks import offline  # noqa: E402
-from vlkernels.ops.attention import variants  # noqa: E402
+from vlkernels.ops.attention.gpu import variants  # noqa: E402
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from tests.work_list_definition import draw_streams, streams_of
 from vlkernels.core import triton_runtime
 from vlkernels.core.spec import Case
 from vlkernels.core.triton_runtime import Launch
-from vlkernels.ops.attention import work_list
-from vlkernels.ops.attention.work_list import Streams
+from vlkernels.ops.attention.gpu import work_list
+from vlkernels.ops.attention.gpu.work_list import Streams
 from vlkernels.testing import sync_lint
 
 BLOCK = 16

@@ -2,7 +2,7 @@
 
 import torch
 
-from vlkernels.ops.attention.flash_libraries import Library
+from vlkernels.ops.attention.flash.libraries import Library
 
 
 class Standin:

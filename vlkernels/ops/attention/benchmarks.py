@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import CAUSAL, FULL, SegmentMask
 from vlkernels.core.spec import Arguments, Benchmark, Cost, InputMaker, Peer
-from vlkernels.ops.attention import flash, flash_libraries, functional, peers
+from vlkernels.ops.attention import functional, peers
 from vlkernels.ops.attention.bias import RelativeBias
+from vlkernels.ops.attention.flash import calls as flash, libraries
 
 Lengths = Sequence[Sequence[int]]
 
@@ -99,10 +100,10 @@ SDPA = {
 }
 ON_CPU = {"reference": REFERENCE, **SDPA}
 VARLEN = {
-    "varlen_attn": peers.rival(partial(peers.varlen, flash_libraries.torch_varlen)),
-    "flash-attn 2": peers.rival(partial(peers.varlen, flash_libraries.flash_attn_2)),
-    "flash-attn 3": peers.rival(partial(peers.varlen, flash_libraries.flash_attn_3)),
-    "flash-attn 4": peers.rival(partial(peers.varlen, flash_libraries.flash_attn_4)),
+    "varlen_attn": peers.rival(partial(peers.varlen, libraries.torch_varlen)),
+    "flash-attn 2": peers.rival(partial(peers.varlen, libraries.flash_attn_2)),
+    "flash-attn 3": peers.rival(partial(peers.varlen, libraries.flash_attn_3)),
+    "flash-attn 4": peers.rival(partial(peers.varlen, libraries.flash_attn_4)),
 }
 FLEX = {"FlexAttention": peers.rival(peers.flex)}
 CARD_SDPA = {

@@ -14,24 +14,27 @@ from vlkernels.core.layout import SegmentLayout, lasting
 from vlkernels.core.mask import FULL, SegmentMask
 from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.core.triton_runtime import TritonImplementation
-from vlkernels.ops.attention import flash, flash_libraries, raw_ops, reference, torch_kernels, triton_launches
+from vlkernels.ops.attention import reference
 from vlkernels.ops.attention.bias import RelativeBias
 from vlkernels.ops.attention.call import BIASES, SCHEMA, Call, split
+from vlkernels.ops.attention.cpu import compiled, grouped
+from vlkernels.ops.attention.flash import calls as flash, libraries
+from vlkernels.ops.attention.gpu import launches
 
 IMPLEMENTATIONS = (
     Implementation(
         "cpp",
         devices=("cpu",),
         available=functools.partial(native.missing, "attention_cpp_forward", "CPU"),
-        supports=raw_ops.refusal,
+        supports=compiled.refusal,
     ),
     # It reads the lengths on the host, which only on a CPU costs nothing.
     Implementation("torch", devices=("cpu",)),
-    TritonImplementation(supports=triton_launches.refusal),
+    TritonImplementation(supports=launches.refusal),
     Implementation(
         "flash",
         devices=("cuda",),
-        available=flash_libraries.missing,
+        available=libraries.missing,
         supports=flash.refusal,
         on_request=("cuda",),
     ),
@@ -230,7 +233,7 @@ def _attend(
     rows = qkv, layout.starts, layout.lengths, kv_starts, kv_lengths, kv_index
     if impl == "cpp":
         threshold = dropout_threshold(dropout_p)
-        out, lse = raw_ops.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
+        out, lse = compiled.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
     else:
         longest = max(layout.max_seqlen, keys.max_seqlen)
         biases, radius = _bias_inputs(bias, q)
@@ -340,13 +343,13 @@ def _biases(call: Call) -> list[Tensor]:
 _forward = library.define(
     f"attention_forward({SCHEMA}, str impl) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    kernels={"torch": torch_kernels.forward, "triton": triton_launches.forward},
+    kernels={"torch": grouped.forward, "triton": launches.forward},
 )
 # ``bias_grad``: the gradient of the bias that was given follows those of qkv.
 _backward = library.define_backward(
     f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, {SCHEMA}, str impl) -> Tensor[]",
     fake=_backward_fake,
-    kernels={"torch": torch_kernels.backward, "triton": triton_launches.backward},
+    kernels={"torch": grouped.backward, "triton": launches.backward},
 )
 
 

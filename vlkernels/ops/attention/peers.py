@@ -20,9 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import CAUSAL, FULL, SegmentMask
 from vlkernels.core.spec import Arguments, Peer
-from vlkernels.ops.attention import flash, functional
+from vlkernels.ops.attention import functional
 from vlkernels.ops.attention.bias import RelativeBias
-from vlkernels.ops.attention.flash_libraries import Library
+from vlkernels.ops.attention.flash import calls as flash
+from vlkernels.ops.attention.flash.libraries import Library
 
 # Difference from ours as a share of our norm, for each row of the output and for each gradient as a whole: roundings pass,
 # another mask does not.

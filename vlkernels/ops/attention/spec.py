@@ -10,8 +10,9 @@ import torch
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import SegmentMask
 from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
-from vlkernels.ops.attention import benchmarks, functional, reference, variants
+from vlkernels.ops.attention import benchmarks, functional, reference
 from vlkernels.ops.attention.bias import RelativeBias
+from vlkernels.ops.attention.gpu import variants
 
 RAGGED = [[3, 5], [0, 4], [7, 0], [0, 0], [2, 2]]
 

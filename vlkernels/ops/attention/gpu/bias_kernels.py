@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from vlkernels.core import layout, triton_math
-from vlkernels.ops.attention.triton_kernels import RUN_WIDTH, TILE_WIDTH, UNSPECIALIZED, key_range, visible
-from vlkernels.ops.attention.triton_tiles import (
+from vlkernels.ops.attention.gpu.kernels import RUN_WIDTH, TILE_WIDTH, UNSPECIALIZED, key_range, visible
+from vlkernels.ops.attention.gpu.tile_functions import (
     biased, load_coordinates, load_lse, load_rows, load_statistics, open_bias, planar_bias, scores,
 )  # fmt: skip
 

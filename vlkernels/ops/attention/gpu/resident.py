@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlkernels.core.triton_runtime import LOG2_E, Launch
 from vlkernels.ops.attention.call import Call, strides
-from vlkernels.ops.attention.tile_sizes import family, padded_head_dim
+from vlkernels.ops.attention.gpu.tile_sizes import family, padded_head_dim
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -100,6 +100,6 @@ def _launch(kernel: Any, call: Call, arguments: tuple[Any, ...], architecture: i
 
 
 def _kernels() -> Any:
-    from vlkernels.ops.attention import triton_resident
+    from vlkernels.ops.attention.gpu import resident_kernels
 
-    return triton_resident
+    return resident_kernels

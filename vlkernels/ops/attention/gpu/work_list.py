@@ -131,6 +131,6 @@ def _filled(side: Side, launches: list[Launch]) -> Side:
 
 
 def _kernels() -> Any:
-    from vlkernels.ops.attention import triton_work_list
+    from vlkernels.ops.attention.gpu import work_list_kernels
 
-    return triton_work_list
+    return work_list_kernels

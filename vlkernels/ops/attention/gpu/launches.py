@@ -14,10 +14,10 @@ from vlkernels.core.layout import MAX_SEGMENTS
 from vlkernels.core.mask import CAUSAL, FULL
 from vlkernels.core.random import COLUMNS_PER_CALL, dropout_scale
 from vlkernels.core.triton_runtime import LOG2_E, Launch
-from vlkernels.ops.attention import resident, work_list
 from vlkernels.ops.attention.call import Call, split, strides
-from vlkernels.ops.attention.tile_sizes import MOST_HEAD_DIM, TileSizes, padded_head_dim, tile_sizes
-from vlkernels.ops.attention.work_list import Side, Streams
+from vlkernels.ops.attention.gpu import resident, work_list
+from vlkernels.ops.attention.gpu.tile_sizes import MOST_HEAD_DIM, TileSizes, padded_head_dim, tile_sizes
+from vlkernels.ops.attention.gpu.work_list import Side, Streams
 
 # Enough programs of a kernel to keep the multiprocessors of a large card busy.
 BUSY_PROGRAMS = 1024
@@ -212,7 +212,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 class Bias(NamedTuple):
-    """A bias as the kernels read it; see ``triton_tiles``."""
+    """A bias as the kernels read it; see ``tile_functions``."""
 
     kind: str | None
     coordinates: int
@@ -337,12 +337,12 @@ def _nothing(call: Call) -> bool:
 
 
 def _bias_kernels() -> Any:
-    from vlkernels.ops.attention import triton_bias
+    from vlkernels.ops.attention.gpu import bias_kernels
 
-    return triton_bias
+    return bias_kernels
 
 
 def _kernels() -> Any:
-    from vlkernels.ops.attention import triton_kernels
+    from vlkernels.ops.attention.gpu import kernels
 
-    return triton_kernels
+    return kernels

@@ -16,8 +16,8 @@ from vlkernels.core.kept import kept
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.library import eager_call, refuse_twice
 from vlkernels.core.mask import CAUSAL, FULL, NONE, SegmentMask
-from vlkernels.ops.attention import flash_libraries
-from vlkernels.ops.attention.flash_libraries import Library
+from vlkernels.ops.attention.flash import libraries
+from vlkernels.ops.attention.flash.libraries import Library
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM = 256
@@ -41,7 +41,7 @@ class Inexpressible(Exception):
 
 def refusal(facts: Mapping[str, Any], library: Library | None = None) -> str | None:
     """Why no library here can serve a call; ``None`` when one can."""
-    library = library or flash_libraries.best()
+    library = library or libraries.best()
     if facts["dtype"] not in DTYPES:
         return f"it computes in bfloat16 or float16, the inputs are {str(facts['dtype']).removeprefix('torch.')}"
     if facts["head_dim"] > MOST_HEAD_DIM or facts["head_dim"] % 8:
@@ -120,7 +120,7 @@ def attention(
     library: Library | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The functional's attention for what :func:`refusal` lets pass; ``library`` stands in for the best one here."""
-    library = library or flash_libraries.best()
+    library = library or libraries.best()
     calls = _calls(layout, mask, None if kv_layout is layout else kv_layout, kv_index)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     q, k, v = _Entry.apply(calls.spare_keys, q, k, v)

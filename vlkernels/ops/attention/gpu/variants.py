@@ -11,8 +11,8 @@ from vlkernels.core.mask import SegmentMask
 from vlkernels.core.random import Rng
 from vlkernels.core.spec import Variant
 from vlkernels.core.triton_runtime import Launch
-from vlkernels.ops.attention import resident, triton_launches
 from vlkernels.ops.attention.call import Call
+from vlkernels.ops.attention.gpu import launches, resident
 
 HEADS = 2
 RADIUS = 128
@@ -69,18 +69,18 @@ def launches(
     lse, delta = (torch.empty(HEADS, layout.num_tokens) for _ in range(2))
     stored = call.bias if bias == "own" else None
     found = {
-        "forward": triton_launches.forward_launch(call, out, lse, architecture),
-        "query_gradient": triton_launches.query_gradient_launch(
+        "forward": launches.forward_launch(call, out, lse, architecture),
+        "query_gradient": launches.query_gradient_launch(
             call, out, grad_out, lse, None, delta, dq, stored, architecture
         ),
-        "key_gradient": triton_launches.key_gradient_launch(call, grad_out, lse, delta, dk, dv, architecture),
+        "key_gradient": launches.key_gradient_launch(call, grad_out, lse, delta, dk, dv, architecture),
     }
     if bias == "shared":
         sums = torch.empty(2, *call.bias.shape)
-        found["shared_gradient"] = triton_launches.shared_gradient_launch(call, grad_out, lse, delta, sums, architecture)
+        found["shared_gradient"] = launches.shared_gradient_launch(call, grad_out, lse, delta, sums, architecture)
     if call.distance_bias is not None:
         counts, fixed = torch.empty(2, *call.distance_bias.shape, dtype=torch.int64), torch.empty(())
-        found["distance_gradient"] = triton_launches.distance_gradient_launch(
+        found["distance_gradient"] = launches.distance_gradient_launch(
             call, grad_out, lse, delta, counts, fixed, architecture
         )
     return found

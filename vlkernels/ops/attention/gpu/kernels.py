@@ -7,10 +7,10 @@ import triton.language as tl
 
 from vlkernels.core import triton_math
 from vlkernels.core.random import COLUMNS_PER_CALL
-from vlkernels.ops.attention.triton_tiles import (
+from vlkernels.ops.attention.gpu.tile_functions import (
     NOTHING, biased, load_coordinates, load_lse, load_rows, load_statistics, open_bias, scores, store_plane, store_rows,
 )  # fmt: skip
-from vlkernels.ops.attention.work_list import RUN_FIELDS, TILE_FIELDS
+from vlkernels.ops.attention.gpu.work_list import RUN_FIELDS, TILE_FIELDS
 
 TILE_WIDTH, RUN_WIDTH = tl.constexpr(len(TILE_FIELDS)), tl.constexpr(len(RUN_FIELDS))
 DRAWN_TOGETHER = tl.constexpr(COLUMNS_PER_CALL)
