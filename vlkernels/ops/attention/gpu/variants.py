@@ -12,7 +12,7 @@ from vlkernels.core.random import Rng
 from vlkernels.core.spec import Variant
 from vlkernels.core.triton_runtime import Launch
 from vlkernels.ops.attention.call import Call
-from vlkernels.ops.attention.gpu import launches, resident
+from vlkernels.ops.attention.gpu import launches as streaming, resident
 
 HEADS = 2
 RADIUS = 128
@@ -69,20 +69,16 @@ def launches(
     lse, delta = (torch.empty(HEADS, layout.num_tokens) for _ in range(2))
     stored = call.bias if bias == "own" else None
     found = {
-        "forward": launches.forward_launch(call, out, lse, architecture),
-        "query_gradient": launches.query_gradient_launch(
-            call, out, grad_out, lse, None, delta, dq, stored, architecture
-        ),
-        "key_gradient": launches.key_gradient_launch(call, grad_out, lse, delta, dk, dv, architecture),
+        "forward": streaming.forward_launch(call, out, lse, architecture),
+        "query_gradient": streaming.query_gradient_launch(call, out, grad_out, lse, None, delta, dq, stored, architecture),
+        "key_gradient": streaming.key_gradient_launch(call, grad_out, lse, delta, dk, dv, architecture),
     }
     if bias == "shared":
         sums = torch.empty(2, *call.bias.shape)
-        found["shared_gradient"] = launches.shared_gradient_launch(call, grad_out, lse, delta, sums, architecture)
+        found["shared_gradient"] = streaming.shared_gradient_launch(call, grad_out, lse, delta, sums, architecture)
     if call.distance_bias is not None:
         counts, fixed = torch.empty(2, *call.distance_bias.shape, dtype=torch.int64), torch.empty(())
-        found["distance_gradient"] = launches.distance_gradient_launch(
-            call, grad_out, lse, delta, counts, fixed, architecture
-        )
+        found["distance_gradient"] = streaming.distance_gradient_launch(call, grad_out, lse, delta, counts, fixed, architecture)
     return found
 
 
