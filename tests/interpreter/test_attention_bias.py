@@ -67,6 +67,20 @@ def test_rows_that_a_bias_hides_and_rows_of_nobody():
     assert table_grad.isfinite().all()
 
 
+@pytest.mark.parametrize("lengths, keys", (([[2], [1]], [[0], [0]]), ([[0], [0]], [[2], [1]]), ([[0], [0]], [[0], [0]])))
+def test_without_queries_or_without_keys_a_shared_bias_has_the_gradient_zero(lengths, keys):
+    layout, keys = vk.SegmentLayout(lengths, capacity=3), vk.SegmentLayout(keys)
+    q, k = torch.randn(3, 1, 16, requires_grad=True), torch.randn(keys.num_tokens, 1, 16, requires_grad=True)
+    table, plane = torch.randn(8, 1, requires_grad=True), torch.randn(1, 1, layout.max_seqlen, keys.max_seqlen, requires_grad=True)
+    places = (torch.zeros(rows, 1, dtype=torch.int32) for rows in (3, keys.num_tokens))
+    relative = vk.RelativeBias(next(places), [table], num_buckets=8, max_distance=9, kv_coordinates=next(places))
+    for bias, wanted in ((relative, table), (plane, plane)):
+        with contract.poisoned_memory():
+            out = vk.attention(q, k, k, layout=layout, kv_layout=keys, bias=bias, impl="triton")
+            grads = torch.autograd.grad(out.sum(), (q, k, wanted))
+        assert not out.any() and not any(grad.any() for grad in grads)
+
+
 def by_position(layout, table, max_distance=20):
     position = layout.token_position("sample")[:, None]
     return vk.RelativeBias(position, [table], num_buckets=table.shape[0], max_distance=max_distance)

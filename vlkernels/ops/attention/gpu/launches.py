@@ -73,10 +73,13 @@ def backward(
     with torch.cuda.device_of(delta):
         query_gradient_launch(call, out, grad_out, lse, grad_lse, delta, dq, stored, architecture).run()
         key_gradient_launch(call, grad_out, lse, delta, dk, dv, architecture).run()
-        if grad_bias is not None and call.bias is None:
-            _differentiate_distances(call, grad_out, lse, delta, grad_bias, architecture)
-        elif grad_bias is not None and stored is None:
-            _differentiate_shared_bias(call, grad_out, lse, delta, grad_bias, architecture)
+        if grad_bias is not None and stored is None:
+            if grad_bias.numel() == 0 or call.heads[1].shape[0] == 0:
+                grad_bias.zero_()
+            elif call.bias is None:
+                _differentiate_distances(call, grad_out, lse, delta, grad_bias, architecture)
+            else:
+                _differentiate_shared_bias(call, grad_out, lse, delta, grad_bias, architecture)
     return grads if grad_bias is None else [*grads, grad_bias]
 
 
