@@ -55,7 +55,7 @@ class Forward : Worker<T> {
         const Attention& op = this->op;
         const int64_t queries = pair.queries.length, keys = pair.keys.length, stride = this->stride;
         const Rows q = this->floats(op.q, pair.queries, head, q_);
-        transpose(q, queries, op.width, op.scale, turned_q_.get(), pair.stride, pair.columns);
+        transpose(q, queries, op.width, turned_q_.get(), pair.stride, pair.columns);
         this->draws.draw(op.sample_ids[pair.query_sample], head, pair);
         for_panels(pair.columns, [&](int64_t column, auto registers) {
             this->multiply(as_left(k), {turned_q_.get() + column, pair.stride}, keys, op.width,
@@ -78,7 +78,7 @@ class Forward : Worker<T> {
         for (int64_t key = 0; key < pair.keys.length; ++key) {
             for (int r = 0; r < count; ++r) {
                 float* at = scores + key * pair.stride + r * lanes;
-                Floats score = load(at, Whole{});
+                Floats score = this->op.scale * load(at, Whole{});
                 if (pair.masked) {
                     score = this->visible(score, Floats{} - __builtin_inff(), key, first + r * lanes);
                     store(at, score, Whole{});
@@ -87,10 +87,11 @@ class Forward : Worker<T> {
             }
         }
         for (Floats& x : largest) x = x == -__builtin_inff() ? Floats{} : x;
+        const float rest = pair.masked ? 1.0f : this->op.scale;  // hiding has left scaled scores
         for (int64_t key = 0; key < pair.keys.length; ++key) {
             for (int r = 0; r < count; ++r) {
                 float* at = scores + key * pair.stride + r * lanes;
-                Floats p = exponential(load(at, Whole{}) - largest[r]);
+                Floats p = exponential(rest * load(at, Whole{}) - largest[r]);
                 sum[r] += p;
                 if (this->draws) p = this->draws.apply(p, key, first + r * lanes);
                 store(at, p, Whole{});
@@ -187,8 +188,8 @@ class Backward : Worker<T> {
         const int64_t width = this->width, stride = this->stride;
         const Rows q = this->floats(op.q, pair.queries, head, q_);
         const Rows grad = this->floats(backward_.grad_out, pair.queries, head, grad_);
-        transpose(q, queries, op.width, op.scale, turned_q_.get(), pair.stride, pair.columns);
-        transpose(grad, queries, op.width, 1.0f, turned_grad_.get(), pair.stride, pair.columns);
+        transpose(q, queries, op.width, turned_q_.get(), pair.stride, pair.columns);
+        transpose(grad, queries, op.width, turned_grad_.get(), pair.stride, pair.columns);
         this->draws.draw(op.sample_ids[pair.query_sample], head, pair);
         read_statistics(pair, head);
         for_panels(pair.columns, [&](int64_t column, auto registers) {
@@ -222,7 +223,7 @@ class Backward : Worker<T> {
         for (int64_t key = 0; key < pair.keys.length; ++key) {
             for (int r = 0; r < count; ++r) {
                 const int64_t query = first + r * lanes, at = key * pair.stride + query;
-                Floats p = exponential(load(probabilities_.get() + at, Whole{}) - offset[r]);
+                Floats p = exponential(this->op.scale * load(probabilities_.get() + at, Whole{}) - offset[r]);
                 Floats d = load(slopes_.get() + at, Whole{});
                 if (pair.masked) p = this->visible(p, Floats{}, key, query);
                 if (this->draws) {

@@ -156,8 +156,7 @@ inline void load_turned(const float* const* rows, int64_t column, Floats (&turne
 
 // Columns of as many rows as Vector has lanes, from `row` on; rows past the end repeat the last one.
 template <typename Vector>
-inline void transpose_rows(Rows from, int64_t row, int64_t rows, int64_t columns, float factor, float* out,
-                           int64_t stride) {
+inline void transpose_rows(Rows from, int64_t row, int64_t rows, int64_t columns, float* out, int64_t stride) {
     constexpr int64_t count = sizeof(Vector) / sizeof(float);
     const float* at[count];
     for (int64_t r = 0; r < count; ++r) {
@@ -168,20 +167,18 @@ inline void transpose_rows(Rows from, int64_t row, int64_t rows, int64_t columns
         load_turned(at, column, turned);
 #pragma GCC unroll 4
         for (int64_t c = 0; c < 4; ++c) {
-            turned[c] *= factor;
             std::memcpy(out + (column + c) * stride + row, &turned[c], sizeof(Vector));
         }
     }
 }
 
-// out[column][row] = factor * from[row][column]. Rows past the end repeat the last one, up to `reach` of them
+// out[column][row] = from[row][column]. Rows past the end repeat the last one, up to `reach` of them
 // (a multiple of 4); columns are rounded up to 4.
-inline void transpose(Rows from, int64_t rows, int64_t columns, float factor, float* out, int64_t stride,
-                      int64_t reach) {
+inline void transpose(Rows from, int64_t rows, int64_t columns, float* out, int64_t stride, int64_t reach) {
     int64_t row = 0;
     for (; row + lanes <= reach; row += lanes)
-        transpose_rows<Floats>(from, row, rows, columns, factor, out, stride);
-    for (; row < reach; row += 4) transpose_rows<Four>(from, row, rows, columns, factor, out, stride);
+        transpose_rows<Floats>(from, row, rows, columns, out, stride);
+    for (; row < reach; row += 4) transpose_rows<Four>(from, row, rows, columns, out, stride);
 }
 
 // exp(x) for x <= 88, within 2 ulp; 0 below -87.3, where the result would be subnormal. NaN stays NaN.
