@@ -12,7 +12,7 @@ from vlkernels.core.random import Rng
 from vlkernels.core.spec import Variant
 from vlkernels.core.triton_runtime import Launch
 from vlkernels.ops.attention.call import Call
-from vlkernels.ops.attention.gpu import launches as streaming, resident
+from vlkernels.ops.attention.gpu import launches as streaming, resident, work_list
 
 HEADS = 2
 RADIUS = 128
@@ -52,6 +52,8 @@ def variants(architecture: int) -> Iterator[Variant]:
         facts = {"dtype": "bfloat16", "head_dim": head_dim, "dropout": dropout, "slot": rows}
         for kernel, launch in resident_launches(torch.bfloat16, head_dim, dropout, architecture, layout).items():
             yield Variant(kernel, facts, launch)
+    for kernel, launch in work_list.work_list_launches(architecture).items():
+        yield Variant(kernel, {"dtype": "int32"}, launch)
 
 
 def launches(
