@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from vlkernels.core import layout, triton_math
-from vlkernels.ops.attention.gpu.kernels import RUN_WIDTH, TILE_WIDTH, UNSPECIALIZED, key_range, visible
+from vlkernels.ops.attention.gpu.kernels import RUN_WIDTH, TILE_WIDTH, UNALIGNED, UNSPECIALIZED, key_range, visible
 from vlkernels.ops.attention.gpu.tile_functions import (
     biased, load_coordinates, load_lse, load_rows, load_statistics, open_bias, planar_bias, scores,
 )  # fmt: skip
@@ -17,6 +17,7 @@ UNSPECIALIZED_PLANE = (
     "statistic_stride", "stream", "threshold", "bias_sample", "bias_head", "bias_row", "heads", "sharing_samples",
     "sharing_heads", "samples_at_once", "segments", "key_segments", "plane_queries", "plane_keys",
 )  # fmt: skip
+UNALIGNED_PLANE = ("bias_base", "starts", "lengths", "kv_starts", "kv_lengths", "kv_index", "sample_ids")
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def _seen(query_marks, key_marks, queries, keys, query_end, key_end):
     return ((shown | (causal & (key_left >= left).to(tl.int32))) > 0) & (keys < key_end)[None, :]
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED_PLANE)
+@triton.jit(do_not_specialize=UNSPECIALIZED_PLANE, do_not_specialize_on_alignment=UNALIGNED_PLANE)
 def shared_gradient_kernel(
     q_base, k_base, v_base, do_base, lse_base, delta_base, bias_base, partial_base,
     starts, lengths, kv_starts, kv_lengths, kv_index, query_marks, key_marks, sample_ids, rng_state,
@@ -141,7 +142,7 @@ def _count_distances(
     return low, high
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=(*UNSPECIALIZED, "replicas"), do_not_specialize_on_alignment=UNALIGNED)
 def distance_gradient_kernel(
     q_base, k_base, v_base, do_base, lse_base, delta_base, counts_base, fixed_base, tiles, runs, rng_state,
     bias_base, samples, coordinates, kv_coordinates,

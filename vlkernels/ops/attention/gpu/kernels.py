@@ -18,6 +18,8 @@ DRAWN_TOGETHER = tl.constexpr(COLUMNS_PER_CALL)
 # Numbers that differ between calls of one model: specialising on them would compile a variant for each.
 UNSPECIALIZED = ("statistic_stride", "stream", "threshold", "bias_sample", "bias_head", "bias_row", "radius")
 UNSPECIALIZED_GRADIENT = (*UNSPECIALIZED, "dbias_sample", "dbias_head", "dbias_row")
+# May be part of a larger tensor, at any place of it. Their reads are not made of 16 bytes anyway.
+UNALIGNED = ("bias_base", "coordinates", "kv_coordinates")
 
 
 @triton.jit
@@ -70,7 +72,7 @@ def _see_keys(
     return acc, highest, total
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
     q_base, k_base, v_base, out_base, lse_base, tiles, runs, rng_state, bias_base, samples, coordinates, kv_coordinates,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride, out_head, statistic_stride, heads_per_key,
@@ -149,7 +151,7 @@ def _differentiate_scores(
     return dq
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED_GRADIENT)
+@triton.jit(do_not_specialize=UNSPECIALIZED_GRADIENT, do_not_specialize_on_alignment=UNALIGNED)
 def query_gradient_kernel(
     q_base, k_base, v_base, out_base, do_base, lse_base, grad_lse_base, delta_base, dq_base, tiles, runs, rng_state,
     bias_base, samples, coordinates, kv_coordinates, dbias_base,
@@ -241,7 +243,7 @@ def _seen_by_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def key_gradient_kernel(
     q_base, k_base, v_base, do_base, lse_base, delta_base, dk_base, dv_base, tiles, runs, rng_state,
     bias_base, samples, coordinates, kv_coordinates,

@@ -17,6 +17,8 @@ NOTHING = tl.constexpr(-float("inf"))
 
 # Numbers that differ between calls of one model: specialising on them would compile a variant for each.
 UNSPECIALIZED = ("statistic_stride", "heads", "samples", "segments", "tokens", "stream", "threshold")
+# May be part of a larger tensor, at any place of it; they are read number by number.
+UNALIGNED = ("starts", "lengths", "table", "sample_ids")
 
 
 @triton.jit
@@ -164,7 +166,7 @@ def _nobodys(starts, lengths, sample, exists, end, tile, samples, segments, toke
     return tl.where(follows, next_start, end), first, tl.minimum(first + share, tokens)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def forward_kernel(
     q_base, k_base, v_base, out_base, lse_base, starts, lengths, table, sample_ids, rng_state,
     q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride, out_head, statistic_stride,
@@ -203,7 +205,7 @@ def forward_kernel(
     _store(out_base, out, first, out_stride, owned, SLOT, GROUP, HEAD_DIM, WIDTH)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def backward_kernel(
     q_base, k_base, v_base, do_base, lse_base, grad_lse_base, dq_base, dk_base, dv_base, starts, lengths, table, sample_ids,
     rng_state, q_stride, q_head, k_stride, k_head, v_stride, v_head, do_stride, do_head, dq_stride, dq_head, dk_stride, dk_head,
