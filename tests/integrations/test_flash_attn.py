@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -112,6 +113,7 @@ def test_signatures_are_flash_attns():
     ("more", "message"),
     [
         ({"window_size": (128, 0)}, r"window_size must be \(-1, -1\), or \(-1, 0\) for causal, got \(128, 0\)"),
+        ({"window_size": None}, "window_size must be .* got None"),
         ({"softcap": 30.0}, "softcap must be 0, got 30.0"),
         ({"alibi_slopes": torch.ones(4)}, "alibi_slopes must be None"),
         ({"block_table": torch.ones(4)}, "block_table must be None"),
@@ -125,6 +127,8 @@ def test_what_is_not_served_is_refused(more, message):
 def test_lengths_that_do_not_fit():
     with pytest.raises(ValueError, match="max_seqlen must be at least the longest sample = 9, got 4"):
         flash_attn_varlen_func(*packed(), bounds(QUERIES), bounds(KEYS), 4, max(KEYS))
+    with pytest.raises(ValueError, match="cu_seqlens_k must be a Tensor, got a list"):
+        flash_attn_varlen_func(*packed(), bounds(QUERIES), bounds(KEYS).tolist(), max(QUERIES), max(KEYS))
     with pytest.raises(ValueError, match=r"q must be \[B, L, H, K\]"):
         flash_attn_func(*packed())
 
@@ -142,3 +146,13 @@ def test_layers_share_one_layout_which_dies_with_its_lengths(monkeypatch):
     del lengths
     gc.collect()
     assert len(padded._made) == before - 1
+
+
+def test_lengths_that_numpy_rewrites():
+    memory = np.array([0, 5, 9], dtype=np.int32)
+    q, lengths = torch.randn(9, 2, 8), torch.from_numpy(memory)
+    before = flash_attn_varlen_func(q, q, q, lengths, lengths, 5, 5)
+    memory[1] = 4
+    after = flash_attn_varlen_func(q, q, q, lengths, lengths, 5, 5)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, flash_attn_varlen_func(q, q, q, lengths.clone(), lengths.clone(), 5, 5))

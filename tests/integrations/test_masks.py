@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import vlkernels as vk
 from tests.integrations.comparing import attention_calls
-from tests.integrations.tiny_models import LLAMA, TEXT, holes, ids, labels, left, redrawn, right, transformers
+from tests.integrations.tiny_models import IMAGE, LLAMA, TEXT, holes, ids, labels, left, redrawn, right, transformers
 from vlkernels.integrations import padded
 from vlkernels.integrations.transformers import attention_forward, attention_mask
 
@@ -186,6 +186,9 @@ def test_arguments_that_would_be_left_out_are_refused():
         ({"output_attentions": True}, "stores no probabilities for output_attentions=True"),
         ({"head_mask": torch.ones(4)}, "does not serve head_mask"),
         ({"s_aux": torch.ones(4)}, "does not serve s_aux"),
+        ({"sinks": torch.ones(4)}, "does not serve sinks"),
+        ({"indices": torch.ones(4)}, "does not serve indices: it selects no keys"),
+        ({"block_indices": torch.ones(4)}, "does not serve block_indices: it selects no keys"),
         ({"cache": object()}, "does not serve cache"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -271,6 +274,44 @@ def test_other_patterns_are_masks_by_pairs():
 def test_packed_position_ids():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0]]).expand(3, -1)
     same_as_sdpa(llama(), input_ids=ids(), position_ids=positions)
+
+
+# A model that asks no registry would add these masks to its scores as numbers.
+GIT = dict(TEXT, vision_config=dict(IMAGE))
+SPARSE = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=37, decoder_ffn_dim=37, vocab_size=99)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("MegatronBertModel", TEXT),
+        ("VisualBertModel", TEXT),
+        ("LayoutLMv3Model", dict(TEXT, coordinate_size=5, shape_size=6, image_size=12, patch_size=4, input_size=12)),
+        ("FlavaTextModel", TEXT),
+        ("BloomForCausalLM", dict(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)),
+        ("GitForCausalLM", GIT),
+        ("BigBirdPegasusModel", SPARSE),
+    ],
+)
+def test_models_that_ask_no_registry_are_refused(name, settings):
+    kind = getattr(transformers, name)
+    config = kind.config_class(**settings)
+    if name == "GitForCausalLM":  # it is asked for its images
+        model = kind(config)
+        model.set_attn_implementation("vlkernels")
+    else:
+        model = kind._from_config(config, attn_implementation="vlkernels")
+    with pytest.raises(ValueError, match=f'the attention of {kind.config_class.__name__} asks no registry.*use "eager"'):
+        model(input_ids=ids(), attention_mask=right())
+
+
+def test_models_whose_attention_is_another_models_are_served():
+    config = transformers.PaliGemmaConfig(
+        vision_config=dict(IMAGE, model_type="siglip_vision_model", projection_dim=32), projection_dim=32, image_token_index=98,
+        text_config=dict(LLAMA, model_type="gemma", head_dim=8),
+    )  # fmt: skip
+    model = redrawn(transformers.PaliGemmaForConditionalGeneration(config)).double()
+    same_as_sdpa(model, left(), input_ids=ids(), attention_mask=left(), token_type_ids=torch.zeros(3, 11, dtype=torch.long))
 
 
 # Caches.

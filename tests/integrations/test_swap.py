@@ -118,3 +118,25 @@ def test_classes_that_cannot_take_over(classes, message):
     with pytest.raises(ValueError, match=message):
         vk.swap(network, classes)
     assert type(network[1]) is nn.LayerNorm
+
+
+def test_what_is_no_model_and_no_mapping():
+    with pytest.raises(ValueError, match="model must be a Module, got a str"):
+        vk.swap("bert", CLASSES)
+    with pytest.raises(ValueError, match="classes must be a Mapping, got a list"):
+        vk.swap(model(), [nn.LayerNorm])
+
+
+def test_a_compiled_model_runs_its_new_classes():
+    graphs = []
+
+    def noted(graph, _):
+        graphs.append(str(graph.graph))
+        return graph
+
+    network, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(3, 8)
+    compiled = torch.compile(network, backend=noted)
+    compiled(x)
+    vk.swap(compiled, CLASSES)
+    compiled(x)
+    assert ["vlkernels.layer_norm" in graph for graph in graphs] == [False, True]

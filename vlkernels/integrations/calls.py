@@ -14,6 +14,9 @@ from vlkernels.integrations.padded import Padding, kept
 _NOT_SERVED = {
     "softcap": "it caps no scores",
     "s_aux": "it has no attention sinks",
+    "sinks": "it has no attention sinks",
+    "indices": "it selects no keys by index",
+    "block_indices": "it selects no keys by index",
     "head_mask": "it masks no heads",
     "layer_head_mask": "it masks no heads",
     "cache": "it reads no paged cache",

@@ -43,8 +43,8 @@ def flash_attn_varlen_func(
     With ``return_attn_probs``: ``(out, lse [H, Tq], None)``, the probabilities themselves being never stored.
     """
     causal = _served(causal, window_size, softcap, alibi_slopes, block_table)
-    layout = _layout(cu_seqlens_q, max_seqlen_q, q.shape[0])
-    kv_layout = None if cu_seqlens_k is cu_seqlens_q else _layout(cu_seqlens_k, max_seqlen_k, k.shape[0])
+    layout = _layout("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.shape[0])
+    kv_layout = None if cu_seqlens_k is cu_seqlens_q else _layout("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k.shape[0])
     options = _options(causal, dropout_p, softmax_scale, deterministic)
     return _result(attention(q, k, v, layout=layout, kv_layout=kv_layout, **options), return_attn_probs)
 
@@ -65,7 +65,7 @@ def flash_attn_varlen_qkvpacked_func(
     """:func:`flash_attn_varlen_func` of qkv ``[T, 3, H, K]``, with one gradient for it."""
     causal = _served(causal, window_size, softcap, alibi_slopes)
     options = _options(causal, dropout_p, softmax_scale, deterministic)
-    layout = _layout(cu_seqlens, max_seqlen, qkv.shape[0])
+    layout = _layout("cu_seqlens", cu_seqlens, max_seqlen, qkv.shape[0])
     return _result(attention_qkvpacked(qkv, layout=layout, **options), return_attn_probs)
 
 
@@ -103,18 +103,21 @@ def _served(
     block_table: Tensor | None = None,
 ) -> bool:
     """Whether the call is causal; raises for what has no kernel here."""
-    if tuple(window_size) not in ((-1, -1), (-1, 0)):
-        raise ValueError(f"window_size must be (-1, -1), or (-1, 0) for causal, got {tuple(window_size)}")
+    window = tuple(window_size) if isinstance(window_size, (tuple, list)) else window_size
+    if window not in ((-1, -1), (-1, 0)):
+        raise ValueError(f"window_size must be (-1, -1), or (-1, 0) for causal, got {window}")
     if softcap:
         raise ValueError(f"softcap must be 0, got {softcap}")
     for name, given in (("alibi_slopes", alibi_slopes), ("block_table", block_table)):
         if given is not None:
             raise ValueError(f"{name} must be None: it is not served")
-    return causal or tuple(window_size) == (-1, 0)
+    return causal or window == (-1, 0)
 
 
-def _layout(cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> SegmentLayout:
+def _layout(name: str, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> SegmentLayout:
     """One layout for one ``cu_seqlens``: the layers of a model share what kernels make from it."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"{name} must be a Tensor, got a {type(cu_seqlens).__name__}")
 
     def make() -> SegmentLayout:
         # A layout of views would keep the tensor alive that it is kept for.

@@ -217,7 +217,7 @@ _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def kept(source: Tensor, name: Hashable, make: Callable[[], Made]) -> Made:
     """``make()``, kept while ``source`` lives unchanged: the layers of a model share what is made from one mask."""
-    if torch.compiler.is_compiling() or source.is_inference() or source.requires_grad or _is_captured(source.device):
+    if torch.compiler.is_compiling() or _changes_uncounted(source) or source.requires_grad or _is_captured(source.device):
         return make()
     version, made = _made.get(source, (None, None))
     if version != source._version:
@@ -225,3 +225,8 @@ def kept(source: Tensor, name: Hashable, make: Callable[[], Made]) -> Made:
     if name not in made:
         made[name] = lasting(make)
     return made[name]
+
+
+def _changes_uncounted(source: Tensor) -> bool:
+    """Whether PyTorch would not see a write: in inference mode, or into memory that is another library's (NumPy's)."""
+    return source.is_inference() or not source.untyped_storage().resizable()

@@ -6,6 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -64,6 +65,7 @@ def swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -
     that only its own constructor would make. Modules of other subclasses of a key, and those whose ``forward`` was replaced
     on the instance, where a new class would change nothing, are left and told. :func:`unswap` restores the classes.
     """
+    _check_kinds(model, classes)
     for old, new in classes.items():
         _check_pair(old, new)
     swapped, left = [], []
@@ -101,6 +103,12 @@ def why_not(module: nn.Module, old: type[nn.Module]) -> str | None:
 def change_class(module: nn.Module, new: type[nn.Module]) -> None:
     vars(module).setdefault(ORIGINAL, type(module))
     module.__class__ = new
+
+
+def _check_kinds(model: Any, classes: Any) -> None:
+    for name, value, kind in (("model", model, nn.Module), ("classes", classes, Mapping)):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} must be a {kind.__name__}, got a {type(value).__name__}")
 
 
 def _check_pair(old: type[nn.Module], new: type[nn.Module]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from vlkernels.integrations.swap import ORIGINAL, Left, Report, swap
 from vlkernels.integrations.transformers_modules import replacement
 
 NAME = "vlkernels"
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the modules of transformers that ask it
+# Of these models one part asks it, and another part, which has the same masks, does not.
+ASKED_IN_PART = ("GitConfig", "BigBirdPegasusConfig", "InformerConfig")
 
 
 def register() -> None:
@@ -28,7 +32,8 @@ def register() -> None:
 
     A mask of padding stays ``[B, L]``: attention reads the real keys alone. Masks that are more than padding and causality
     (given by the user, sliding windows shorter than the keys, packed position ids) are added to the scores.
-    Under a causal mask the rows of padding come out as 0, as from flash-attn; otherwise they are what sdpa gives.
+    Under a causal mask the rows of padding come out as 0, as from flash-attn (texts to be continued are padded on the left, as
+    transformers advises); otherwise they are what sdpa gives. What a query that sees no key reads is 0.
     """
     transformers = _transformers()
     transformers.AttentionInterface.register(NAME, attention_forward)
@@ -73,10 +78,12 @@ def attention_mask(
     """The mask that ``attention_forward`` is given: what it says is all in its shape, so a model may slice or expand it.
 
     ``None``: nothing is hidden but by causality. bool ``[B, Lk]``: padding of a causal mask. bool ``[B, 1, Lq, Lk]``: who sees
-    whom; where it is one row of keys, expanded, it is the padding alone.
+    whom; where it is one row of keys, expanded, it is the padding alone. Attention that asks no registry would add these to its
+    scores as numbers, so a model that has it is refused.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+    _check_registry_is_asked(others.get("config"))
     end = kv_offset + kv_length
     covers_keys = attention_mask is None or attention_mask.shape[1] >= end
     unlimited = local_size is None or kv_length < local_size
@@ -95,6 +102,23 @@ def attention_mask(
         mask_function=mask_function or causal_mask_function, attention_mask=attention_mask, local_size=local_size,
         allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **others,
     )  # fmt: skip
+
+
+def _check_registry_is_asked(config: Any) -> None:
+    kind = type(config)
+    modeling = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
+    asked = modeling is None or hasattr(modeling, REGISTRY) or not _defines_attention(modeling)
+    if not asked or kind.__name__ in ASKED_IN_PART:
+        raise ValueError(
+            f'the attention of {kind.__name__} asks no registry, so attn_implementation="{NAME}" cannot reach it: '
+            'use "eager"; swap_attention(model) then tells what can be replaced'
+        )
+
+
+def _defines_attention(modeling: ModuleType) -> bool:
+    """Models whose parts are other models leave attention to those."""
+    named = [kind for name, kind in vars(modeling).items() if "Attention" in name and isinstance(kind, type)]
+    return any(issubclass(kind, nn.Module) and kind.__module__ == modeling.__name__ for kind in named)
 
 
 def _is_causal(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None) -> bool:
@@ -143,7 +167,7 @@ def _is_attention(module: nn.Module) -> bool:
 def _why_left(module: nn.Module) -> str:
     if ORIGINAL in vars(module):
         return "it has its new class already"
-    if hasattr(sys.modules.get(type(module).__module__), "ALL_ATTENTION_FUNCTIONS"):
+    if hasattr(sys.modules.get(type(module).__module__), REGISTRY):
         return f'it asks the registry: register(), then model.set_attn_implementation("{NAME}")'
     return "no replacement for it is known"
 
