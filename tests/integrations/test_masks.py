@@ -176,6 +176,18 @@ def test_position_bias_causality_and_padding_together(mask, causal):
     torch.testing.assert_close(out, expected.nan_to_num())
 
 
+def test_a_position_bias_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"position_bias must broadcast to .* = \[2, 4, 6, 6\], got float32 \[1, 4, 6, 9\]"):
+        attention_forward(module(is_causal=False), *qkv(), None, position_bias=torch.randn(1, 4, 6, 9))
+
+
+def test_a_position_bias_of_the_keys_alone():
+    q, k, v = qkv()
+    bias = torch.randn(1, 4, 1, 6, dtype=torch.float64)
+    out, _ = attention_forward(module(is_causal=False), q, k, v, None, position_bias=bias)
+    torch.testing.assert_close(out, sdpa(q, k, v, attn_mask=bias))
+
+
 # 6. Other arguments: those that change nothing pass, the others are refused.
 def test_arguments_that_would_be_left_out_are_refused():
     q, k, v = qkv()
@@ -210,6 +222,7 @@ def test_asking_a_model_for_its_probabilities_is_refused():
         (torch.zeros(2, 6, 6), r"\[B, H, Lq, Lk\] = \[2, 4, 6, 6\], got float32 \[2, 6, 6\]"),
         (torch.zeros(2, 3, 6, 6), r"\[B, H, Lq, Lk\] = \[2, 4, 6, 6\], got float32 \[2, 3, 6, 6\]"),
         (torch.zeros(2, 6), r"\[B, H, Lq, Lk\] = \[2, 4, 6, 6\], got float32 \[2, 6\]"),
+        (torch.ones(2, 1, 6, 6).long(), "attention_mask by pairs must be bool or floating, got int64"),
         ("causal", r"\[B, H, Lq, Lk\] = \[2, 4, 6, 6\], got str \[\]"),
     ],
 )
@@ -288,6 +301,7 @@ SPARSE = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=37
         ("VisualBertModel", TEXT),
         ("LayoutLMv3Model", dict(TEXT, coordinate_size=5, shape_size=6, image_size=12, patch_size=4, input_size=12)),
         ("FlavaTextModel", TEXT),
+        ("BlipTextModel", TEXT),
         ("BloomForCausalLM", dict(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)),
         ("GitForCausalLM", GIT),
         ("BigBirdPegasusModel", SPARSE),

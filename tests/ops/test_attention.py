@@ -402,6 +402,8 @@ def from_bounds(bounds):
         ({"v": torch.randn(10, 2, 8).double()}, "v must be one of float32, got float64"),
         ({"q": torch.zeros(10, 2, 8, dtype=torch.int32)}, "q must be one of float64, float32, bfloat16, float16, got int32"),
         ({"q": torch.randn(10, 3, 8)}, "heads of q must be a multiple of those of k, got H = 3, Hkv = 2"),
+        ({"q": [[0.5]]}, "q must be a Tensor, got a list"),
+        ({"softmax_scale": torch.tensor(0.5)}, "softmax_scale must be a number, got a Tensor: multiply q by one that is learned"),
         ({"kv_layout": vk.SegmentLayout([[10]])}, "kv_layout must have the samples of layout, B = 2, got 1"),
         ({"kv_index": torch.tensor([0, 2])}, r"kv_index must lie in \[0, 2\), got values from 0 to 2"),
         ({"kv_index": torch.tensor([0.0, 1.0])}, "kv_index must be one of int64, int32, got float32"),

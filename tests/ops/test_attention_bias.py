@@ -237,6 +237,16 @@ def test_a_bias_of_the_last_step_does_not_train_silently():
         loss.backward()
 
 
+def test_a_bias_is_refused_once_its_tables_have_changed():
+    layout, (place, tables) = vk.SegmentLayout([[5], [8]]), by_place(13)
+    bias, qkv = vk.RelativeBias(place, tables, **LAYOUTLM), normal(13, 3, 2, 8)
+    with torch.no_grad():
+        vk.attention_qkvpacked(qkv, layout=layout, bias=bias)
+        tables[1].mul_(2)
+        with pytest.raises(ValueError, match="the tables of bias have changed since it was made: make a RelativeBias in every"):
+            vk.attention_qkvpacked(qkv, layout=layout, bias=bias)
+
+
 @pytest.mark.parametrize("impl", ("torch", "reference"))
 @pytest.mark.parametrize("relative", (True, False))
 def test_a_graph_that_is_kept_gives_its_gradients_again(relative, impl):
@@ -409,6 +419,7 @@ SETTING = {"coordinates": PLACE, "tables": TABLES, "num_buckets": 32, "max_dista
 @pytest.mark.parametrize(
     "change, message",
     (
+        ({"coordinates": [[1, 2]]}, "coordinates must be a Tensor, got a list"),
         ({"coordinates": PLACE.float()}, "coordinates must be one of int64, int32, got float32"),
         ({"coordinates": PLACE[:, 0]}, r"coordinates must be \[T, C\] = \[any, any\], got \[10\]"),
         ({"coordinates": PLACE.repeat(1, 3)}, r"coordinates must be \[T, C\] with 1 <= C <= 4, got \[10, 6\]"),
@@ -420,6 +431,9 @@ SETTING = {"coordinates": PLACE, "tables": TABLES, "num_buckets": 32, "max_dista
         ({"tables": [TABLES[0], torch.zeros(32, 3)]}, r"tables\[1\] must be \[num_buckets, H\] = \[32, 2\], got \[32, 3\]"),
         ({"tables": [TABLES[0].int(), TABLES[1]]}, r"tables\[0\] must be one of float64, .*, got int32"),
         ({"num_buckets": (32, 32, 32)}, r"num_buckets must be one value or one per coordinate, C = 2, got \[32, 32, 32\]"),
+        ({"tables": [None, TABLES[1]]}, r"tables\[0\] must be a Tensor, got a NoneType"),
+        ({"num_buckets": 32.0}, r"num_buckets and max_distance must be whole numbers .*, got \(32.0, 128, True\)"),
+        ({"bidirectional": "no"}, r"bidirectional a bool, got \(32, 128, 'no'\)"),
         ({"num_buckets": 3}, r"num_buckets must be at least 4 \(bidirectional: True\), got 3"),
         ({"num_buckets": 1, "bidirectional": False}, r"num_buckets must be at least 2 \(bidirectional: False\), got 1"),
         ({"max_distance": 8}, r"max_distance must lie in \[9, 16384\] for 32 buckets \(bidirectional: True\), got 8"),

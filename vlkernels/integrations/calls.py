@@ -28,16 +28,26 @@ def read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Padding 
     if mask is None:
         return None, None
     real = _real_keys(mask)
-    _check_mask(mask, (query.shape[0], *([] if real is not None else query.shape[1:3]), key.shape[2]), real)
     if real is not None:
+        # Some models make a mask of padding for other queries than they call with: only its keys count.
+        _check_broadcasts("attention_mask", real, "[B, Lk]", (query.shape[0], key.shape[2]))
         return kept(mask, ("padding", len(query)), lambda: Padding(real.bool().expand(len(query), -1))), None
+    additive = read_bias("attention_mask", mask, query, key)
     padding = kept(mask, ("values", len(query)), lambda: _padding_by_value(mask, len(query)))
     if padding is not None:
         return padding, None
-    additive = mask
     if mask.dtype == torch.bool:
-        additive = kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
-    return None, additive.expand(-1, -1, query.shape[2], -1)
+        scores = kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
+        additive = scores.expand_as(additive)
+    return None, additive
+
+
+def read_bias(name: str, bias: Any, query: Tensor, key: Tensor) -> Tensor:
+    """What is added to the scores, one for every pair: ``[B or 1, H or 1, Lq, Lk]``; or a bool mask of that shape."""
+    _check_broadcasts(name, bias, "[B, H, Lq, Lk]", (*query.shape[:3], key.shape[2]))
+    if not (bias.is_floating_point() or bias.dtype == torch.bool):
+        raise ValueError(f"{name} by pairs must be bool or floating, got {_dtype(bias)}")
+    return bias.expand(-1, -1, query.shape[2], -1)
 
 
 def _real_keys(mask: Any) -> Tensor | None:
@@ -65,13 +75,14 @@ def _padding_by_value(mask: Tensor, batch: int) -> Padding | None:
     return Padding(hidden[:, 0, 0].logical_not().expand(batch, -1))
 
 
-def _check_mask(mask: Any, wanted: tuple[int, ...], real: Tensor | None) -> None:
-    # Some models make a mask of padding for other queries than they call with: only its keys count.
-    shape = tuple(getattr(mask if real is None else real, "shape", ()))
+def _check_broadcasts(name: str, tensor: Any, symbols: str, wanted: tuple[int, ...]) -> None:
+    shape = tuple(getattr(tensor, "shape", ()))
     if len(shape) != len(wanted) or any(n not in (1, w) for n, w in zip(shape, wanted)) or shape[-1] != wanted[-1]:
-        symbols = "[B, Lk]" if real is not None else "[B, H, Lq, Lk]"
-        kind = str(getattr(mask, "dtype", type(mask).__name__)).removeprefix("torch.")
-        raise ValueError(f"attention_mask must broadcast to {symbols} = {list(wanted)}, got {kind} {list(shape)}")
+        raise ValueError(f"{name} must broadcast to {symbols} = {list(wanted)}, got {_dtype(tensor)} {list(shape)}")
+
+
+def _dtype(tensor: Any) -> str:
+    return str(getattr(tensor, "dtype", type(tensor).__name__)).removeprefix("torch.")
 
 
 def refuse(arguments: Mapping[str, Any]) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlkernels.integrations.calls import read_mask, refuse
+from vlkernels.integrations.calls import read_bias, read_mask, refuse
 from vlkernels.integrations.padded import attend
 from vlkernels.integrations.swap import ORIGINAL, Left, Report, swap
 from vlkernels.integrations.transformers_modules import replacement
 
 NAME = "vlkernels"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the modules of transformers that ask it
-# Of these models one part asks it, and another part, which has the same masks, does not.
-ASKED_IN_PART = ("GitConfig", "BigBirdPegasusConfig", "InformerConfig")
+# Not told by the module: a part of the model asks, another with the same masks does not; the text of BLIP has its own file.
+NOT_ASKING = ("BigBirdPegasusConfig", "BlipTextConfig", "GitConfig", "InformerConfig")
 
 
 def register() -> None:
@@ -56,6 +56,7 @@ def attention_forward(
     refuse(others)
     padding, bias = read_mask(attention_mask, query, key)
     if position_bias is not None:
+        position_bias = read_bias("position_bias", position_bias, query, key)
         bias = position_bias if bias is None else position_bias + bias
     causal = _is_causal(module, query, key, attention_mask, is_causal)
     out = attend(query, key, value, padding=padding, causal=causal, bias=bias, softmax_scale=scaling, dropout_p=dropout)
@@ -108,7 +109,7 @@ def _check_registry_is_asked(config: Any) -> None:
     kind = type(config)
     modeling = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
     asked = modeling is None or hasattr(modeling, REGISTRY) or not _defines_attention(modeling)
-    if not asked or kind.__name__ in ASKED_IN_PART:
+    if not asked or kind.__name__ in NOT_ASKING:
         raise ValueError(
             f'the attention of {kind.__name__} asks no registry, so attn_implementation="{NAME}" cannot reach it: '
             'use "eager"; swap_attention(model) then tells what can be replaced'

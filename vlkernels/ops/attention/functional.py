@@ -84,7 +84,7 @@ def attention(
             gradient is their sum.
         bias: ``[B or 1, H or 1, Lq, Lk]`` added to the scores, by position in the samples, at least ``max_seqlen`` long on
             either side; -inf hides a key. Or a :class:`RelativeBias` on the tokens of ``layout`` (and ``kv_layout``).
-        softmax_scale: default ``1 / sqrt(K)``.
+        softmax_scale: a number, by default ``1 / sqrt(K)``.
         dropout_p: probability that an element of P is dropped, rounded to 1/256. No mask is stored.
         rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the backward.
             Draws are keyed by (stream, sample id, position in the sample, key's position in its sample, head).
@@ -195,6 +195,8 @@ def _attend(
     if mask is not None:
         mask.check(layout, kv_layout)
     kind = _check_bias(bias, q, layout, keys)
+    if isinstance(softmax_scale, Tensor):
+        raise ValueError("softmax_scale must be a number, got a Tensor: multiply q by one that is learned")
     if dropout_p:
         checks.check_probability("dropout_p", dropout_p)
     check_stream(stream)
@@ -304,6 +306,8 @@ def _check_bias(bias: Tensor | RelativeBias | None, q: Tensor, layout: SegmentLa
 
 
 def _check_relative_bias(bias: RelativeBias, q: Tensor, layout: SegmentLayout, keys: SegmentLayout) -> None:
+    if bias.is_stale():
+        raise ValueError("the tables of bias have changed since it was made: make a RelativeBias in every forward pass")
     if bias.num_heads != q.shape[1]:
         raise ValueError(f"the tables of bias must have the heads of q, H = {q.shape[1]}, got {bias.num_heads}")
     checks.check_shape("coordinates of bias", bias.coordinates, "[Tq, C]", (layout.num_tokens, None))
