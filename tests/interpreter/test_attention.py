@@ -57,6 +57,26 @@ def test_heads_that_fill_no_power_of_two(width, heads):
     torch.testing.assert_close(*(torch.autograd.grad(out, qkv, cotangent) for out in outs))
 
 
+def test_rows_that_a_graph_laid_out_in_another_way_are_read_all_the_same():
+    layout, place = vk.SegmentLayout([[9, 14]]), torch.randint(0, 30, (23, 2), dtype=torch.int32)
+    tables = [torch.randn(8, 2), torch.randn(8, 2)]
+    bias = vk.RelativeBias(place, tables, num_buckets=8, max_distance=20)
+    cotangent = torch.randn(23, 2, 16)
+
+    def call(*rows, place):
+        table, full = bias.distance_bias, vk.SegmentMask.full(2).table("cpu")
+        inputs = (
+            list(rows), layout.starts, layout.lengths, None, None, None, full, None, table, place, None, layout.sample_ids, None,
+            0.25, 0.0, 0, 23, bias.radius,
+        )  # fmt: skip
+        out, lse = launches.forward(*inputs)
+        return [out, lse, *launches.backward(cotangent, None, out, lse, True, *inputs)]
+
+    rows = [torch.randn(23, 2, 16) for _ in range(3)]
+    turned = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in rows]
+    assert all(torch.equal(a, b) for a, b in zip(call(*rows, place=place), call(*turned, place=place.T.contiguous().T)))
+
+
 def test_nan_stays_in_its_own_sample():
     shared.test_nan_stays_in_its_own_sample("triton")
 

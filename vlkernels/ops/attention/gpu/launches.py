@@ -39,7 +39,7 @@ def refusal(facts: Mapping[str, Any]) -> str | None:
 
 
 def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-    call = Call(*inputs)
+    call = _with_rows(Call(*inputs))
     q, _, _ = call.heads
     out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     if _nothing(call):
@@ -55,12 +55,12 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool, *inputs: Any
 ) -> list[Tensor]:
     """The gradients in the form of ``qkv``, then that of the bias if ``bias_grad``."""
-    call = Call(*inputs)
+    call = _with_rows(Call(*inputs))
     grads = [x.new_empty(x.shape) for x in call.qkv]
     grad_bias = _empty_bias_gradient(call) if bias_grad else None
     if _nothing(call):
         return [grad.zero_() for grad in (*grads, grad_bias) if grad is not None]
-    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    grad_out = _rows(grad_out)
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     architecture = _architecture(call)
     if resident.serves(call, architecture):
@@ -81,6 +81,15 @@ def backward(
             else:
                 _differentiate_shared_bias(call, grad_out, lse, delta, grad_bias, architecture)
     return grads if grad_bias is None else [*grads, grad_bias]
+
+
+def _with_rows(call: Call) -> Call:
+    """A compiled graph may lay what it makes out in another way than the tensors that it was traced with."""
+    return call._replace(qkv=[_rows(x) for x in call.qkv])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def forward_launch(call: Call, out: Tensor, lse: Tensor, architecture: int) -> Launch:
@@ -196,18 +205,22 @@ def distance_gradient_launch(
 def _fixed_point(call: Call, grad_out: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """(what ds is multiplied by, the value of one) in float32: powers of two by which no sum of ds passes 2**62.
 
-    A row's ``sum_j |ds_ij|`` is at most ``keep_scale |g_i| max_j |v_j| + |delta_i|``, because its probabilities add up to 1. The
-    unit is NaN where that bound is not finite: counts hold no NaN, the gradient shall.
+    A row's ``sum_j |ds_ij|`` is at most ``keep_scale max_j |g_i . v_j| + |delta_i|``, because its probabilities add up to 1. The
+    unit is NaN where the bound is not finite: counts hold no NaN, the gradient shall.
     """
-    largest = [
-        torch.where(nobody[:, None], 0.0, torch.linalg.vector_norm(x, dim=2, dtype=torch.float32)).amax()
-        for x, nobody in ((grad_out, _nobody(call)), (call.heads[2], _nobody(call, keys=True)))
-    ]
-    of_row = dropout_scale(call.dropout_p) * largest[0] * largest[1] + torch.where(_nobody(call), 0.0, delta.abs()).amax()
+    nobody, no_key = (marks.select(1, 1) <= 0 for marks in row_marks(call))
+    product = grad_out.shape[2] * _largest(grad_out, nobody) * _largest(call.heads[2], no_key)
+    of_row = dropout_scale(call.dropout_p) * product + torch.where(nobody, 0.0, delta.abs()).amax()
     bound = of_row * grad_out.shape[0]
     exponent = torch.frexp(bound).exponent.clamp(min=-64)
     unit = torch.where(bound.isfinite(), _power_of_two(exponent - 61), torch.nan)
     return _power_of_two(61 - exponent), unit
+
+
+def _largest(rows: Tensor, nobody: Tensor) -> Tensor:
+    """The largest absolute value of a row that belongs to a sample. No squares, which would overflow long before it does."""
+    of_rows = torch.linalg.vector_norm(rows, torch.inf, dim=(1, 2), dtype=torch.float32)
+    return torch.where(nobody, 0.0, of_rows).amax()
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -225,13 +238,13 @@ class Bias(NamedTuple):
     @classmethod
     def of(cls, call: Call) -> Bias:
         if call.bias is not None:
-            bias = call.bias if call.bias.stride(3) == 1 else call.bias.contiguous()
+            bias = _rows(call.bias)
             shared = [0 if bias.shape[i] == 1 else bias.stride(i) for i in (0, 1)]
             samples = samples_of_rows(call.starts, call.heads[0].shape[0])
             return cls("tensor", 0, (bias, samples, None, None), (*shared, bias.stride(2), 0))
         if call.distance_bias is not None:
-            table, coordinates = call.distance_bias.contiguous(), call.coordinates
-            others = coordinates if call.kv_coordinates is None else call.kv_coordinates
+            table, coordinates = call.distance_bias.contiguous(), call.coordinates.contiguous()
+            others = coordinates if call.kv_coordinates is None else call.kv_coordinates.contiguous()
             return cls("relative", coordinates.shape[1], (table, None, coordinates, others), (0, table.stride(0), 0, call.radius))
         return cls(None, 0, (None, None, None, None), (0, 0, 0, 0))
 
@@ -275,11 +288,6 @@ def _segments_of_rows(starts: Tensor, tokens: int) -> Tensor:
     """int32 ``[tokens]``: among the segments of all samples, the one that each row stands in or behind."""
     rows = torch.arange(tokens, dtype=starts.dtype, device=starts.device)
     return (torch.searchsorted(starts.flatten(), rows, right=True, out_int32=True) - 1).clamp(min=0)
-
-
-def _nobody(call: Call, keys: bool = False) -> Tensor:
-    """bool: the rows that belong to no sample."""
-    return row_marks(call)[keys].select(1, 1) <= 0
 
 
 def _own_bias(call: Call) -> bool:
