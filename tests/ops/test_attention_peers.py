@@ -58,6 +58,19 @@ def test_the_rows_of_a_card_run_and_their_peers_compute_the_same(op, name, capsy
         assert row["derived"]["forward"]["best_peer"]["name"] in {*benchmarks.VARLEN, *benchmarks.FLEX, *benchmarks.CARD_SDPA}
 
 
+@pytest.mark.parametrize("op, name", CARD, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_nothing_of_ours_stands_around_a_peers_only_call(op, name, monkeypatch):
+    row = (benchmarks.across_streams(SHRINK) if op is CROSS else benchmarks.on_a_card(SHRINK))[name]
+    if "varlen_attn" not in row.peers:
+        return
+    around = []
+    own = peers.flash.attention
+    monkeypatch.setattr(peers.flash, "attention", lambda *a, **k: around.append(1) or own(*a, **k))
+    standin = peers.rival(partial(peers.varlen, lambda: rounding(Standin())))
+    standin.prepare(**row.make(InputMaker(torch.bfloat16)))
+    assert bool(around) == ("prefix-LM" in name)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("op, name", CARD, ids=lambda x: x if isinstance(x, str) else x.name)
 def test_the_rows_of_a_card_run_small_on_it(op, name, capsys):

@@ -94,12 +94,29 @@ def _compare(name: str, theirs: Tensor, ours: Tensor) -> None:
         raise ValueError(f"it computes something else: its {name} is off by {error:.2g} of ours")
 
 
-def varlen(load: Callable[[], Library], q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Prepared:
-    """One variable-length call for each group of query segments, the rows of each gathered; bounds and indices are ready."""
+def varlen(
+    load: Callable[[], Library],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: SegmentLayout,
+    mask: SegmentMask | None = None,
+    kv_layout: SegmentLayout | None = None,
+) -> Prepared:
+    """One variable-length call for each group of query segments, the rows of each gathered; bounds and indices are ready.
+
+    Where one call is all there is to do, nothing of ours stands around it.
+    """
     library, inputs = load(), [x.clone().requires_grad_() for x in (q, k, v)]
+    lone = flash.lone_call(layout, mask, kv_layout)
+    options = {"layout": layout, "mask": mask, "kv_layout": kv_layout, "deterministic": False, "library": library}
 
     def attend() -> tuple[Tensor]:
-        return (flash.attention(*inputs, **options, deterministic=False, library=library),)
+        if lone is None:
+            return (flash.attention(*inputs, **options),)
+        bounds = lone.queries.cu_seqlens, lone.keys.cu_seqlens, lone.queries.longest, lone.keys.longest
+        return (library.attend(*inputs, *bounds, lone.causal, q.shape[2] ** -0.5, False, False)[0],)
 
     return Prepared(attend, inputs, lambda parts, _: parts[0])
 

@@ -157,6 +157,17 @@ class Calls(NamedTuple):
     spare_keys: Tensor | None
 
 
+def lone_call(
+    layout: SegmentLayout, mask: SegmentMask | None = None, kv_layout: SegmentLayout | None = None
+) -> VarlenCall | None:
+    """The library's call that is all there is to do: whole streams, in which every query sees something."""
+    calls, spare_keys = _calls(layout, mask, None if kv_layout is layout else kv_layout, None)
+    if len(calls) != 1 or spare_keys is not None:
+        return None
+    whole = calls[0].queries.rows is None and calls[0].keys.rows is None
+    return calls[0] if whole and (calls[0].blind is None or not calls[0].blind.any()) else None
+
+
 def _calls(layout: SegmentLayout, mask: SegmentMask | None, kv_layout: SegmentLayout | None, kv_index: Tensor | None) -> Calls:
     """:func:`_new_calls`, kept: the layers of a model share them."""
     if torch.compiler.is_compiling() or type(layout.starts) is not Tensor:  # fake tensors, a graph's among them
