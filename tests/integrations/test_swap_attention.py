@@ -196,6 +196,25 @@ def test_outputs_obey_the_error_rule_in_float32(family, monkeypatch):
         error_rule.assert_close(name, value, eager[name], truth[name])
 
 
+def test_a_text_without_a_picture():
+    """No key is real: eager's softmax then goes over all of them."""
+    model, inputs, outputs = redrawn(_lxmert()).double(), _lxmert_inputs(), []
+    inputs["visual_attention_mask"][2] = 0
+    for _ in range(2):
+        outputs.append(model(**cast(inputs, torch.float64)).language_output)
+        vk.integrations.transformers.swap_attention(model)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-9)
+
+
+def test_masks_that_weigh_keys():
+    model, mask, outputs = redrawn(_vilt()).double(), torch.tensor([0.0, -1.0, 0.5, torch.finfo(torch.float64).min]), []
+    attention, states = model.encoder.layer[0].attention.attention, draw(3, 4, 32).double()
+    for _ in range(2):
+        outputs.append(attention(states, mask.view(1, 1, 1, 4).expand(3, -1, -1, -1))[0])
+        vk.integrations.transformers.swap_attention(model)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-9, atol=1e-9)
+
+
 NO_BIAS = [f for f in FAMILIES if not f.name.startswith("layoutlm") and f.name != "blip-caption"]
 
 

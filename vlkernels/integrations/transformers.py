@@ -150,7 +150,7 @@ def swap_attention(model: nn.Module) -> Report:
 
     ViLT, LayoutLMv2, LayoutLMv3, LXMERT, VisualBERT, BLIP (vision and text), FLAVA. Parameters and the state dict stay as they
     are. ``output_attentions=True`` is refused afterwards; LayoutLMv2 and v3 do not tell their attention
-    and return none.
+    and return none. On a GPU a mask of keys hides whatever it does not add 0 to, and samples without any key get 0.
     """
     kinds = {type(module) for module in model.modules()}
     report = swap(model, {kind: replacement(kind) for kind in kinds if replacement(kind) is not None})

@@ -172,8 +172,9 @@ def _attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, b
 
 
 def _read_additive(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Padding | None, Tensor | None]:
-    """These models add 0 to the scores of real keys; what stands at the others hides them."""
-    if mask is None or mask.requires_grad or not mask.is_floating_point() or mask.shape[1:3] != (1, 1):
+    """These models add 0 to the scores of real keys; on a device, where a look would wait, the others are taken as hidden."""
+    looked_at = mask is None or mask.device.type == "cpu" or mask.requires_grad
+    if looked_at or not mask.is_floating_point() or mask.shape[1:3] != (1, 1):
         return read_mask(mask, q, k)
     return kept(mask, "additive padding", lambda: Padding((mask[:, 0, 0] == 0).expand(len(q), -1))), None
 
