@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import json
 import platform
+import statistics
 import subprocess
+import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SOURCES = ("benchmarks", "csrc", "vlkernels")
+PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 
 
 def provenance(device: str) -> dict[str, Any]:
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "modified": None if changes is None else bool(changes),
+        "source": source_digest(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -43,28 +52,88 @@ def device_folder(device: str) -> str:
     return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
 
 
+@functools.lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Of the kernels and of what times them: names the source where there is no repository to ask."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*.*")):
+        if path.suffix in (".py", ".h", ".cuh", ".cpp", ".cu"):
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class CardLog:
+    """Clocks, power and temperature of the card while numbers are taken, read four times a second by nvidia-smi."""
+
+    FIELDS = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_w": "power.draw", "celsius": "temperature.gpu"}
+
+    def __init__(self, command: Sequence[str] | None = None):
+        self._command = command or (*_query(",".join(self.FIELDS.values())), "--loop-ms=250")
+        self._lines: list[str] = []
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> CardLog:
+        try:
+            self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError:
+            return self
+        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        return self
+
+    def _read(self, output: IO[str]) -> None:
+        for line in output:
+            self._lines.append(line)
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def take(self) -> dict[str, list[float]] | None:
+        """Lowest, median and highest of each since the last ``take``; ``None`` when nothing was read."""
+        lines, self._lines = self._lines, []
+        readings = [r for r in map(_numbers, lines) if len(r) == len(self.FIELDS)]
+        if not readings:
+            return None
+        return {name: [min(x), statistics.median(x), max(x)] for name, x in zip(self.FIELDS, zip(*readings))}
+
+
+def _query(fields: str) -> tuple[str, ...]:
+    card = f"--id={_uuid()}" if torch.cuda.is_available() else "--id=0"
+    return "nvidia-smi", card, f"--query-gpu={fields}", "--format=csv,noheader,nounits"
+
+
+def _uuid() -> str:
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+
+
+def _numbers(line: str) -> list[float]:
+    try:
+        return [float(x) for x in line.split(",")]
+    except ValueError:
+        return []
+
+
 def _card() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     return {
         "device": properties.name,
         "arch": f"sm_{properties.major}{properties.minor}",
         "cuda": torch.version.cuda,
-        "clocks": _clocks(),
+        "cudnn": torch.backends.cudnn.version(),
+        "driver, power limit, highest clock": _limits(),
+        "peers": {name: _version(name) for name in PEER_PACKAGES},
     }
 
 
-def _clocks() -> dict[str, int] | None:
+@functools.lru_cache(maxsize=1)
+def _limits() -> str | None:
     try:
-        import pynvml
-    except ImportError:
+        found = subprocess.run(_query("driver_version,power.limit,clocks.max.sm"), capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    pynvml.nvmlInit()
-    card = pynvml.nvmlDeviceGetHandleByIndex(0)
-    return {
-        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
-        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
-        "power_w": pynvml.nvmlDeviceGetPowerUsage(card) // 1000,
-    }
+    return found.stdout.strip() or None
 
 
 def _processor() -> dict[str, Any]:
@@ -78,7 +147,10 @@ def _cpuinfo() -> list[str]:
 
 
 def _git(*arguments: str) -> str | None:
-    found = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
     return found.stdout.strip() if found.returncode == 0 else None
 
 

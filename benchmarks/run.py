@@ -1,26 +1,58 @@
 """`python -m benchmarks.run [--device cpu|cuda] [--op NAME]`: every declared benchmark, side by side with its peers.
 
-An op whose contract is red prints no time. Results are appended to benchmarks/results/<device>/<op>.jsonl with their provenance.
+An op whose contract is red prints no time. A result is stored as soon as it is there, in benchmarks/results/<device>/<op>.jsonl
+with its provenance, so that a run that is cut off loses nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.provenance import RESULTS, store
-from benchmarks.timing import Timing, interleaved
+from benchmarks import roof
+from benchmarks.provenance import RESULTS, CardLog, store
+from benchmarks.timing import Parts, Timing, interleaved_parts
 from engine.training.host_memory import keep_large_blocks
 from vlkernels import ops
-from vlkernels.core.spec import InputMaker, OpSpec, Peer
+from vlkernels.core.spec import Benchmark, Cost, InputMaker, OpSpec, Peer
 from vlkernels.testing import contract
 from vlkernels.testing.arguments import cotangents, differentiable_tensors, floating_outputs
+
+DIRECTIONS = ("forward", "backward")
+# A run on a card ends before this many seconds, whatever is left to time.
+CARD_LIMIT_S = 480.0
+
+Timings = dict[str, dict[str, Timing]]
+
+
+@dataclass
+class Run:
+    """What a run was asked for, and what it has found out on its way."""
+
+    device: str
+    budget_s: float
+    results: Path
+    ends: float = float("inf")
+    roof: roof.Roof | None = None
+    card: CardLog = field(default_factory=CardLog)
+    told: set[str] = field(default_factory=set)
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self.ends
+
+    def tell_once(self, line: str) -> None:
+        if line not in self.told:
+            self.told.add(line)
+            print(line, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,83 +60,189 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", action="append", help="only this op; may be given several times")
     parser.add_argument("--budget-s", type=float, default=2.0, help="seconds of measuring per benchmark and dtype")
+    parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {CARD_LIMIT_S} on a card")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
+    on_card = options.device == "cuda"
+    if on_card and not torch.cuda.is_available():
         parser.error("no CUDA device here")
-    keep_large_blocks()
-    red = 0
-    for spec in ops.specs():
-        if spec.benchmarks and (not options.op or spec.name in options.op):
-            red += not run_op(spec, options)
-    return 1 if red else 0
+    limit = options.limit_s if options.limit_s is not None else CARD_LIMIT_S if on_card else float("inf")
+    run = Run(options.device, options.budget_s, options.results, ends=time.monotonic() + limit)
+    if on_card:
+        run.roof = roof.measure("cuda", torch.bfloat16)
+        print(f"bfloat16 products {run.roof.flops / 1e12:.0f} TFLOP/s, copy {run.roof.bytes / 1e12:.2f} TB/s", flush=True)
+    else:
+        keep_large_blocks()
+    chosen = [spec for spec in ops.specs() if not options.op or spec.name in options.op]
+    with run.card if on_card else contextlib.nullcontext():
+        failed = sum(not run_op(spec, run) for spec in chosen)
+    return 1 if failed else 0
 
 
-def run_op(spec: OpSpec, options: argparse.Namespace) -> bool:
-    """Time one op; ``False`` when its contract is red, and then no time is printed."""
+def benchmarks_of(spec: OpSpec, device: str) -> dict[str, Benchmark]:
+    """The op's benchmarks on this kind of device, what they leave open filled in."""
+    found = {}
+    for name, declared in spec.benchmarks.items():
+        made = declared if isinstance(declared, Benchmark) else Benchmark(declared)
+        if device in made.devices:
+            peers = {"reference": spec.reference, **spec.peers} if made.peers is None else made.peers
+            dtypes = made.dtypes or spec.dtypes
+            found[name] = Benchmark(made.make, made.devices, dtypes, peers, made.call or spec.functional)
+    return found
+
+
+def run_op(spec: OpSpec, run: Run) -> bool:
+    """Time one op; ``False`` when its contract is red, and then no time is printed, or when a benchmark failed."""
+    benchmarks = benchmarks_of(spec, run.device)
+    if not benchmarks:
+        return True
+    if run.is_over():
+        print(f"{spec.name}: not timed, the time of this run is up", flush=True)
+        return True
+    dtypes = sorted({dtype for benchmark in benchmarks.values() for dtype in benchmark.dtypes}, key=str)
     try:
-        for case in spec.cases:
-            for impl in contract.implementations_here(spec, case, torch.float32, options.device):
-                contract.verify(spec, case, torch.float32, impl, options.device)
+        verify(spec, dtypes, run.device)
     except AssertionError as error:
-        print(f"{spec.name}: contract is red, not timed: {error}")
+        print(f"{spec.name}: contract is red, not timed: {error}", flush=True)
         return False
-    for name, make in spec.benchmarks.items():
-        for dtype in spec.dtypes:
-            timings = interleaved(variants(spec, make, dtype, options.device), options.device, options.budget_s)
-            show(spec.name, name, dtype, timings)
-            seconds = {variant: vars(timing) for variant, timing in timings.items()}
-            cost = vars(spec.cost(**make(InputMaker(dtype, options.device)))) if spec.cost else None
-            row = {"op": spec.name, "benchmark": name, "dtype": str(dtype), "seconds": seconds, "cost": cost}
-            store(spec.name, row, options.device, options.results)
+    return all([run_benchmark(spec, name, benchmark, run) for name, benchmark in benchmarks.items()])
+
+
+def verify(spec: OpSpec, dtypes: list[torch.dtype], device: str) -> None:
+    for case in spec.cases:
+        for dtype in dtypes:
+            for impl in contract.implementations_here(spec, case, dtype, device):
+                contract.verify(spec, case, dtype, impl, device)
+
+
+def run_benchmark(spec: OpSpec, name: str, benchmark: Benchmark, run: Run) -> bool:
+    """Time one benchmark in its dtypes and store what came; ``False`` when our own call fails."""
+    for dtype in benchmark.dtypes:
+        if run.is_over():
+            print(f"{spec.name}, {name}, {_short(dtype)}: not timed, the time of this run is up", flush=True)
+            continue
+        try:
+            row = timed(spec, name, benchmark, dtype, run)
+        except (NotImplementedError, RuntimeError, ValueError) as reason:
+            print(f"{spec.name}, {name}, {_short(dtype)}: FAILED: {_first_line(reason)}", flush=True)
+            return False
+        store(spec.name, row, run.device, run.results)
+        if run.device == "cuda":
+            torch.cuda.empty_cache()
     return True
 
 
-def variants(spec: OpSpec, make: Callable[..., Any], dtype: torch.dtype, device: str) -> dict[str, Callable[[], object]]:
-    """Forward and backward of what ``auto`` takes, of the reference, and of every peer that runs here."""
-    calls = {
-        "vlkernels": _step(spec.functional, make, dtype, device, impl="auto"),
-        "reference": _step(spec.reference, make, dtype, device),
+def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run: Run) -> dict[str, Any]:
+    """One row: the times of everybody, printed and returned."""
+    arguments = benchmark.make(InputMaker(dtype, run.device))
+    calls = variants(benchmark, arguments, run)
+    run.card.take()
+    timings = interleaved_parts({variant: step.parts() for variant, step in calls.items()}, run.device, run.budget_s)
+    card = run.card.take()
+    cost = spec.cost(**arguments) if spec.cost else None
+    derived = derive(timings, [variant for variant, step in calls.items() if step.rival], cost, run.roof)
+    show(f"{spec.name}, {name}, {_short(dtype)}", timings, derived)
+    return {
+        "op": spec.name,
+        "benchmark": name,
+        "dtype": str(dtype),
+        "seconds": {variant: asdict(parts["total"]) for variant, parts in timings.items()},
+        **{part: {v: asdict(parts[part]) for v, parts in timings.items() if part in parts} for part in DIRECTIONS},
+        "cost": asdict(cost) if cost else None,
+        "derived": derived,
+        "roof": asdict(run.roof) if run.roof else None,
+        "card": card,
     }
-    for peer, function in spec.peers.items():
-        step = _step(function, make, dtype, device)
+
+
+class Step:
+    """Forward and backward of a call, to be timed one after the other."""
+
+    def __init__(self, call: Callable[[], Any], inputs: list[torch.Tensor], rival: bool):
+        self.rival = rival
+        self._call, self._inputs = call, inputs
+        self._outputs: list[torch.Tensor] = []
+        self._upstream: list[torch.Tensor] = []
+
+    def parts(self) -> Parts:
+        return {"forward": self.forward, "backward": self.backward} if self._upstream else {"forward": self._call}
+
+    def trial(self) -> Step:
+        """Run it once: what cannot run raises here, and whether there is something to differentiate is known afterwards."""
+        self.forward()
+        self._upstream = cotangents(self._outputs)
+        self.backward()
+        return self
+
+    def forward(self) -> None:
+        self._outputs = [t for t in floating_outputs(self._call()) if t.requires_grad]
+
+    def backward(self) -> object:
+        outputs, self._outputs = self._outputs, []
+        return torch.autograd.grad(outputs, self._inputs, self._upstream, allow_unused=True) if outputs else None
+
+
+def variants(benchmark: Benchmark, arguments: dict[str, Any], run: Run) -> dict[str, Step]:
+    """What ``auto`` takes and every peer that runs here; for the others the reason is printed, once."""
+    inputs = list(differentiable_tensors(arguments).values())
+    steps = {"vlkernels": Step(partial(benchmark.call, **arguments, impl="auto"), inputs, rival=False).trial()}
+    for name, peer in benchmark.peers.items():
         try:
-            step()
+            if isinstance(peer, Peer):
+                steps[name] = Step(*peer.prepare(**arguments), rival=peer.rival).trial()
+            else:
+                steps[name] = Step(partial(peer, **arguments), inputs, rival=name != "reference").trial()
         except (ImportError, NotImplementedError, RuntimeError, ValueError) as reason:
-            print(f"  {peer} does not run here: {str(reason).splitlines()[0]}")
-            continue
-        calls[peer] = step
-    return calls
+            run.tell_once(f"  {name} does not run here: {_first_line(reason)}")
+    return steps
 
 
-def _step(
-    function: Callable[..., Any] | Peer, make: Callable[..., Any], dtype: torch.dtype, device: str, **extra: Any
-) -> Callable[[], object]:
-    arguments = make(InputMaker(dtype, device))
-    if isinstance(function, Peer):
-        call, inputs = function.prepare(**arguments)
-    else:
-        call, inputs = partial(function, **arguments, **extra), list(differentiable_tensors(arguments).values())
-    upstream: list[torch.Tensor] = []
-
-    def step() -> object:
-        outputs = [t for t in floating_outputs(call()) if t.requires_grad]
-        if not outputs:
-            return None
-        if not upstream:
-            upstream.extend(cotangents(outputs))
-        return torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
-
-    return step
+def derive(timings: Timings, rivals: list[str], cost: Cost | None, roof_here: roof.Roof | None) -> dict[str, dict[str, Any]]:
+    """By direction: TFLOP/s over the work that must be done, share of the roof, and the best rival's time over ours."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in DIRECTIONS:
+        seconds = {variant: parts[part].median for variant, parts in timings.items() if part in parts}
+        own: dict[str, Any] = {}
+        if cost is not None and (flops := getattr(cost, f"{part}_flops")):
+            own["tflops"] = {variant: flops / taken / 1e12 for variant, taken in seconds.items()}
+            if roof_here:
+                least = roof_here.seconds(flops, getattr(cost, f"{part}_bytes"))
+                own["share_of_roof"] = {variant: least / taken for variant, taken in seconds.items()}
+        there = [variant for variant in rivals if variant in seconds]
+        if there and "vlkernels" in seconds:
+            best = min(there, key=seconds.__getitem__)
+            own["best_peer"] = {"name": best, "times_ours": seconds[best] / seconds["vlkernels"]}
+        found[part] = own
+    return found
 
 
-def show(op: str, name: str, dtype: torch.dtype, timings: dict[str, Timing]) -> None:
-    ours = timings["vlkernels"].median
-    for variant, timing in timings.items():
-        print(
-            f"{op:<22} {name:<28} {str(dtype).removeprefix('torch.'):<9} {variant:<22} "
-            f"{timing.median * 1e3:9.3f} ms [{timing.low * 1e3:.3f}, {timing.high * 1e3:.3f}]  {timing.median / ours:6.2f}x"
-        )
+def show(title: str, timings: Timings, derived: Mapping[str, Mapping[str, Any]]) -> None:
+    print(title)
+    ours = timings["vlkernels"]
+    for variant, parts in timings.items():
+        columns = [_column(part, parts[part], variant, derived[part]) for part in DIRECTIONS if part in parts]
+        if parts.keys() == ours.keys():
+            columns.append(f"{parts['total'].median / ours['total'].median:6.2f}x")
+        print(f"  {variant:<24} {' | '.join(columns)}")
+    for part in DIRECTIONS:
+        if best := derived[part].get("best_peer"):
+            print(f"  {part}: the best peer, {best['name']}, takes {best['times_ours']:.2f} times as long")
+    sys.stdout.flush()
+
+
+def _column(part: str, timing: Timing, variant: str, derived: Mapping[str, Any]) -> str:
+    column = f"{part} {timing.median * 1e3:9.3f} ms [{timing.low * 1e3:.3f}, {timing.high * 1e3:.3f}]"
+    if "share_of_roof" in derived:
+        column += f" {derived['tflops'][variant]:4.0f} TFLOP/s {derived['share_of_roof'][variant]:4.0%}"
+    return column if timing.host is None else f"{column} host {timing.host * 1e6:4.0f} us"
+
+
+def _first_line(reason: BaseException) -> str:
+    return (str(reason) or type(reason).__name__).splitlines()[0][:160]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

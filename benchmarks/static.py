@@ -7,8 +7,11 @@ what it was compiled from; a test fails where the kernels, their tiles or the ve
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,21 +31,32 @@ FOLDER = RESULTS / "static"
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
     parser.add_argument("--op", action="append", help="only this op; may be given several times")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile at the same time")
     options = parser.parse_args(arguments)
     for spec in ops.specs():
         if spec.variants is not None and (not options.op or spec.name in options.op):
-            write(spec)
+            write(spec, options.workers)
     return 0
 
 
-def write(spec: OpSpec) -> None:
+def write(spec: OpSpec, workers: int) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for architecture, variant in declared(spec):
-        row = {**describe(architecture, variant), **compile_and_measure(architecture, variant)}
-        show(spec.name, row)
-        lines.append(json.dumps(row))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        lines = pool.map(functools.partial(_line, spec.name), range(len(list(declared(spec)))), chunksize=1)
     stored_at(spec).write_text("\n".join(lines) + "\n")
+
+
+def _line(name: str, number: int) -> str:
+    """The row of one declared kernel, in a process of the pool."""
+    architecture, variant = _declared(name)[number]
+    row = {**describe(architecture, variant), **compile_and_measure(architecture, variant)}
+    show(name, row)
+    return json.dumps(row)
+
+
+@functools.cache
+def _declared(name: str) -> list[tuple[int, Variant]]:
+    return list(declared(next(spec for spec in ops.specs() if spec.name == name)))
 
 
 def declared(spec: OpSpec) -> Iterator[tuple[int, Variant]]:
@@ -84,10 +98,11 @@ def stored(spec: OpSpec) -> dict[str, dict[str, Any]]:
 
 def show(op: str, row: dict[str, Any]) -> None:
     products = sum(row["opcodes"].get(name, 0) for name in offline.TENSOR_CORE)
+    said = " ".join(str(row[name]) for name in ("dtype", "bias") if name in row) + " dropout" * row.get("dropout", False)
+    said += "".join(f" {letter}{row[name]}" for letter, name in (("K", "head_dim"), ("slot ", "slot")) if name in row)
     print(
-        f"{op} {row['kernel']:<15} {row['dtype']:<9} K{row['head_dim']:<4}{'dropout' if row['dropout'] else '':<8} "
-        f"sm_{row['architecture']:<4} {row['registers']:>4} registers {row['shared_bytes']:>7} B shared "
-        f"{row['stack_bytes']:>5} B stack {offline.local_memory_accesses(row):>4} local accesses "
+        f"{op} {row['kernel']:<17} {said:<36} sm_{row['architecture']:<4} {row['registers']:>4} registers "
+        f"{row['shared_bytes']:>7} B shared {row['stack_bytes']:>5} B stack {offline.local_memory_accesses(row):>4} local accesses "
         f"{products:>4} tensor-core {row['programs_per_sm']} programs/SM",
         flush=True,
     )

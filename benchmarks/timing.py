@@ -2,44 +2,76 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 WARM_UP_ROUNDS = 2
+FEWEST_ROUNDS = 5
 L2_FLUSH_BYTES = 256 * 2**20
+MOST_FLUSHES = 64
+
+# What a variant is made of, in the order in which it runs: {"forward": ..., "backward": ...}.
+Parts = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median and the quartiles of ``runs`` measured calls."""
+    """Seconds per call: median and quartiles of ``runs`` calls; on a card also ``host``: median until the call returned."""
 
     median: float
     low: float
     high: float
     runs: int
+    host: float | None = None
+
+
+class Reading(NamedTuple):
+    seconds: float
+    host: float | None
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], device: str, budget_s: float = 3.0) -> dict[str, Timing]:
     """Time every variant once per round until the budget of seconds is spent (at least five rounds)."""
-    clock = _CudaClock() if device == "cuda" else _HostClock()
+    timings = interleaved_parts({name: {"call": call} for name, call in variants.items()}, device, budget_s)
+    return {name: parts["call"] for name, parts in timings.items()}
+
+
+def interleaved_parts(variants: Mapping[str, Parts], device: str, budget_s: float = 3.0) -> dict[str, dict[str, Timing]]:
+    """:func:`interleaved` of variants in parts: the timing of each, and of their sum as ``"total"``."""
+    clock = CudaClock() if device == "cuda" else _HostClock()
+
+    def one_round() -> dict[str, list[Reading]]:
+        return {name: [clock.measure((name, part), call) for part, call in parts.items()] for name, parts in variants.items()}
+
     for _ in range(WARM_UP_ROUNDS):
-        for call in variants.values():
-            call()
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+        one_round()
+    rounds: list[dict[str, list[Reading]]] = []
     started = time.perf_counter()
-    while time.perf_counter() - started < budget_s or len(next(iter(seconds.values()))) < 5:
-        for name, call in variants.items():
-            seconds[name].append(clock.measure(call))
-    return {name: _summary(values) for name, values in seconds.items()}
+    while len(rounds) < FEWEST_ROUNDS or time.perf_counter() - started < budget_s:
+        rounds.append(one_round())
+    return {name: _summaries(list(parts), [readings[name] for readings in rounds]) for name, parts in variants.items()}
 
 
-def _summary(seconds: list[float]) -> Timing:
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return Timing(median, low, high, len(seconds))
+def _summaries(parts: list[str], rounds: list[list[Reading]]) -> dict[str, Timing]:
+    timings = {part: _summary([readings[i] for readings in rounds]) for i, part in enumerate(parts)}
+    return {**timings, "total": _summary([_sum(readings) for readings in rounds])}
+
+
+def _sum(readings: list[Reading]) -> Reading:
+    hosts = [reading.host for reading in readings if reading.host is not None]
+    return Reading(sum(reading.seconds for reading in readings), sum(hosts) if hosts else None)
+
+
+def _summary(readings: list[Reading]) -> Timing:
+    low, median, high = statistics.quantiles([reading.seconds for reading in readings], n=4)
+    hosts = [reading.host for reading in readings if reading.host is not None]
+    return Timing(median, low, high, len(readings), statistics.median(hosts) if hosts else None)
 
 
 def host_seconds(call: Callable[[], object]) -> float:
@@ -49,21 +81,37 @@ def host_seconds(call: Callable[[], object]) -> float:
 
 
 class _HostClock:
-    def measure(self, call: Callable[[], object]) -> float:
-        return host_seconds(call)
+    def measure(self, name: object, call: Callable[[], object]) -> Reading:
+        return Reading(host_seconds(call), None)
 
 
-class _CudaClock:
-    """Device time between two events, with the L2 cache flushed before each call."""
+class CudaClock:
+    """Device time between two events, and the time until the call returned.
 
-    def __init__(self) -> None:
-        self._flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    Before a call the L2 cache is flushed, as often as the host took for this call last time: the device is still busy when the
+    last kernel of the call is queued, so that its time holds no wait for the host.
+    """
 
-    def measure(self, call: Callable[[], object]) -> float:
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
+    def __init__(self, cuda: Any = torch.cuda, device: str = "cuda"):
+        self._cuda = cuda
+        self._memory = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._hosts: dict[object, float] = {}
+        self._flush_seconds = 0.0
+        for _ in range(3):
+            self._flush_seconds = self._between(lambda: self._memory.zero_())[0]
+
+    def measure(self, name: object, call: Callable[[], object]) -> Reading:
+        flushes = min(MOST_FLUSHES, 1 + math.ceil(self._hosts.get(name, 0.0) / max(self._flush_seconds, 1e-6)))
+        for _ in range(flushes):
+            self._memory.zero_()
+        seconds, host = self._between(call)
+        self._hosts[name] = host
+        return Reading(seconds, host)
+
+    def _between(self, call: Callable[[], object]) -> tuple[float, float]:
+        before, after = (self._cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
-        call()
+        host = host_seconds(call)
         after.record()
         after.synchronize()
-        return before.elapsed_time(after) / 1e3
+        return before.elapsed_time(after) / 1e3, host

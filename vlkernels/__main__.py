@@ -47,7 +47,8 @@ def report(specs: list[OpSpec]) -> None:
 
 
 def _report_op(spec: OpSpec, device: str) -> None:
-    refusals = [(i.name, i.refusal_on(device)) for i in spec.implementations]
+    requested = "it serves on request"
+    refusals = [(i.name, i.refusal_on(device) or (requested if device in i.on_request else None)) for i in spec.implementations]
     served = next(name for name, reason in refusals if reason is None)
     skipped = [f"{name}: {reason}" for name, reason in refusals[: [n for n, _ in refusals].index(served)]]
     print(f"{device:<5} {spec.name:<22} auto -> {served:<10} {'; '.join(skipped)}".rstrip())

@@ -1,5 +1,6 @@
 // Attention over packed samples that are short enough for the scores of one head to stay in the caches.
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 #include "primitives/cpu_isa.h"
@@ -47,11 +48,18 @@ struct AttentionBackward : Attention {
     const int64_t *first, *readers;
 };
 
+// Threads take the next items, a sample and a key head each, until none is left.
+struct Items {
+    const int64_t* samples;  // in the order they are taken; an item is a sample and a key head
+    int64_t count, at_once;
+    std::atomic<int64_t>* next;
+};
+
 }  // namespace vlk
 
 VLK_DECLARE_CPU(
-    // Items begin .. end of [query samples, key heads]. Rows that belong to no sample are left alone.
-    void attention_forward(const vlk::AttentionForward& op, int64_t begin, int64_t end);
-    // Items begin .. end of [key samples, key heads].
-    void attention_backward(const vlk::AttentionBackward& op, int64_t begin, int64_t end);
+    // Items of the query samples. Rows that belong to no sample are left alone.
+    void attention_forward(const vlk::AttentionForward& op, const vlk::Items& items);
+    // Items of the key samples.
+    void attention_backward(const vlk::AttentionBackward& op, const vlk::Items& items);
 )

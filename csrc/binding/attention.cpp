@@ -2,6 +2,8 @@
 
 #include "binding/binding.h"
 
+#include <numeric>
+
 namespace vlk {
 namespace {
 
@@ -139,12 +141,21 @@ void set_inputs(Attention& op, const Arguments& from, std::vector<int64_t>& sour
     op.dropout.threshold = static_cast<int32_t>(from.threshold);
 }
 
-// A thread is worth waking for a million products.
+// Calls work(items) on torch's threads. Longest samples are taken first, so that the last items are short and
+// all threads end together. A thread is worth waking for a million products.
 template <typename Work>
-void parallel_items(const Attention& op, int64_t samples, const Work& work) {
+void parallel_items(const Attention& op, const Samples& samples, const Work& work) {
+    std::vector<int64_t> order(samples.count);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return length_of(samples, a) > length_of(samples, b); });
     const int64_t products = op.longest_query * op.longest_key * op.width * (op.heads / op.key_heads);
     const int64_t grain = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(1, 4 * products));
-    torch::stable::parallel_for(0, samples * op.key_heads, grain, work);
+    std::atomic<int64_t> next{0};
+    const Items items{order.data(), samples.count * op.key_heads, grain, &next};
+    const int64_t shares = (items.count + grain - 1) / grain;
+    const int64_t threads = std::min<int64_t>(shares, torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(items); });
 }
 
 // A new tensor; zeros where not every row will be written.
@@ -176,7 +187,7 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& qkv, const Tensor&
     op.lse = static_cast<float*>(lse.mutable_data_ptr());
     op.lse_stride = rows;
     const auto kernel = VLK_CPU(attention_forward);
-    parallel_items(op, op.queries.count, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+    parallel_items(op, op.queries, [&](const Items& items) { kernel(op, items); });
     return {out, lse};
 }
 
@@ -232,7 +243,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const OptionalTensor& grad_
     op.dk = head_rows(grads[grads.size() / 2], 1);
     op.dv = head_rows(grads.back(), 2);
     const auto kernel = VLK_CPU(attention_backward);
-    parallel_items(op, op.keys.count, [&](int64_t begin, int64_t end) { kernel(op, begin, end); });
+    parallel_items(op, op.keys, [&](const Items& items) { kernel(op, items); });
     return grads;
 }
 

@@ -31,7 +31,7 @@ void pack_panel(const float* from, int64_t line, int64_t step, int64_t lines, in
     int64_t packed = 0;
     if constexpr (width % 4 == 0) {
         if (step == 1) packed = depth / 4 * 4;
-        if (packed) transpose({from, line}, lines, packed, 1.0f, out, width);
+        if (packed) transpose({from, line}, lines, packed, out, width, width);
     }
     for (int64_t k = packed; k < depth; ++k) {
         for (int64_t i = 0; i < width; ++i) out[k * width + i] = i < lines ? from[i * line + k * step] : 0.0f;

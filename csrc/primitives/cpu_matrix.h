@@ -56,67 +56,134 @@ inline void multiply_block(Left left, Rows right, int64_t depth, float* out, int
     }
 }
 
-// The last `rows` <= most rows of a block column: the smallest template that fits.
+// The template of as many rows.
 template <int most, int vectors>
-inline void multiply_rest(int64_t rows, Left left, Rows right, int64_t depth, float* out, int64_t stride,
+inline void multiply_some(int64_t rows, Left left, Rows right, int64_t depth, float* out, int64_t stride,
                           bool add) {
     if constexpr (most > 0) {
         if (rows == most) return multiply_block<most, vectors>(left, right, depth, out, stride, add);
-        multiply_rest<most - 1, vectors>(rows, left, right, depth, out, stride, add);
+        multiply_some<most - 1, vectors>(rows, left, right, depth, out, stride, add);
     }
 }
 
-template <int vectors>
+// The last two blocks share their rows evenly: a block of one or two rows waits for its own sums.
+inline int64_t rows_of_block(int64_t rows) {
+    return rows >= 2 * block_rows ? block_rows : rows > block_rows ? (rows + 1) / 2 : rows;
+}
+
+template <int vectors, typename Between>
 inline void multiply_columns(Left left, Rows right, int64_t rows, int64_t depth, float* out, int64_t stride,
-                             bool add) {
-    for (; rows >= block_rows; rows -= block_rows) {
-        multiply_block<block_rows, vectors>(left, right, depth, out, stride, add);
-        left.data += block_rows * left.row;
-        out += block_rows * stride;
+                             bool add, const Between& between) {
+    while (rows > 0) {
+        const int64_t taken = rows_of_block(rows);
+        multiply_some<block_rows, vectors>(taken, left, right, depth, out, stride, add);
+        between();
+        left.data += taken * left.row;
+        out += taken * stride;
+        rows -= taken;
     }
-    multiply_rest<block_rows - 1, vectors>(rows, left, right, depth, out, stride, add);
 }
 
 // out [rows, columns] = (out +) left [rows, depth] right [depth, columns], in whole registers of columns.
+// between() is called after every block of registers.
+template <typename Between>
 inline void multiply(Left left, Rows right, int64_t rows, int64_t depth, int64_t columns, float* out,
-                     int64_t stride, bool add = false) {
+                     int64_t stride, bool add, const Between& between) {
     int64_t column = 0;
     for (; column + lanes < columns; column += block_vectors * lanes) {
         const Rows part{right.data + column, right.stride};
-        multiply_columns<block_vectors>(left, part, rows, depth, out + column, stride, add);
+        multiply_columns<block_vectors>(left, part, rows, depth, out + column, stride, add, between);
     }
     const Rows part{right.data + column, right.stride};
-    if (column < columns) multiply_columns<1>(left, part, rows, depth, out + column, stride, add);
+    if (column < columns) multiply_columns<1>(left, part, rows, depth, out + column, stride, add, between);
+}
+
+inline void multiply(Left left, Rows right, int64_t rows, int64_t depth, int64_t columns, float* out,
+                     int64_t stride) {
+    multiply(left, right, rows, depth, columns, out, stride, false, [] {});
 }
 
 typedef float Four __attribute__((vector_size(16)));
 
-// out[column][row] = factor * from[row][column] in blocks of 4 x 4. Rows past the end repeat the last one, up
-// to `stride` of them (a multiple of 4); columns are rounded up to 4.
-inline void transpose(Rows from, int64_t rows, int64_t columns, float factor, float* out, int64_t stride) {
-    for (int64_t column = 0; column < columns; column += 4) {
-        for (int64_t row = 0; row < stride; row += 4) {
-            Four in[4];
+// Four columns of four rows, turned: register c is column c. A wider register holds the columns of more rows,
+// four to each of its groups.
+inline void load_turned(const float* const* rows, int64_t column, Four (&turned)[4]) {
+    Four in[4];
 #pragma GCC unroll 4
-            for (int64_t r = 0; r < 4; ++r) {
-                const int64_t source = row + r < rows ? row + r : rows - 1;
-                in[r] = factor * load_as<Four>(from.data + source * from.stride + column);
-            }
-            const Four a{in[0][0], in[1][0], in[0][1], in[1][1]}, b{in[2][0], in[3][0], in[2][1], in[3][1]};
-            const Four c{in[0][2], in[1][2], in[0][3], in[1][3]}, d{in[2][2], in[3][2], in[2][3], in[3][3]};
-            const Four turned[4] = {{a[0], a[1], b[0], b[1]},
-                                    {a[2], a[3], b[2], b[3]},
-                                    {c[0], c[1], d[0], d[1]},
-                                    {c[2], c[3], d[2], d[3]}};
-            for (int64_t r = 0; r < 4; ++r)
-                std::memcpy(out + (column + r) * stride + row, &turned[r], sizeof(Four));
+    for (int r = 0; r < 4; ++r) in[r] = load_as<Four>(rows[r] + column);
+    const Four a{in[0][0], in[1][0], in[0][1], in[1][1]}, b{in[2][0], in[3][0], in[2][1], in[3][1]};
+    const Four c{in[0][2], in[1][2], in[0][3], in[1][3]}, d{in[2][2], in[3][2], in[2][3], in[3][3]};
+    turned[0] = Four{a[0], a[1], b[0], b[1]};
+    turned[1] = Four{a[2], a[3], b[2], b[3]};
+    turned[2] = Four{c[0], c[1], d[0], d[1]};
+    turned[3] = Four{c[2], c[3], d[2], d[3]};
+}
+
+#if defined(__AVX512F__)
+inline void load_turned(const float* const* rows, int64_t column, Floats (&turned)[4]) {
+    __m512 in[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+        const auto four = [&](int group) { return _mm_loadu_ps(rows[4 * group + r] + column); };
+        const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(four(0)), four(1), 1);
+        const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(four(2)), four(3), 1);
+        in[r] = _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(_mm512_castps256_ps512(low)),
+                                                    _mm256_castps_pd(high), 1));
+    }
+    const __m512 a = _mm512_unpacklo_ps(in[0], in[1]), b = _mm512_unpacklo_ps(in[2], in[3]);
+    const __m512 c = _mm512_unpackhi_ps(in[0], in[1]), d = _mm512_unpackhi_ps(in[2], in[3]);
+    turned[0] = cast_bits<Floats>(_mm512_shuffle_ps(a, b, 0x44));
+    turned[1] = cast_bits<Floats>(_mm512_shuffle_ps(a, b, 0xee));
+    turned[2] = cast_bits<Floats>(_mm512_shuffle_ps(c, d, 0x44));
+    turned[3] = cast_bits<Floats>(_mm512_shuffle_ps(c, d, 0xee));
+}
+#elif defined(__AVX2__)
+inline void load_turned(const float* const* rows, int64_t column, Floats (&turned)[4]) {
+    __m256 in[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+        in[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[r] + column)),
+                                     _mm_loadu_ps(rows[4 + r] + column), 1);
+    }
+    const __m256 a = _mm256_unpacklo_ps(in[0], in[1]), b = _mm256_unpacklo_ps(in[2], in[3]);
+    const __m256 c = _mm256_unpackhi_ps(in[0], in[1]), d = _mm256_unpackhi_ps(in[2], in[3]);
+    turned[0] = cast_bits<Floats>(_mm256_shuffle_ps(a, b, 0x44));
+    turned[1] = cast_bits<Floats>(_mm256_shuffle_ps(a, b, 0xee));
+    turned[2] = cast_bits<Floats>(_mm256_shuffle_ps(c, d, 0x44));
+    turned[3] = cast_bits<Floats>(_mm256_shuffle_ps(c, d, 0xee));
+}
+#endif
+
+// Columns of as many rows as Vector has lanes, from `row` on; rows past the end repeat the last one.
+template <typename Vector>
+inline void transpose_rows(Rows from, int64_t row, int64_t rows, int64_t columns, float* out, int64_t stride) {
+    constexpr int64_t count = sizeof(Vector) / sizeof(float);
+    const float* at[count];
+    for (int64_t r = 0; r < count; ++r) {
+        at[r] = from.data + (row + r < rows ? row + r : rows - 1) * from.stride;
+    }
+    for (int64_t column = 0; column < columns; column += 4) {
+        Vector turned[4];
+        load_turned(at, column, turned);
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < 4; ++c) {
+            std::memcpy(out + (column + c) * stride + row, &turned[c], sizeof(Vector));
         }
     }
 }
 
+// out[column][row] = from[row][column]. Rows past the end repeat the last one, up to `reach` of them
+// (a multiple of 4); columns are rounded up to 4.
+inline void transpose(Rows from, int64_t rows, int64_t columns, float* out, int64_t stride, int64_t reach) {
+    int64_t row = 0;
+    for (; row + lanes <= reach; row += lanes)
+        transpose_rows<Floats>(from, row, rows, columns, out, stride);
+    for (; row < reach; row += 4) transpose_rows<Four>(from, row, rows, columns, out, stride);
+}
+
 // exp(x) for x <= 88, within 2 ulp; 0 below -87.3, where the result would be subnormal. NaN stays NaN.
 // x = n log 2 + r with |r| <= log(2) / 2; the polynomial is that of Cephes' expf (Moshier, 1989).
-inline Floats exponential(Floats x) {
+[[gnu::always_inline]] inline Floats exponential(Floats x) {
     constexpr float shift = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
     const Floats shifted = x * 1.44269504f + shift;
     const Floats n = shifted - shift;

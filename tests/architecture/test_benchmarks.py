@@ -1,12 +1,18 @@
 """The runner stores what it measured with its provenance, and times nothing that is wrong."""
 
 import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import run, uniter_step
+from benchmarks import provenance, roof, run, timing, uniter_step
 from benchmarks.plain_uniter import Sizes, bert
+from benchmarks.provenance import CardLog
+from vlkernels import ops
+from vlkernels.core.spec import Benchmark, Cost
 from vlkernels.testing import contract
 
 ARGUMENTS = ["--device", "cpu", "--budget-s", "0"]
@@ -18,6 +24,8 @@ def test_results_carry_their_provenance(tmp_path):
     row = json.loads(path.read_text().splitlines()[0])
     assert {"op", "benchmark", "dtype", "seconds", "commit", "modified", "torch", "device", "threads", "date"} <= row.keys()
     assert row["seconds"]["vlkernels"]["median"] > 0 and "reference" in row["seconds"]
+    parts = [row[part]["vlkernels"]["median"] for part in ("forward", "backward")]
+    assert min(parts) > 0 and row["derived"]["forward"]["best_peer"]["name"] == "index_add"
 
 
 def test_a_red_contract_prints_no_time(tmp_path, capsys, monkeypatch):
@@ -28,6 +36,144 @@ def test_a_red_contract_prints_no_time(tmp_path, capsys, monkeypatch):
     assert run.main([*ARGUMENTS, "--op", "hard_negatives", "--results", str(tmp_path)]) == 1
     assert "contract is red, not timed: wrong by 3" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+SEGMENT_MEAN = next(spec for spec in ops.specs() if spec.name == "segment_mean")
+
+
+def test_a_run_that_is_over_starts_nothing(tmp_path, capsys):
+    assert run.main([*ARGUMENTS, "--op", "segment_mean", "--limit-s", "0", "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "segment_mean: not timed, the time of this run is up\n"
+    here = run.Run("cpu", 0.0, tmp_path, ends=time.monotonic())
+    benchmark = run.benchmarks_of(SEGMENT_MEAN, "cpu")["regions"]
+    assert run.run_benchmark(SEGMENT_MEAN, "regions", benchmark, here)
+    assert "segment_mean, regions, float32: not timed" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_row_that_fails_leaves_the_others(tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise torch.OutOfMemoryError("of 140 GiB 139 are in use")
+
+    make = SEGMENT_MEAN.benchmarks["regions"]
+    spec = replace(SEGMENT_MEAN, cases=(), benchmarks={"broken": Benchmark(broken), "regions": make})
+    monkeypatch.setattr(ops, "specs", lambda: (spec,))
+    assert run.main([*ARGUMENTS, "--results", str(tmp_path)]) == 1
+    assert "segment_mean, broken, float32: FAILED: of 140 GiB 139 are in use" in capsys.readouterr().out
+    (path,) = tmp_path.glob("cpu-*/segment_mean.jsonl")
+    assert {json.loads(line)["benchmark"] for line in path.read_text().splitlines()} == {"regions"}
+
+
+def test_what_is_derived():
+    def one(forward, backward=None):
+        parts = {"forward": timing.Timing(forward, forward, forward, 5)}
+        return parts | ({} if backward is None else {"backward": timing.Timing(backward, backward, backward, 5)})
+
+    timings = {"vlkernels": one(2.0, 4.0), "slow": one(6.0, 6.0), "fast": one(3.0), "not the same": one(1.0, 1.0)}
+    cost = Cost(forward_bytes=8, backward_bytes=16, forward_flops=4 * 10**12, backward_flops=10**13)
+    forward, backward = run.derive(timings, ["slow", "fast"], cost, roof.Roof(flops=4e12, bytes=10)).values()
+    assert forward["tflops"] == {"vlkernels": 2.0, "slow": 4 / 6, "fast": 4 / 3, "not the same": 4.0}
+    assert forward["share_of_roof"]["vlkernels"] == 0.5 and backward["share_of_roof"]["vlkernels"] == 2.5 / 4
+    assert forward["best_peer"] == {"name": "fast", "times_ours": 1.5}
+    assert backward["best_peer"] == {"name": "slow", "times_ours": 1.5}
+    assert run.derive(timings, [], None, None) == {"forward": {}, "backward": {}}
+    assert roof.Roof(flops=4e12, bytes=10).seconds(4 * 10**12, 80) == 8
+
+
+def test_the_roof_is_measured():
+    found = roof.measure("cpu", torch.float32, side=64, copied=2**20)
+    assert found.flops > 1e6 and found.bytes > 1e6
+
+
+class StandInCuda:
+    """Events on a clock of its own, which every queued piece of work moves."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def Event(self, enable_timing):
+        cuda = self
+
+        class Event:
+            def record(self):
+                self.at = cuda.now
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, later):
+                return (later.at - self.at) * 1e3
+
+        return Event()
+
+
+def test_a_card_is_kept_busy_until_the_call_is_queued(monkeypatch):
+    cuda, flushes = StandInCuda(), []
+    monkeypatch.setattr(timing, "L2_FLUSH_BYTES", 8)
+    clock = timing.CudaClock(cuda, "cpu")
+    clock._memory = SimpleNamespace(zero_=lambda: flushes.append(cuda.now))
+    clock._flush_seconds = 0.001
+
+    def call():
+        cuda.now += 0.5
+        time.sleep(0.0045)
+
+    first = clock.measure("call", call)
+    assert first.seconds == 0.5 and first.host >= 0.0045 and len(flushes) == 1
+    flushes.clear()
+    clock.measure("call", call)
+    assert len(flushes) >= 6, "the host needs 4.5 flushes to queue this call"
+    flushes.clear()
+    clock.measure("another", call)
+    assert len(flushes) == 1
+
+
+def test_parts_are_timed_one_after_the_other_and_summed():
+    order = []
+    both = {"forward": lambda: order.append("af"), "backward": lambda: order.append("ab")}
+    timings = timing.interleaved_parts({"a": both, "b": {"forward": lambda: None}}, "cpu", 0.0)
+    assert order[:4] == ["af", "ab", "af", "ab"] and len(order) == 2 * (timing.WARM_UP_ROUNDS + timing.FEWEST_ROUNDS)
+    assert timings["a"].keys() == {"forward", "backward", "total"} and timings["b"].keys() == {"forward", "total"}
+    assert timings["a"]["total"].low >= max(timings["a"][part].low for part in ("forward", "backward"))
+    assert timings["a"]["total"].runs == timing.FEWEST_ROUNDS
+
+
+def test_clocks_and_power_are_read_while_numbers_are_taken():
+    script = "echo '1980, 3201, 690.5, 61'; echo '[N/A], 1, 2, 3'; echo '1800, 3201, 699.5, 63'; sleep 20"
+    with CardLog(("sh", "-c", script)) as card:
+        for _ in range(200):
+            if len(card._lines) == 3:
+                break
+            time.sleep(0.01)
+        taken = card.take()
+        assert taken["sm_mhz"] == [1800, 1890, 1980] and taken["celsius"] == [61, 62, 63]
+        assert taken["memory_mhz"] == [3201] * 3 and taken["power_w"] == [690.5, 695, 699.5]
+        assert card.take() is None
+    assert card._process.returncode is not None
+    with CardLog(("no-such-program",)) as card:
+        assert card.take() is None
+
+
+def test_the_provenance_of_a_card(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, uuid="4d2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = provenance.provenance("cuda")
+    assert found["device"] == "NVIDIA H200" and found["arch"] == "sm_90"
+    assert found["peers"].keys() == set(provenance.PEER_PACKAGES)
+    command = CardLog()._command
+    assert command[:2] == ("nvidia-smi", "--id=GPU-4d2")
+    assert "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu" in command
+    assert len(found["source"]) == 16
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_card(tmp_path, capsys):
+    arguments = ["--device", "cuda", "--budget-s", "0", "--op", "segment_mean", "--results", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert "TFLOP/s" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/segment_mean.jsonl")
+    row = json.loads(path.read_text().splitlines()[0])
+    assert row["roof"]["flops"] > 1e12 and row["seconds"]["vlkernels"]["host"] > 0 and row["arch"].startswith("sm_")
 
 
 TINY_UNITER = Sizes(bert(32, 2, 4), vocab_size=120, feature_values=20, classes=9)

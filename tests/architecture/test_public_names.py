@@ -9,7 +9,7 @@ import torch
 import vlkernels as vk
 
 PUBLIC = {
-    "Rng", "SegmentLayout", "SegmentMask", "recorded", "integrations",
+    "Rng", "SegmentLayout", "SegmentMask", "recorded", "integrations", "swap",
     "pack", "unpack", "take_rows", "take_segments", "put_segments", "segment_mean",
     "layer_norm", "FusedLayerNorm", "embed_layer_norm",
     "attention", "attention_qkvpacked", "RelativeBias",

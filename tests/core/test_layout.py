@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import vlkernels as vk
+from vlkernels.core.layout import _bounds_hold
 
 ROWS = [[2, 3], [0, 1], [4, 0], [0, 0]]
 
@@ -120,6 +121,7 @@ def test_empty_batch():
         (lambda: vk.SegmentLayout([[1]], capacity=2**31), r"2\*\*31 - 1 tokens, got 2147483648"),
         (lambda: vk.SegmentLayout(torch.tensor([[2.7]])), "lengths must be integers, got torch.float32"),
         (lambda: vk.SegmentLayout([[1], [2]]).take(torch.tensor([0, -1])), r"index must lie in \[0, 2\), got values from -1"),
+        (lambda: vk.SegmentLayout([[2**30]]).take(torch.zeros(3, dtype=torch.int32)), r"2\*\*31 - 1 tokens, got 3221225472"),
         (lambda: from_bounds([0.0, 3.0]), "cu_seqlens must be one of int64, int32, got float32"),
         (lambda: from_bounds([0, 5, 3]), r"rise from 0 to at most num_tokens = 3, got \[0, 5, 3\]"),
         (lambda: from_bounds([2, 5]), r"rise from 0 to at most num_tokens = 5, got \[2, 5\]"),
@@ -131,3 +133,17 @@ def test_mistakes_get_one_clear_line(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bounds", ([0, 5, 3], [2, 5], [0, 5, 8], [0, 6], [0, 3, 7], [0]))
+def test_bounds_on_a_device_are_checked_there(bounds, monkeypatch):
+    asserted = []
+    monkeypatch.setattr(torch, "_assert_async", asserted.append)
+    vk.SegmentLayout.from_cu_seqlens(torch.tensor(bounds, device="meta"), max_seqlen=5, num_tokens=7)
+    assert len(asserted) == 1 and asserted[0].is_meta and asserted[0].shape == ()
+    try:
+        from_bounds(bounds, num_tokens=7)
+        accepted = True
+    except ValueError:
+        accepted = False
+    assert bool(_bounds_hold(torch.tensor(bounds), 5, 7)) == accepted == (bounds in ([0, 3, 7], [0]))

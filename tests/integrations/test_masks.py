@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import vlkernels as vk
-from tests.integrations.tiny_models import TEXT, holes, ids, labels, left, redrawn, right, transformers
+from tests.integrations.comparing import attention_calls
+from tests.integrations.tiny_models import IMAGE, LLAMA, TEXT, holes, ids, labels, left, redrawn, right, transformers
 from vlkernels.integrations import padded
 from vlkernels.integrations.transformers import attention_forward, attention_mask
 
 masking_utils = pytest.importorskip("transformers.masking_utils")
-LLAMA = dict(TEXT, num_key_value_heads=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,6 +96,36 @@ def test_masks_of_every_shape(shape):
         torch.testing.assert_close(out, sdpa(q, k, v, attn_mask=mask))
 
 
+HIDDEN = torch.finfo(torch.float32).min
+
+
+def _additive(case: str) -> Tensor:
+    mask = torch.zeros(2, 1, 6, 6)
+    mask[0, ..., :2] = mask[1, ..., 5] = HIDDEN
+    if case == "one row":
+        return mask[:, :, :1].clone()
+    if case == "another value":
+        mask[0, ..., 3] = -1.0
+    if case == "another row":
+        mask[1, 0, 4, 4] = HIDDEN
+    if case == "empty sample":
+        mask[0] = HIDDEN
+    return mask.requires_grad_(case == "gradient")
+
+
+@pytest.mark.parametrize(("case", "served"), [
+    ("padding", "cpp"), ("one row", "cpp"), ("another value", "torch"), ("another row", "torch"), ("empty sample", "torch"),
+    ("gradient", "torch"),
+])  # fmt: skip
+def test_additive_masks_that_are_padding_alone_are_read_as_that(case, served):
+    q, k, v = (x.float() for x in qkv())
+    mask = _additive(case)
+    with vk.recorded() as calls:
+        out, _ = attention_forward(module(is_causal=True), q, k, v, mask)
+    assert attention_calls(calls) == [served]
+    torch.testing.assert_close(out, sdpa(q, k, v, attn_mask=mask))
+
+
 def test_masks_by_pairs_given_by_the_user():
     visible = torch.rand(3, 1, 11, 11) > 0.4
     visible |= torch.eye(11, dtype=torch.bool)
@@ -146,16 +176,32 @@ def test_position_bias_causality_and_padding_together(mask, causal):
     torch.testing.assert_close(out, expected.nan_to_num())
 
 
+def test_a_position_bias_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"position_bias must broadcast to .* = \[2, 4, 6, 6\], got float32 \[1, 4, 6, 9\]"):
+        attention_forward(module(is_causal=False), *qkv(), None, position_bias=torch.randn(1, 4, 6, 9))
+
+
+def test_a_position_bias_of_the_keys_alone():
+    q, k, v = qkv()
+    bias = torch.randn(1, 4, 1, 6, dtype=torch.float64)
+    out, _ = attention_forward(module(is_causal=False), q, k, v, None, position_bias=bias)
+    torch.testing.assert_close(out, sdpa(q, k, v, attn_mask=bias))
+
+
 # 6. Other arguments: those that change nothing pass, the others are refused.
 def test_arguments_that_would_be_left_out_are_refused():
     q, k, v = qkv()
-    attention_forward(module(), q, k, v, None, softcap=None, output_attentions=False, use_cache=True, position_ids=torch.arange(6))
+    harmless = {"softcap": None, "output_attentions": False, "use_cache": True, "position_ids": torch.arange(6)}
+    attention_forward(module(), q, k, v, None, **harmless)
     for more, message in (
-        ({"softcap": 30.0}, "does not take softcap"),
-        ({"output_attentions": True}, "no output_attentions=True"),
-        ({"head_mask": torch.ones(4)}, "does not take head_mask"),
-        ({"s_aux": torch.ones(4)}, "does not take s_aux"),
-        ({"cache": object()}, "does not take cache"),
+        ({"softcap": 30.0}, "does not serve softcap"),
+        ({"output_attentions": True}, "stores no probabilities for output_attentions=True"),
+        ({"head_mask": torch.ones(4)}, "does not serve head_mask"),
+        ({"s_aux": torch.ones(4)}, "does not serve s_aux"),
+        ({"sinks": torch.ones(4)}, "does not serve sinks"),
+        ({"indices": torch.ones(4)}, "does not serve indices: it selects no keys"),
+        ({"block_indices": torch.ones(4)}, "does not serve block_indices: it selects no keys"),
+        ({"cache": object()}, "does not serve cache"),
     ):
         with pytest.raises(ValueError, match=message):
             attention_forward(module(), q, k, v, None, **more)
@@ -176,6 +222,7 @@ def test_asking_a_model_for_its_probabilities_is_refused():
         (torch.zeros(2, 6, 6), r"\[B, H, Lq, Lk\] = \[2, 4, 6, 6\], got float32 \[2, 6, 6\]"),
         (torch.zeros(2, 3, 6, 6), r"\[B, H, Lq, Lk\] = \[2, 4, 6, 6\], got float32 \[2, 3, 6, 6\]"),
         (torch.zeros(2, 6), r"\[B, H, Lq, Lk\] = \[2, 4, 6, 6\], got float32 \[2, 6\]"),
+        (torch.ones(2, 1, 6, 6).long(), "attention_mask by pairs must be bool or floating, got int64"),
         ("causal", r"\[B, H, Lq, Lk\] = \[2, 4, 6, 6\], got str \[\]"),
     ],
 )
@@ -222,9 +269,63 @@ def test_a_mask_that_must_be_there_is_there():
     assert mask_of(config, attention_mask=None, allow_is_causal_skip=False).shape == (3, 1, 11, 11)
 
 
+@pytest.mark.parametrize("offset", [0, 3, torch.tensor(3)])
+def test_the_empty_places_of_a_static_cache_are_not_seen(offset):
+    sizes = {"batch_size": 3, "q_length": 4, "kv_length": 20, "q_offset": offset}
+    own = masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False)
+    assert torch.equal(attention_mask(**sizes, mask_function=masking_utils.causal_mask_function), own)
+
+
+def test_other_patterns_are_masks_by_pairs():
+    def own(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (k % 2 == 0)
+
+    sizes = {"batch_size": 3, "q_length": 6, "kv_length": 6, "mask_function": own}
+    assert torch.equal(attention_mask(**sizes), masking_utils.sdpa_mask(**sizes, allow_is_causal_skip=False))
+
+
 def test_packed_position_ids():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0]]).expand(3, -1)
     same_as_sdpa(llama(), input_ids=ids(), position_ids=positions)
+
+
+# A model that asks no registry would add these masks to its scores as numbers.
+GIT = dict(TEXT, vision_config=dict(IMAGE))
+SPARSE = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=37, decoder_ffn_dim=37, vocab_size=99)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("MegatronBertModel", TEXT),
+        ("VisualBertModel", TEXT),
+        ("LayoutLMv3Model", dict(TEXT, coordinate_size=5, shape_size=6, image_size=12, patch_size=4, input_size=12)),
+        ("FlavaTextModel", TEXT),
+        ("BlipTextModel", TEXT),
+        ("BloomForCausalLM", dict(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)),
+        ("GitForCausalLM", GIT),
+        ("BigBirdPegasusModel", SPARSE),
+    ],
+)
+def test_models_that_ask_no_registry_are_refused(name, settings):
+    kind = getattr(transformers, name)
+    config = kind.config_class(**settings)
+    if name == "GitForCausalLM":  # it is asked for its images
+        model = kind(config)
+        model.set_attn_implementation("vlkernels")
+    else:
+        model = kind._from_config(config, attn_implementation="vlkernels")
+    with pytest.raises(ValueError, match=f'the attention of {kind.config_class.__name__} asks no registry.*use "eager"'):
+        model(input_ids=ids(), attention_mask=right())
+
+
+def test_models_whose_attention_is_another_models_are_served():
+    config = transformers.PaliGemmaConfig(
+        vision_config=dict(IMAGE, model_type="siglip_vision_model", projection_dim=32), projection_dim=32, image_token_index=98,
+        text_config=dict(LLAMA, model_type="gemma", head_dim=8),
+    )  # fmt: skip
+    model = redrawn(transformers.PaliGemmaForConditionalGeneration(config)).double()
+    same_as_sdpa(model, left(), input_ids=ids(), attention_mask=left(), token_type_ids=torch.zeros(3, 11, dtype=torch.long))
 
 
 # Caches.
@@ -263,7 +364,8 @@ def test_generation(cache):
 
 
 def test_generation_with_cross_attention_and_position_bias():
-    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    sizes = dict(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
     model, texts = redrawn(transformers.T5ForConditionalGeneration(config)).double(), []
     for implementation in ("sdpa", "vlkernels"):
         model.set_attn_implementation(implementation)
@@ -273,14 +375,14 @@ def test_generation_with_cross_attention_and_position_bias():
 
 # One forward makes what its layers share once.
 def test_layers_share_what_is_made_from_a_mask(monkeypatch):
-    made = []
-    monkeypatch.setattr(padded.Padding, "__init__", lambda self, real, own=padded.Padding.__init__: made.append(1) or own(self, real))
+    made, own = [], padded.Padding.__init__
+    monkeypatch.setattr(padded.Padding, "__init__", lambda self, real: made.append(1) or own(self, real))
     for model in (bert(), llama()):
         model.set_attn_implementation("vlkernels")
         made.clear()
         with vk.recorded() as served:
             model(input_ids=ids(), attention_mask=right())
-        assert made == [1] and len(served) == 2
+        assert made == [1] and len(attention_calls(served)) == 2
     del model
     gc.collect()
     assert not any(isinstance(value, padded.Padding) for _, held in padded._made.values() for value in held.values())

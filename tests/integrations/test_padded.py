@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 
 import pytest
 import torch
@@ -67,9 +66,9 @@ KINDS = ("right", "left", "holes", "many-holes", "empty-sample")
 
 @pytest.fixture(params=["host", "device"])
 def lengths_known_on(request, monkeypatch):
-    """On a device the padding is gathered, unless there is a bias; here that way is walked on the CPU."""
+    """On a device real rows are gathered wherever they stand; here that way is walked on the CPU."""
     if request.param == "device":
-        monkeypatch.setattr(Padding, "segments", lambda self, needed: self._segments if needed else None)
+        monkeypatch.setattr(padded, "_find_rows", padded.Packed)
     return request.param
 
 
@@ -87,7 +86,8 @@ def test_equals_the_formula(kind, queries, causal, bias, lengths_known_on):
     torch.testing.assert_close(out * read, expected * read)
     weights = torch.randn_like(expected) * read
     wanted = [t for t in tensors if t is not None]
-    for found, true in zip(torch.autograd.grad((out * weights).sum(), wanted), torch.autograd.grad((expected * weights).sum(), wanted)):
+    grads = (torch.autograd.grad((x * weights).sum(), wanted) for x in (out, expected))
+    for found, true in zip(*grads):
         torch.testing.assert_close(found, true)
 
 
@@ -99,15 +99,20 @@ def test_without_padding(queries, causal):
     torch.testing.assert_close(out, formula(*tensors[:3], None, causal, tensors[3], K**-0.5))
 
 
-def test_which_way_is_taken(monkeypatch):
-    """Right-padded tensors are read in place; too many runs of padding are gathered, or hidden by the bias."""
-    gathered = []
-    monkeypatch.setattr(padded, "take_rows", lambda *a: gathered.append(1) or vk.take_rows(*a))
-    for kind, moved in (("right", 0), ("left", 0), ("holes", 0), ("many-holes", 4)):
-        gathered.clear()
-        attend(*inputs(L, L, None)[:3], padding=Padding(mask_of(kind)), causal=True)
-        assert len(gathered) == moved, kind
-    assert padded._run_lengths(mask_of("many-holes")).shape[1] > MAX_SEGMENTS
+@pytest.mark.parametrize(("kind", "gathered", "hidden"), [
+    ("right", 0, 0), ("empty-sample", 0, 0), ("left", 4, 0), ("holes", 4, 0), ("many-holes", 4, 1)
+])  # fmt: skip
+def test_which_way_is_taken(kind, gathered, hidden, monkeypatch):
+    """Rows at the front are read in place, others gathered; a bias takes the padding in where that has too many runs."""
+    calls = []
+    own = Padding.hide
+    monkeypatch.setattr(padded, "take_rows", lambda *a: calls.append("gather") or vk.take_rows(*a))
+    monkeypatch.setattr(Padding, "hide", lambda *a: calls.append("hide") or own(*a))
+    for bias in (None, "shared"):
+        q, k, v, added = inputs(L, L, bias)
+        attend(q, k, v, padding=Padding(mask_of(kind)), causal=True, bias=added)
+    assert (calls.count("gather"), calls.count("hide")) == (gathered, hidden)
+    assert (padded._run_lengths(mask_of(kind)).shape[1] > MAX_SEGMENTS) == bool(hidden)
 
 
 def test_runs_are_lengths_of_hidden_and_real_keys_in_turn():
@@ -115,17 +120,15 @@ def test_runs_are_lengths_of_hidden_and_real_keys_in_turn():
     assert padded._run_lengths(real).tolist() == [[0, 2, 2, 1], [1, 4, 0, 0], [5, 0, 0, 0], [0, 5, 0, 0]]
 
 
-def test_padding_is_not_read():
-    """Whatever stands behind the samples, or in what is gathered away, NaN too, changes nothing."""
-    for causal, (kind, way) in itertools.product((False, True), (("right", "in place"), ("holes", "packed"))):
-        real = mask_of(kind)
-        q, k, v, _ = inputs(L, L, None)
-        clean = attend(q, k, v, padding=Padding(real), causal=causal)
-        spoilt = [x.detach().masked_fill(~real[:, None, :, None], torch.nan) for x in (k, v)]
-        padding = Padding(real)
-        if way == "packed":
-            padding.segments = lambda needed: None
-        torch.testing.assert_close(attend(q, *spoilt, padding=padding, causal=causal), clean)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kind", ["right", "left", "many-holes"])
+def test_padding_is_not_read(kind, causal):
+    """Whatever stands in the padding, NaN too, changes nothing."""
+    real = mask_of(kind)
+    q, k, v, _ = inputs(L, L, None)
+    spoilt = [x.detach().masked_fill(~real[:, None, :, None], torch.nan) for x in (k, v)]
+    clean = attend(q, k, v, padding=Padding(real), causal=causal)
+    torch.testing.assert_close(attend(q, *spoilt, padding=Padding(real), causal=causal), clean)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -133,7 +136,7 @@ def test_padding_is_not_read():
 def test_nothing_waits_for_the_device(queries, causal, monkeypatch):
     # Nothing without data may outlive this test.
     monkeypatch.setattr(padded, "CAUSAL", vk.SegmentMask.causal())
-    monkeypatch.setattr(padded, "_kept_whole_layout", padded._new_whole_layout)
+    monkeypatch.setattr(padded, "whole_layout", padded._new_whole_layout)
 
     def call(q, k, v, real):
         return attend(q, k, v, padding=Padding(real), causal=causal)
@@ -178,12 +181,13 @@ def test_what_is_made_from_a_mask_is_shared_and_dies_with_it():
     assert len(padded._made) == before - 1
 
 
-def test_a_mask_first_met_in_inference_mode_serves_training():
-    mask = mask_of("right")
-    tensors = inputs(L, L, None)[:3]
+@pytest.mark.parametrize("bias", [None, "shared"])
+@pytest.mark.parametrize("kind", ["right", "many-holes"])
+def test_a_mask_first_met_in_inference_mode_serves_training(kind, bias):
+    mask, (q, k, v, added) = mask_of(kind), inputs(L, L, bias)
     with torch.inference_mode():
-        attend(*tensors, padding=padded.kept(mask, "padding", lambda: Padding(mask)))
-    attend(*tensors, padding=padded.kept(mask, "padding", lambda: Padding(mask))).sum().backward()
+        attend(q, k, v, padding=padded.kept(mask, "padding", lambda: Padding(mask)), bias=added)
+    attend(q, k, v, padding=padded.kept(mask, "padding", lambda: Padding(mask)), bias=added).sum().backward()
     with torch.inference_mode():
-        own = mask_of("left")
-        attend(*tensors, padding=padded.kept(own, "padding", lambda: Padding(own)))
+        own = mask_of(kind)
+        attend(q, k, v, padding=padded.kept(own, "padding", lambda: Padding(own)), bias=added)

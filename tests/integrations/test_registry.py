@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vlkernels as vk
+from tests.integrations.comparing import assert_same, attention_calls, cast, floats, gradients
 from tests.integrations.tiny_models import CASES, Case, redrawn
 from vlkernels.testing import error_rule
 
@@ -18,13 +19,9 @@ def registered():
     vk.integrations.transformers.register()
 
 
-def attention_calls(served: list[tuple[str, str]]) -> list[str]:
-    return [impl for op, impl in served if op.startswith("attention")]
-
-
-def floats(case: Case, output: Any) -> dict[str, Tensor]:
+def read(case: Case, output: Any) -> dict[str, Tensor]:
     """The floating outputs; rows of padding under a causal mask set to 0, because nobody reads them."""
-    found = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    found = floats(output)
     if case.real is not None:
         real = case.real().bool()
         for name, value in found.items():
@@ -36,17 +33,8 @@ def floats(case: Case, output: Any) -> dict[str, Tensor]:
 
 def run(case: Case, model: nn.Module, implementation: str) -> tuple[dict[str, Tensor], list[str]]:
     model.set_attn_implementation(implementation)
-    inputs = {k: v.to(model.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.inputs().items()}
     with vk.recorded() as served:
-        return floats(case, model(**inputs)), attention_calls(served)
-
-
-def gradients(model: nn.Module, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(9)
-    model.zero_grad()
-    differentiable = [value for value in outputs.values() if value.requires_grad]
-    sum((value * torch.randn(value.shape, generator=generator)).sum() for value in differentiable).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return read(case, model(**cast(case.inputs(), model.dtype))), attention_calls(served)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -68,13 +56,8 @@ def test_outputs_and_parameter_gradients_are_the_same_in_float64(case):
     expected_gradients = gradients(model, expected)
     actual, calls = run(case, model, "vlkernels")
     assert len(calls) == case.calls
-    for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    found = gradients(model, actual)
-    assert found.keys() == expected_gradients.keys()
-    for name, gradient in found.items():
-        scale = max(1.0, float(expected_gradients[name].abs().max()))
-        torch.testing.assert_close(gradient / scale, expected_gradients[name] / scale, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same(actual, expected)
+    assert_same(gradients(model, actual), expected_gradients)
 
 
 def test_there_are_enough_model_classes():

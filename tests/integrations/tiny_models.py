@@ -1,4 +1,4 @@
-"""Small models of transformers with inputs that ask something of attention: padding on either side, holes, causality, images."""
+"""Small models of transformers, and inputs that ask something of attention: padding anywhere, causality, images."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ VOCABULARY = 99
 WIDTH = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
 TEXT = dict(WIDTH, vocab_size=VOCABULARY, max_position_embeddings=40, pad_token_id=0)
 IMAGE = dict(WIDTH, image_size=12, patch_size=4)
+LLAMA = dict(TEXT, num_key_value_heads=2)
+OPT = dict(WIDTH, ffn_dim=37, vocab_size=VOCABULARY, max_position_embeddings=40, word_embed_proj_dim=32)
 
 
 @dataclass(frozen=True)
@@ -110,15 +112,12 @@ def _siglip2_inputs() -> dict[str, Any]:
     return {**text()(), "pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-def _blip2(text_config: dict[str, Any], **qformer: Any) -> Any:
+def _blip2(**qformer: Any) -> Any:
     return transformers.Blip2Config(
-        vision_config=dict(IMAGE), num_query_tokens=4, text_config=text_config, image_token_index=VOCABULARY - 1,
-        qformer_config=dict(TEXT, encoder_hidden_size=32, cross_attention_frequency=1, **qformer), image_text_hidden_size=16,
+        vision_config=dict(IMAGE), text_config=dict(OPT, model_type="opt"), image_token_index=VOCABULARY - 1,
+        qformer_config=dict(TEXT, encoder_hidden_size=32, cross_attention_frequency=1, **qformer),
+        num_query_tokens=4, image_text_hidden_size=16,
     )  # fmt: skip
-
-
-_OPT = dict(WIDTH, model_type="opt", ffn_dim=37, vocab_size=VOCABULARY, max_position_embeddings=40, word_embed_proj_dim=32)
-_LLAMA = dict(TEXT, num_key_value_heads=2)
 
 
 def _with_image_tokens(count: int, mask: Callable[[], Tensor] = right) -> Callable[[], dict[str, Any]]:
@@ -134,7 +133,7 @@ def _chameleon() -> Any:
     images = dict(embed_dim=8, num_embeddings=20, double_latent=False, latent_channels=8, resolution=16, base_channels=32)
     names = {"<image>": VOCABULARY - 1, **{f"IMGIMG{chr(65 + i)}Z": 40 + i for i in range(20)}}
     return transformers.ChameleonConfig(
-        **_LLAMA, vq_config=dict(images, channel_multiplier=[1, 2], num_res_blocks=1, attn_resolutions=[]), vocabulary_map=names
+        **LLAMA, vq_config=dict(images, channel_multiplier=[1, 2], num_res_blocks=1, attn_resolutions=[]), vocabulary_map=names
     )
 
 
@@ -188,12 +187,12 @@ CASES = [
          text(labels=labels()), 2, right),
     Case("gpt2-left", lambda: T.GPT2LMHeadModel(T.GPT2Config(vocab_size=99, n_positions=40, n_embd=32, n_layer=2, n_head=4)),
          text(left), 2, left),
-    Case("opt", lambda: T.OPTForCausalLM(T.OPTConfig(**{k: v for k, v in _OPT.items() if k != "model_type"})), text(), 2, right),
-    Case("llama-right", lambda: T.LlamaForCausalLM(T.LlamaConfig(**_LLAMA)), text(labels=labels()), 2, right),
-    Case("llama-left", lambda: T.LlamaForCausalLM(T.LlamaConfig(**_LLAMA)), text(left), 2, left),
-    Case("llama-holes", lambda: T.LlamaForCausalLM(T.LlamaConfig(**_LLAMA)), text(holes), 2, holes),
-    Case("mistral", lambda: T.MistralForCausalLM(T.MistralConfig(**_LLAMA, sliding_window=4)), text(), 2, right),
-    Case("mistral-wide", lambda: T.MistralForCausalLM(T.MistralConfig(**_LLAMA, sliding_window=99)), text(left), 2, left),
+    Case("opt", lambda: T.OPTForCausalLM(T.OPTConfig(**OPT)), text(), 2, right),
+    Case("llama-right", lambda: T.LlamaForCausalLM(T.LlamaConfig(**LLAMA)), text(labels=labels()), 2, right),
+    Case("llama-left", lambda: T.LlamaForCausalLM(T.LlamaConfig(**LLAMA)), text(left), 2, left),
+    Case("llama-holes", lambda: T.LlamaForCausalLM(T.LlamaConfig(**LLAMA)), text(holes), 2, holes),
+    Case("mistral", lambda: T.MistralForCausalLM(T.MistralConfig(**LLAMA, sliding_window=4)), text(), 2, right),
+    Case("mistral-wide", lambda: T.MistralForCausalLM(T.MistralConfig(**LLAMA, sliding_window=99)), text(left), 2, left),
     Case("t5", lambda: T.T5ForConditionalGeneration(_t5()), _decoder_text, 6),
     Case("t5-equal-lengths", lambda: T.T5ForConditionalGeneration(_t5()), _equal_lengths, 6),
     Case("t5-left", lambda: T.T5ForConditionalGeneration(_t5()), text(left, decoder_input_ids=lambda: ids(7, seed=8)), 6),
@@ -210,7 +209,8 @@ CASES = [
     Case("deit", lambda: T.DeiTModel(T.DeiTConfig(**IMAGE)), lambda: {"pixel_values": pixels()}, 2),
     Case("dinov2", lambda: T.Dinov2Model(T.Dinov2Config(**IMAGE)), lambda: {"pixel_values": pixels()}, 2),
     Case("vit-mae", lambda: T.ViTMAEForPreTraining(T.ViTMAEConfig(
-        **IMAGE, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=20)),
+        **IMAGE, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=20)),
         lambda: {"pixel_values": pixels(), "noise": torch.rand(3, 9, generator=torch.Generator().manual_seed(7))},
         2),  # its decoder keeps the implementation that it was built with: set_attn_implementation does not reach it
     Case("beit", lambda: T.BeitForMaskedImageModeling(T.BeitConfig(
@@ -219,11 +219,11 @@ CASES = [
     Case("swin", lambda: T.SwinModel(T.SwinConfig(
         image_size=16, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4)),
         lambda: {"pixel_values": pixels(16)}, 3),
-    Case("blip2-caption", lambda: T.Blip2ForConditionalGeneration(_blip2(_OPT)), _with_image_tokens(4), 8, right),
-    Case("blip2-retrieval", lambda: T.Blip2ForImageTextRetrieval(_blip2(_OPT, use_qformer_text_input=True)),
+    Case("blip2-caption", lambda: T.Blip2ForConditionalGeneration(_blip2()), _with_image_tokens(4), 8, right),
+    Case("blip2-retrieval", lambda: T.Blip2ForImageTextRetrieval(_blip2(use_qformer_text_input=True)),
          text(pixel_values=pixels, use_image_text_matching_head=lambda: True), 6),
     Case("llava", lambda: T.LlavaForConditionalGeneration(T.LlavaConfig(
-        vision_config=T.CLIPVisionConfig(**IMAGE), text_config=T.LlamaConfig(**_LLAMA), image_token_index=VOCABULARY - 1)),
+        vision_config=T.CLIPVisionConfig(**IMAGE), text_config=T.LlamaConfig(**LLAMA), image_token_index=VOCABULARY - 1)),
         _with_image_tokens(9, left), 4, left),
     Case("chameleon", lambda: T.ChameleonModel(_chameleon()), text(left), 2, left),
     Case("dual-encoder", lambda: T.VisionTextDualEncoderModel(T.VisionTextDualEncoderConfig(

@@ -9,13 +9,15 @@ import vlkernels as vk
 from tests.ops import test_attention as shared
 from tests.ops.test_contract import RawCalls
 from vlkernels.core import dispatch, triton_runtime
-from vlkernels.ops.attention import reference, spec, tile_sizes, triton_kernels, triton_launches
+from vlkernels.ops.attention import reference, spec
+from vlkernels.ops.attention.gpu import kernels as triton_kernels
+from vlkernels.ops.attention.gpu import launches, tile_sizes
 from vlkernels.testing import contract
 from vlkernels.testing.error_rule import assert_close
 
 SPECS = {s.name: dataclasses.replace(s, deterministic=False) for s in spec.SPECS}  # programs take turns: two runs prove nothing
-CASES = {(s.name, case.name): case for s in spec.SPECS for case in s.cases if "bias" not in case.name}
-HALF_CASES = ("full", "dropout", "grouped_heads", "longer_than_a_tile")
+CASES = {(s.name, case.name): case for s in spec.SPECS for case in s.cases if "bias" not in case.name}  # those: test_attention_bias
+HALF_CASES = ("cross", "dropout_negatives", "grouped_heads", "longer_than_a_tile")  # short samples have other kernels
 CALLS = [(*names, torch.float32) for names in CASES] + [
     ("attention", name, dtype) for name in HALF_CASES for dtype in (torch.bfloat16, torch.float16)
 ]
@@ -53,6 +55,26 @@ def test_heads_that_fill_no_power_of_two(width, heads):
     torch.testing.assert_close(*outs)
     cotangent = torch.randn_like(outs[0])
     torch.testing.assert_close(*(torch.autograd.grad(out, qkv, cotangent) for out in outs))
+
+
+def test_rows_that_a_graph_laid_out_in_another_way_are_read_all_the_same():
+    layout, place = vk.SegmentLayout([[9, 14]]), torch.randint(0, 30, (23, 2), dtype=torch.int32)
+    tables = [torch.randn(8, 2), torch.randn(8, 2)]
+    bias = vk.RelativeBias(place, tables, num_buckets=8, max_distance=20)
+    cotangent = torch.randn(23, 2, 16)
+
+    def call(*rows, place):
+        table, full = bias.distance_bias, vk.SegmentMask.full(2).table("cpu")
+        inputs = (
+            list(rows), layout.starts, layout.lengths, None, None, None, full, None, table, place, None, layout.sample_ids, None,
+            0.25, 0.0, 0, 23, bias.radius,
+        )  # fmt: skip
+        out, lse = launches.forward(*inputs)
+        return [out, lse, *launches.backward(cotangent, None, out, lse, True, *inputs)]
+
+    rows = [torch.randn(23, 2, 16) for _ in range(3)]
+    turned = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in rows]
+    assert all(torch.equal(a, b) for a, b in zip(call(*rows, place=place), call(*turned, place=place.T.contiguous().T)))
 
 
 def test_nan_stays_in_its_own_sample():
@@ -104,7 +126,6 @@ def test_packing_order_changes_no_bit():
 @pytest.mark.parametrize(
     "change, message",
     (
-        ({"bias": torch.zeros(1, 1, 4, 4)}, "it takes no bias"),
         ({"qkv": torch.randn(4, 3, 1, 8).double()}, "it computes in float32, the inputs are float64"),
         ({"qkv": torch.randn(4, 3, 1, 257)}, "it serves heads up to K = 256, got 257"),
         ({"softmax_scale": -1.0}, "it needs a positive softmax_scale, got -1.0"),
@@ -124,11 +145,13 @@ def test_what_the_kernels_do_not_serve_is_refused_with_the_reason(change, messag
 def test_what_is_interpreted_is_what_a_hopper_card_runs(monkeypatch, dtype, dropout_p):
     launched = []
     monkeypatch.setattr(triton_runtime.Launch, "run", lambda launch: launched.append(launch))
-    qkv = torch.randn(9, 3, 1, 64, dtype=dtype, requires_grad=True)
-    options = {"layout": vk.SegmentLayout([[4, 5]]), "dropout_p": dropout_p, "rng": vk.Rng(0)}
+    qkv = torch.randn(129, 3, 1, 64, dtype=dtype, requires_grad=True)
+    options = {"layout": vk.SegmentLayout([[4, 125]]), "dropout_p": dropout_p, "rng": vk.Rng(0)}
     vk.attention_qkvpacked(qkv, **options, impl="triton").sum().backward()
-    assert len(launched) == len(tile_sizes.KERNELS)
-    for launch, kernel in zip(launched, tile_sizes.KERNELS):
+    launched = [launch for launch in launched if "QUERIES" in launch.constants]  # without those of the work lists
+    kernels = "forward", "query_gradient", "key_gradient"
+    assert len(launched) == len(kernels)
+    for launch, kernel in zip(launched, kernels):
         wanted = tile_sizes.tile_sizes(kernel, dtype, 64, dropout_p > 0, 90)
         assert launch.kernel is getattr(triton_kernels, f"{kernel}_kernel")
         assert (launch.constants["QUERIES"], launch.constants["KEYS"], launch.warps, launch.stages) == wanted

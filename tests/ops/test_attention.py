@@ -10,7 +10,8 @@ import vlkernels as vk
 from vlkernels.core import dispatch, native, random as generator
 from vlkernels.core.mask import CODES
 from vlkernels.ops.attention import reference
-from vlkernels.ops.attention.tiles import visible_blocks
+from vlkernels.ops.attention.cpu.tile_kernels import STEP_SCORES
+from vlkernels.ops.attention.cpu.tiles import visible_blocks
 from vlkernels.testing.error_rule import assert_close
 
 CELLS = tuple(CODES)
@@ -193,6 +194,24 @@ def test_every_instruction_set_gives_the_same_result(level, width):
 
 
 @compiled
+@pytest.mark.parametrize("level", native.CPU_ISA_LEVELS)
+def test_samples_of_several_steps_that_share_keys(level):
+    layout, keys = vk.SegmentLayout([[600], [130], [3], [90]]), vk.SegmentLayout([[200], [9]])
+    rows = (layout.num_tokens, 4), (keys.num_tokens, 2), (keys.num_tokens, 2)
+    tensors = dict(zip("qkv", (torch.randn(*shape, 8, dtype=torch.float64) for shape in rows)))
+    options = {"layout": layout, "kv_layout": keys, "kv_index": torch.tensor([0, 1, 1, 0]), "dropout_p": 0.2}
+    truth = results(reference.attention, tensors, options, torch.float64)
+    eager = results(reference.attention, tensors, options, torch.float32)
+    native.limit_cpu_isa(level)
+    try:
+        actual = results(vk.attention, tensors, options, torch.float32, impl="cpp")
+    finally:
+        native.limit_cpu_isa(native.CPU_ISA_LEVELS[-1])
+    for name, tensor in actual.items():
+        assert_close(name, tensor, eager[name], truth[name])
+
+
+@compiled
 def test_the_number_of_threads_changes_no_bit():
     layout, keys = vk.SegmentLayout([[n % 9 + 1, n % 5] for n in range(60)]), vk.SegmentLayout([[16]] * 11)
     rows = (layout.num_tokens, 4), (keys.num_tokens, 2), (keys.num_tokens, 2)
@@ -231,7 +250,8 @@ def test_padded_layout_attends_inside_padded_tensors():
 
 
 def test_samples_longer_than_a_step():
-    layout = vk.SegmentLayout([[300, 140]])
+    layout = vk.SegmentLayout([[40, 400]])
+    assert 400 * 440 * 4 > STEP_SCORES
     q, k, v = torch.randn(3, 440, 4, 8, requires_grad=True).unbind()
     bias = torch.randn(1, 4, 440, 440, requires_grad=True)
     inputs, cotangent = (q, k, v, bias), torch.randn(440, 4, 8)
@@ -364,6 +384,11 @@ def test_second_derivatives_are_refused():
 
 
 LAYOUT = vk.SegmentLayout([[4], [6]])
+SPLIT, OFF_DIAGONAL = vk.SegmentLayout([[1, 3], [2, 4]]), vk.SegmentMask([["full", "causal"], ["full", "full"]])
+
+
+def from_bounds(bounds):
+    return vk.SegmentLayout.from_cu_seqlens(torch.tensor(bounds), max_seqlen=10, num_tokens=10)
 
 
 @pytest.mark.parametrize(
@@ -371,19 +396,73 @@ LAYOUT = vk.SegmentLayout([[4], [6]])
     (
         ({"q": torch.randn(9, 2, 8)}, r"q must be \[Tq, H, K\] = \[10, any, any\], got \[9, 2, 8\]"),
         ({"k": torch.randn(10, 2, 4)}, r"k must be \[Tk, Hkv, K\] = \[10, 2, 8\], got \[10, 2, 4\]"),
+        ({"k": torch.randn(9, 2, 8)}, r"k must be \[Tk, Hkv, K\] = \[10, 2, 8\], got \[9, 2, 8\]"),
+        ({"k": torch.randn(10, 8)}, r"k must be \[Tk, Hkv, K\] = \[10, any, 8\], got \[10, 8\]"),
+        ({"v": torch.randn(10, 1, 8)}, r"v must be \[Tk, Hkv, K\] = \[10, 2, 8\], got \[10, 1, 8\]"),
         ({"v": torch.randn(10, 2, 8).double()}, "v must be one of float32, got float64"),
+        ({"q": torch.zeros(10, 2, 8, dtype=torch.int32)}, "q must be one of float64, float32, bfloat16, float16, got int32"),
         ({"q": torch.randn(10, 3, 8)}, "heads of q must be a multiple of those of k, got H = 3, Hkv = 2"),
+        ({"q": [[0.5]]}, "q must be a Tensor, got a list"),
+        ({"softmax_scale": torch.tensor(0.5)}, "softmax_scale must be a number, got a Tensor: multiply q by one that is learned"),
         ({"kv_layout": vk.SegmentLayout([[10]])}, "kv_layout must have the samples of layout, B = 2, got 1"),
         ({"kv_index": torch.tensor([0, 2])}, r"kv_index must lie in \[0, 2\), got values from 0 to 2"),
+        ({"kv_index": torch.tensor([0.0, 1.0])}, "kv_index must be one of int64, int32, got float32"),
+        ({"kv_index": torch.tensor([0])}, r"kv_index must be \[B\] = \[2\], got \[1\]"),
         ({"mask": vk.SegmentMask.full(2)}, r"mask must be \[Sq, Sk\] = \[1, 1\], got \[2, 2\]"),
+        ({"layout": SPLIT, "mask": OFF_DIAGONAL}, r"only the diagonal may be causal, got causal at \[0, 1\]"),
+        ({"layout": SPLIT.to("meta")}, "all tensors must be on one device, got q on cpu, .*, layout on meta"),
+        ({"layout": torch.tensor([0, 4, 10])}, "layout must be a SegmentLayout, got a Tensor"),
+        ({"layout": None}, "layout must be a SegmentLayout, got a NoneType"),
+        ({"mask": torch.ones(10, 10).bool()}, "mask must be a SegmentMask, got a Tensor"),
+        ({"kv_layout": [[4], [6]]}, "kv_layout must be a SegmentLayout, got a list"),
+        ({"bias": 0.5}, "bias must be a Tensor or a RelativeBias, got a float"),
+        ({"bias": torch.ones(1, 1, 6, 6).bool()}, "bias must be one of float64, float32, bfloat16, float16, got bool"),
         ({"bias": torch.zeros(2, 2, 6, 5)}, r"bias must be .* = \[2 or 1, 2 or 1, >= 6, >= 6\], got \[2, 2, 6, 5\]"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\), got -0.1"),
+        ({"dropout_p": float("nan")}, r"dropout_p must be in \[0, 1\), got nan"),
     ),
 )
 def test_mistakes_are_named_with_their_values(change, message):
     q, k, v = torch.randn(3, 10, 2, 8).unbind()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         vk.attention(**({"q": q, "k": k, "v": v, "layout": LAYOUT} | change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"qkv": torch.randn(9, 3, 2, 8)}, r"qkv must be \[T, 3, H, K\] = \[10, 3, any, any\], got \[9, 3, 2, 8\]"),
+        ({"qkv": torch.randn(10, 2, 2, 8)}, r"qkv must be \[T, 3, H, K\] = \[10, 3, any, any\], got \[10, 2, 2, 8\]"),
+        ({"layout": torch.tensor([0, 4, 10])}, "layout must be a SegmentLayout, got a Tensor"),
+        ({"layout": SPLIT, "mask": OFF_DIAGONAL}, r"only the diagonal may be causal, got causal at \[0, 1\]"),
+        ({"bias": torch.zeros(1, 2, 5, 6)}, r"bias must be .* = \[2 or 1, 2 or 1, >= 6, >= 6\], got \[1, 2, 5, 6\]"),
+    ),
+)
+def test_mistakes_in_the_packed_form_are_named_with_their_values(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        vk.attention_qkvpacked(**({"qkv": torch.randn(10, 3, 2, 8), "layout": LAYOUT} | change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    (
+        (lambda: vk.SegmentLayout([[4, -1], [3, 4]]), "lengths must not be negative, got -1"),
+        (lambda: from_bounds([0, 7, 4, 10]), r"cu_seqlens must rise from 0 to at most num_tokens = 10, got \[0, 7, 4, 10\]"),
+        (lambda: from_bounds([0, 4, 12]), r"cu_seqlens must rise from 0 to at most num_tokens = 10, got \[0, 4, 12\]"),
+        (lambda: vk.SegmentLayout.padded([4, 6], 5), "lengths must be at most max_len = 5, got 6"),
+        (lambda: vk.SegmentLayout([[4], [6]], capacity=9), "capacity must be at least the sum of the lengths = 10, got 9"),
+        (lambda: vk.SegmentLayout([[2**30], [2**30]]), r"a layout holds at most 2\*\*31 - 1 tokens, got 2147483648"),
+        (lambda: vk.SegmentLayout([[4], [6]], capacity=2**31), r"a layout holds at most 2\*\*31 - 1 tokens, got 2147483648"),
+    ),
+)
+def test_no_call_sees_rows_that_overlap_or_do_not_exist(make, message):
+    """Lengths that do not fit never become a layout, so no implementation has to look at them."""
+    with pytest.raises(ValueError, match=message) as error:
+        vk.attention_qkvpacked(torch.randn(10, 3, 2, 8), layout=make())
+    assert "\n" not in str(error.value)
 
 
 

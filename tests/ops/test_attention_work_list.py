@@ -1,134 +1,168 @@
-"""The device-built work list: tiles cover every row once, runs show what the table shows, and nothing waits for the device."""
+"""The work list where no kernel runs: its definition shows what the table shows, and building it waits for nothing.
 
+That the kernels build what is defined is tested in the interpreter.
+"""
+
+import heapq
 import random
 
 import pytest
 import torch
 
 import vlkernels as vk
+from tests import work_list_definition as definition
+from tests.work_list_definition import draw_streams, streams_of
+from vlkernels.core import triton_runtime
 from vlkernels.core.spec import Case
-from vlkernels.ops.attention import work_list
-from vlkernels.ops.attention.work_list import RUN_FIELDS, TILE_FIELDS, Streams
+from vlkernels.core.triton_runtime import Launch
+from vlkernels.ops.attention.gpu import work_list
+from vlkernels.ops.attention.gpu.work_list import Streams
 from vlkernels.testing import sync_lint
 
-CELLS = ("none", "full", "causal")
+BLOCK = 16
 
 
-def draw_streams(seed):
-    """Random layouts and table, as the raw op takes them, with the layouts and the mask."""
-    draw = random.Random(seed)
-    samples, segments, longest = draw.randint(1, 5), draw.randint(1, 4), draw.choice((3, 20, 70))
-
-    def lengths(count, width):
-        return [[draw.choice((0, 1, draw.randint(0, longest))) for _ in range(width)] for _ in range(count)]
-
-    layout = vk.SegmentLayout(lengths(samples, segments), capacity=samples * segments * longest)
-    keys, index = layout, None
-    if draw.random() < 0.5:
-        keys = vk.SegmentLayout(lengths(draw.choice((samples, 3)), draw.randint(1, 3)))
-    elif segments == 1:
-        layout = keys = vk.SegmentLayout.padded(layout.lengths[:, 0], longest)
-    if keys.num_samples != samples or draw.random() < 0.4:
-        index = torch.tensor([draw.randrange(keys.num_samples) for _ in range(samples)])
-        index = index.to(draw.choice((torch.int32, torch.int64)))
-    columns = range(keys.num_segments)
-    rows = [[draw.choice(CELLS if keys is not layout or q == k else CELLS[:2]) for k in columns] for q in range(segments)]
-    mask = draw.choice((vk.SegmentMask(rows), vk.SegmentMask([["full"] * keys.num_segments] * segments)))
-    other = (None, None) if keys is layout else (keys.starts, keys.lengths)
-    return Streams(layout.starts, layout.lengths, *other, index, mask.table("cpu"), layout.sample_ids), layout, keys, mask
-
-
-def as_dicts(table, fields):
-    return [dict(zip(fields, row)) for row in table.tolist()]
-
-
-def walk(side, block):
-    """(tile, its rows, its runs) of every tile that has rows."""
-    runs = as_dicts(side.runs, RUN_FIELDS)
-    for tile in as_dicts(side.tiles, TILE_FIELDS):
-        rows = range(max(tile["first"], tile["begin"]), min(tile["first"] + block, tile["stop"]))
-        if tile["first"] < tile["stop"]:
-            yield tile, rows, [r for r in runs[tile["run"] : tile["last_run"]] if r["end"] > r["begin"]]
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_query_tiles_show_what_the_table_shows(seed):
+@pytest.mark.parametrize("seed", range(40))
+def test_tiles_of_queries_show_what_the_table_shows(seed):
     streams, layout, keys, mask = draw_streams(seed)
     seen = torch.zeros(layout.num_tokens, keys.num_tokens, dtype=torch.int32)
     written = torch.zeros(layout.num_tokens, dtype=torch.int32)
-    for tile, rows, runs in walk(work_list.query_side(streams, layout.num_tokens, 16), 16):
-        for i in rows:
+    for tile in definition.query_side(streams, layout.num_tokens, BLOCK):
+        for i in range(tile.first, min(tile.first + BLOCK, tile.stop)):
             written[i] += 1
-            for run in runs if i < tile["end"] else ():
-                limit = min(run["end"] - 1, max(run["fixed"] - 1, i + run["slope"]))
-                seen[i, run["begin"] : limit + 1] += 1
-    assert torch.equal(seen, mask.dense(layout, keys if keys is not layout else None, streams.kv_index).int())
+            for run in tile.runs if i < tile.end else ():
+                limit = min(run.end - 1, max(run.fixed - 1, i + run.slope))
+                seen[i, run.begin : limit + 1] += 1
+    assert torch.equal(seen, visible(streams, layout, keys, mask))
     assert (written == 1).all()
 
 
 @pytest.mark.parametrize("multiple", (1, 16))
-@pytest.mark.parametrize("seed", range(60))
-def test_key_tiles_show_what_the_table_shows(seed, multiple):
+@pytest.mark.parametrize("seed", range(40))
+def test_tiles_of_keys_show_what_the_table_shows(seed, multiple):
     streams, layout, keys, mask = draw_streams(seed)
     seen = torch.zeros(layout.num_tokens, keys.num_tokens, dtype=torch.int32)
     written = torch.zeros(keys.num_tokens, dtype=torch.int32)
-    for tile, rows, runs in walk(work_list.key_side(streams, keys.num_tokens, 16, multiple), 16):
-        assert (tile["first"] - tile["origin"]) % multiple == 0
-        for j in rows:
+    for tile in definition.key_side(streams, keys.num_tokens, BLOCK, multiple):
+        assert (tile.first - tile.origin) % multiple == 0
+        for j in range(max(tile.first, tile.begin), min(tile.first + BLOCK, tile.stop)):
             written[j] += 1
-            for run in runs if j < tile["end"] else ():
-                release = min(run["fixed"], max(run["begin"], j - run["slope"]))
-                seen[release : run["end"], j] += 1
-    assert torch.equal(seen, mask.dense(layout, keys if keys is not layout else None, streams.kv_index).int())
+            for run in tile.runs if j < tile.end else ():
+                release = min(run.fixed, max(run.begin, j - run.slope))
+                seen[release : run.end, j] += 1
+    assert torch.equal(seen, visible(streams, layout, keys, mask))
     assert (written == 1).all()
 
 
-def test_readers_come_in_their_order_and_runs_name_their_samples():
-    layout, keys = vk.SegmentLayout([[2], [3], [4], [5]], sample_ids=[9, 8, 7, 6]), vk.SegmentLayout([[3], [20]])
-    index, table = torch.tensor([1, 0, 1, 1]), vk.SegmentMask.full().table("cpu")
-    streams = Streams(layout.starts, layout.lengths, keys.starts, keys.lengths, index, table, layout.sample_ids)
-    tiles = walk(work_list.key_side(streams, 23, 32), 32)
-    found = {tile["origin"]: [(run["begin"], run["identity"]) for run in runs] for tile, _, runs in tiles}
-    assert found == {0: [(2, 8)], 3: [(0, 9), (5, 7), (9, 6)]}
+def visible(streams, layout, keys, mask):
+    return mask.dense(layout, None if keys is layout else keys, streams.kv_index).int()
 
 
-def test_a_full_table_wastes_no_tile_at_the_borders_of_segments():
-    layout = vk.SegmentLayout([[50, 14, 64], [1, 2, 3]])
-    streams = Streams(layout.starts, layout.lengths, None, None, None, vk.SegmentMask.full(3).table("cpu"), None)
-    for side in (work_list.query_side(streams, layout.num_tokens, 64), work_list.key_side(streams, layout.num_tokens, 64)):
-        tiles = list(walk(side, 64))
-        assert [len(rows) for _, rows, _ in tiles] == [64, 64, 6]
-        assert all(len(runs) == 1 for _, _, runs in tiles)
+def images_and_captions(tokens, samples, shortest, longest):
+    draw = random.Random(0)
+    return vk.SegmentLayout([[tokens, draw.randint(shortest, longest)] for _ in range(samples)])
 
 
-def test_the_longest_come_first():
-    layout = vk.SegmentLayout([[3], [90], [40]])
-    streams = Streams(layout.starts, layout.lengths, None, None, None, vk.SegmentMask.causal().table("cpu"), None)
-    first = [tile["first"] for tile, _, _ in walk(work_list.query_side(streams, 133, 32), 32)]
-    assert first == [67, 35, 3, 125, 93, 0]
+REAL = {  # name: (layout, mask), a micro-batch of published recipes
+    "ViLT": (images_and_captions(217, 64, 5, 40), vk.SegmentMask.full(2)),
+    "UNITER": (vk.SegmentLayout([[10 + 7 * i % 91, 5 + 3 * i % 50] for i in range(128)]), vk.SegmentMask.full(2)),
+    "BLIP captions": (images_and_captions(577, 32, 5, 40), vk.SegmentMask.prefix_lm()),
+    "pages": (vk.SegmentLayout([[197, 40 + 37 * i % 470] for i in range(32)]), vk.SegmentMask.full(2)),
+    "GPT": (vk.SegmentLayout([[64 + 61 * i % 1900] for i in range(16)]), vk.SegmentMask.causal()),
+}
+HEADS, PROGRAMS, OVERHEAD = 12, 132, 64  # a program costs as much as so many keys beside those it meets
 
 
-def test_work_lists_are_shared_while_their_tensors_live_unchanged():
-    layout, table = vk.SegmentLayout([[5, 6]]), vk.SegmentMask.prefix_lm().table("cpu")
-    streams = Streams(layout.starts, layout.lengths, None, None, None, table, None)
-    before = work_list.query_side(streams, 11, 16)
-    assert work_list.query_side(streams, 11, 16) is before
-    assert work_list.query_side(streams, 11, 32) is not before
-    assert work_list.key_side(streams, 11, 16, 1) is not work_list.key_side(streams, 11, 16, 16)
-    layout.lengths[0, 1] -= 1
-    after = work_list.query_side(streams, 11, 16)
-    assert after is not before and not torch.equal(after.tiles, before.tiles)
-    assert len(work_list._made) <= work_list.MOST_KEPT
+@pytest.mark.parametrize("name", REAL)
+def test_the_order_balances_as_well_as_a_sort_of_all_tiles_by_their_cost(name):
+    layout, mask = REAL[name]
+    tiles = definition.query_side(streams_of(layout, mask), layout.num_tokens, 128)
+    costs = [OVERHEAD + sum(met(tile, run) for run in tile.runs) for tile in tiles]
+    best = makespan(sorted(costs * HEADS, reverse=True))
+    assert makespan([cost for cost in costs for _ in range(HEADS)]) <= 1.01 * best, "the heads of a tile after each other"
+    assert makespan(costs * HEADS) <= 1.15 * best, "the tiles of a head after each other"
+
+
+def met(tile, run):
+    last = min(tile.first + 128, tile.end) - 1
+    return min(run.end, max(run.fixed, last + run.slope + 1)) - run.begin
+
+
+def makespan(costs):
+    """When the last program ends, if each starts where one ended first."""
+    ends = [0] * PROGRAMS
+    for cost in costs:
+        heapq.heapreplace(ends, ends[0] + cost)
+    return max(ends)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What a card would run, for tensors that have no data."""
+    launches = []
+    monkeypatch.setattr(triton_runtime, "_missing_on_a_card", lambda: None)
+    monkeypatch.setattr(Launch, "run", lambda launch: launches.append(launch))
+    return launches
+
+
+def names(launches):
+    return [launch.kernel.fn.__name__ for launch in launches]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_building_waits_for_nothing(seed, monkeypatch):
+def test_building_waits_for_nothing_and_is_a_launch_a_side(seed, launched):
+    pytest.importorskip("triton")
     streams, layout, keys, _ = draw_streams(seed)
-    monkeypatch.setattr(work_list, "_kept", lambda name, tensors, make: make())  # without a card there is no stream to ask
 
     def build(**tensors):
         there = Streams(**tensors)
-        queries = work_list._query_side(there, layout.num_tokens, 16)
-        return [*queries, *work_list._key_side(there, keys.num_tokens, 16, 16)]
+        queries = work_list.query_side(there, layout.num_tokens, BLOCK)
+        return [*queries, *work_list.key_side(there, keys.num_tokens, BLOCK, 16)]
 
     sync_lint.lint(build, Case("work list", lambda fill: streams._asdict()))
+    readers = [] if streams.kv_index is None else ["readers_kernel"]
+    assert names(launched) == ["query_side_kernel", *readers, "key_side_kernel"]  # meta tensors launch nothing
+
+
+def test_where_no_kernel_runs_a_list_has_no_tiles():
+    streams, layout, _, _ = draw_streams(0)
+    for streams in (streams, Streams(*(None if t is None else t.to("meta") for t in streams))):
+        side = work_list.query_side(streams, layout.num_tokens, BLOCK)
+        assert side.tiles.shape[0] >= layout.num_tokens // BLOCK
+        assert side.tiles.is_meta or not side.tiles.any()
+
+
+def test_no_layout_table_or_place_in_memory_compiles_another_kernel():
+    pytest.importorskip("triton")
+    from benchmarks import offline
+
+    hashes = {}
+    with offline.card(90):
+        for seed in range(100):
+            streams, layout, keys, _ = draw_streams(seed)
+            shifted = torch.zeros(layout.lengths.numel() + seed % 3, dtype=torch.int32)[seed % 3 :].view(layout.lengths.shape)
+            streams = streams._replace(lengths=shifted)
+            flags = (streams.kv_index is not None and streams.kv_index.dtype, streams.sample_ids is None)
+            block, tokens = random.Random(seed).choice((16, 32, 64, 128)), layout.num_tokens
+            for launch in (
+                *work_list.query_launches(streams, tokens, block)[1],
+                *work_list.key_launches(streams, keys.num_tokens, block, (1, 16)[seed % 2])[1],
+            ):
+                name = launch.kernel.fn.__name__
+                known = flags[:1] if name == "readers_kernel" else flags
+                hashes.setdefault((name, known), set()).add(launch.compile().hash)
+    assert len(hashes) == 2 * 6 + 2, "two kernels with three kinds of index, with ids or without; readers by two indices"
+    assert all(len(found) == 1 for found in hashes.values())
+
+
+@pytest.mark.parametrize("architecture", (80, 90, 100))
+def test_the_kernels_fit_their_cards(architecture):
+    pytest.importorskip("triton")
+    from benchmarks import offline
+
+    with offline.card(architecture):
+        launches = work_list.work_list_launches(architecture)
+        assert set(launches) == {"query_side", "key_side", "readers"}
+        for name, launch in launches.items():
+            measured = offline.measure(launch, architecture)
+            assert measured["stack_bytes"] == 0 and offline.local_memory_accesses(measured) == 0, f"{name} spills"

@@ -21,6 +21,8 @@ def check_shape(name: str, tensor: Tensor, symbols: str, expected: Sequence[int 
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a Tensor, got a {type(tensor).__name__}")
     if tensor.dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(allowed))
         raise ValueError(f"{name} must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")

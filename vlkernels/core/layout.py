@@ -56,7 +56,8 @@ class SegmentLayout:
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, max_seqlen: int, num_tokens: int | None = None) -> SegmentLayout:
         """One segment per sample from the field's ``cu_seqlens [B+1]``; lengths stay on its device.
 
-        ``num_tokens`` is the number of rows of the packed tensor; without it the layout must lie on the CPU.
+        ``num_tokens`` is the number of rows of the packed tensor; without it the layout must lie on the CPU. Bounds that do
+        not rise from 0 to at most ``num_tokens``, by at most ``max_seqlen``, are an error, on a device by an assertion there.
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
             raise ValueError(f"cu_seqlens must be [B+1], got {list(cu_seqlens.shape)}")
@@ -66,7 +67,7 @@ class SegmentLayout:
             num_tokens = int(cu_seqlens[-1])
         checks.check_integer("cu_seqlens", cu_seqlens)
         _check_tokens(num_tokens)
-        if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             _check_bounds(cu_seqlens, max_seqlen, num_tokens)
         bounds = cu_seqlens.to(torch.int32)
         layout = cls.__new__(cls)
@@ -250,6 +251,7 @@ class SegmentLayout:
         Lengths stay on the device, so ``num_tokens`` is the upper bound ``len(index) * max_seqlen``.
         """
         _check_index(index, self.num_samples)
+        _check_tokens(index.numel() * self.max_seqlen)
         chosen = index.long()
         return self._packed(
             self.lengths[chosen],
@@ -349,12 +351,21 @@ def _check_tokens(num_tokens: int) -> None:
 
 
 def _check_bounds(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
+    if cu_seqlens.device.type != "cpu":
+        torch._assert_async(_bounds_hold(cu_seqlens, max_seqlen, num_tokens))
+        return
     bounds = cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(bounds, bounds[1:])]
     if bounds[0] != 0 or bounds[-1] > num_tokens or min(lengths, default=0) < 0:
         raise ValueError(f"cu_seqlens must rise from 0 to at most num_tokens = {num_tokens}, got {_shortened(bounds)}")
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen must be at least the longest sample = {max(lengths)}, got {max_seqlen}")
+
+
+def _bounds_hold(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tensor:
+    """bool on the device: what :func:`_check_bounds` wants."""
+    lengths = cu_seqlens.diff()
+    return (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= num_tokens) & ((lengths >= 0) & (lengths <= max_seqlen)).all()
 
 
 def _shortened(values: list[int]) -> str:

@@ -68,10 +68,24 @@ class Cost:
 class Peer:
     """Somebody else's way, with what it has done before the clock starts (padding, masks, sorting).
 
-    ``prepare`` takes the case's arguments and returns the call to time and the tensors it is differentiated by.
+    ``prepare`` takes the case's arguments and returns the call to time and the tensors it is differentiated by. One that is no
+    ``rival`` computes something else: it shows what a part of the call costs.
     """
 
     prepare: Callable[..., tuple[Callable[[], Any], list[Tensor]]]
+    rival: bool = True
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Inputs worth timing: on which devices, in which dtypes (default: the op's), beside whom (default: the op's peers and the
+    reference). ``call`` is timed instead of the functional: it takes the inputs and ``impl``."""
+
+    make: Callable[[InputMaker], Arguments]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: Sequence[torch.dtype] | None = None
+    peers: Mapping[str, Peer] | None = None
+    call: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class OpSpec:
     """An op: its functional, the reference that defines it, the order ``auto`` follows, and its cases.
 
     Args:
-        benchmarks: named inputs worth timing; each value is ``make(fill)`` as in :class:`Case`.
+        benchmarks: named inputs worth timing; each value is ``make(fill)`` as in :class:`Case`, or a :class:`Benchmark`.
         peers: other people's way to compute the same, timed side by side: a function of the case's arguments, or a
             :class:`Peer`.
         cost: floor of a call from its arguments.
@@ -104,7 +118,7 @@ class OpSpec:
     implementations: Sequence[Implementation]
     cases: Sequence[Case]
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
-    benchmarks: Mapping[str, Callable[[InputMaker], Arguments]] = field(default_factory=dict)
+    benchmarks: Mapping[str, Callable[[InputMaker], Arguments] | Benchmark] = field(default_factory=dict)
     peers: Mapping[str, Callable[..., Any] | Peer] = field(default_factory=dict)
     cost: Callable[..., Cost] | None = None
     held: Callable[..., Callable[..., Any]] | None = None

@@ -1,4 +1,4 @@
-"""Attention over padded ``[B, H, L, K]`` tensors, as model code calls it: the padding is told to ``vk.attention`` as a layout."""
+"""Attention over padded ``[B, H, L, K]`` tensors, as model code calls it; the padding becomes a layout."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def attend(
     options = {"softmax_scale": softmax_scale, "dropout_p": dropout_p}
     if padding is None:
         out = attention(*rows, **_whole(batch, queries, keys, causal, q.device), bias=bias, **options)
-    elif padding.segments(needed=bias is not None) is not None and (queries == keys or not causal):
-        out = attention(*rows, **padding.in_place(queries, causal), bias=bias, **options)
-    elif bias is not None:
+    elif bias is None:
+        out = _real_rows(*rows, padding, queries, causal, options)
+    elif padding.has_runs() and (queries == keys or not causal):
+        out = attention(*rows, **padding.runs(queries, causal), bias=bias, **options)
+    else:
         hidden = padding.hide(bias)
         out = attention(*rows, **_whole(batch, queries, keys, causal, q.device), bias=hidden, **options)
-    else:
-        out = _packed(*rows, padding, queries, causal, options)
     return out.unflatten(0, (batch, queries))
 
 
@@ -58,74 +58,100 @@ class Padding:
 
     def __init__(self, real: Tensor):
         self.real = real.clone()  # a view would keep the mask alive that this is kept for
-        self._in_place: dict[tuple[int, bool], dict[str, Any]] = {}
-        self._packed: dict[int, Packed] = {}
+        self._rows: dict[int, InPlace | Packed] = {}
+        self._runs: dict[tuple[int, bool], dict[str, Any]] = {}
 
-    def segments(self, needed: bool) -> SegmentLayout | None:
-        """The keys as alternating runs of hidden and real ones, in place; ``None`` where that is not known without a wait.
+    def rows(self, last: int) -> InPlace | Packed:
+        """The real ones of the last positions: gathered, unless the host sees that they stand at the front."""
+        if last not in self._rows:
+            self._rows[last] = lasting(lambda: _find_rows(self.real[:, self.real.shape[1] - last :]))
+        return self._rows[last]
 
-        On a device the lengths of the runs are waited for only if ``needed``, once per mask: a bias that takes the
-        padding in would be an array ``[B, H, Lq, Lk]`` in every layer.
+    def has_runs(self) -> bool:
+        """Whether the keys are few alternating runs of hidden and real ones, which keep the positions that a bias counts by.
+
+        On a device this waits for their lengths, once per mask: a bias that takes the padding in would be an array
+        ``[B, H, Lq, Lk]`` in every layer.
         """
-        if torch.compiler.is_compiling():
-            return None
-        if self.real.device.type != "cpu" and (not needed or _is_captured(self.real)):
-            return None
-        return self._segments
+        if torch.compiler.is_compiling() or _is_captured(self.real.device):
+            return False
+        return self._run_layout is not None
 
     @functools.cached_property
-    def _segments(self) -> SegmentLayout | None:
+    def _run_layout(self) -> SegmentLayout | None:
         lengths = _run_lengths(self.real)
         if lengths.shape[1] > MAX_SEGMENTS:
             return None
         return lasting(lambda: SegmentLayout(lengths).to(self.real.device))
 
-    def in_place(self, queries: int, causal: bool) -> dict[str, Any]:
+    def runs(self, queries: int, causal: bool) -> dict[str, Any]:
         """Layouts and table for tensors that keep their padding; queries see the real keys, or those before them."""
         key = queries, causal
-        if key not in self._in_place:
-            keys = self._segments
+        if key not in self._runs:
+            keys = self._run_layout
             if causal:
-                self._in_place[key] = {"layout": keys, "mask": _real_and_before(keys.num_segments)}
+                self._runs[key] = {"layout": keys, "mask": _real_and_before(keys.num_segments)}
             else:
                 layout = whole_layout(keys.num_samples, queries, keys.device)
-                self._in_place[key] = {"layout": layout, "kv_layout": keys, "mask": _real(keys.num_segments)}
-        return self._in_place[key]
-
-    def packed(self, last: int) -> Packed:
-        """The real ones of the last positions, gathered."""
-        if last not in self._packed:
-            self._packed[last] = lasting(lambda: Packed(self.real[:, -last:]))
-        return self._packed[last]
+                self._runs[key] = {"layout": layout, "kv_layout": keys, "mask": _real(keys.num_segments)}
+        return self._runs[key]
 
     def hide(self, bias: Tensor) -> Tensor:
         return torch.where(self.real[:, None, None, :], bias, -torch.inf)
 
 
+class InPlace:
+    """Real rows at the front of every sample of a padded tensor, read where they are."""
+
+    def __init__(self, lengths: Tensor, length: int):
+        self.layout = SegmentLayout.padded(lengths, length)
+
+    def take(self, x: Tensor) -> Tensor:
+        return x
+
+    def put(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Packed:
-    """The real rows of a padded tensor, gathered: ``rows`` takes them from it, ``places`` puts them back, -1 is nobody."""
+    """The real rows of a padded tensor, gathered without asking the host anything; -1 is nobody."""
 
     def __init__(self, real: Tensor):
         batch, length = real.shape
         flat = real.flatten()
         order = torch.argsort(flat.logical_not(), stable=True)
-        self.rows = torch.where(flat[order], order, -1)
-        self.places = torch.where(flat, flat.cumsum(0) - 1, -1)
+        self._rows = torch.where(flat[order], order, -1)
+        self._places = torch.where(flat, flat.cumsum(0) - 1, -1)
         bounds = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         self.layout = SegmentLayout.from_cu_seqlens(bounds, max_seqlen=length, num_tokens=batch * length)
 
+    def take(self, x: Tensor) -> Tensor:
+        return take_rows(x, self._rows)
 
-def _packed(q: Tensor, k: Tensor, v: Tensor, padding: Padding, queries: int, causal: bool, options: dict[str, Any]) -> Tensor:
-    """Attention with the real keys gathered, which asks the host nothing; with ``causal`` the real queries too."""
-    keys = padding.packed(padding.real.shape[1])
-    k, v = (take_rows(x, keys.rows) for x in (k, v))
+    def put(self, x: Tensor) -> Tensor:
+        return take_rows(x, self._places)
+
+
+def _find_rows(real: Tensor) -> InPlace | Packed:
+    if real.device.type == "cpu" and not torch.compiler.is_compiling():
+        lengths = real.sum(1)
+        if torch.equal(real, torch.arange(real.shape[1]) < lengths[:, None]):
+            return InPlace(lengths, real.shape[1])
+    return Packed(real)
+
+
+def _real_rows(
+    q: Tensor, k: Tensor, v: Tensor, padding: Padding, queries: int, causal: bool, options: dict[str, Any]
+) -> Tensor:
+    """Attention to the real keys alone; with ``causal`` from the real queries alone."""
+    keys = padding.rows(padding.real.shape[1])
+    k, v = keys.take(k), keys.take(v)
     if not causal:
-        layout = whole_layout(padding.real.shape[0], queries, q.device)
+        layout = whole_layout(len(padding.real), queries, q.device)
         return attention(q, k, v, layout=layout, kv_layout=keys.layout, **options)
-    own = padding.packed(queries)
+    own = padding.rows(queries)
     kv_layout = None if own is keys else keys.layout
-    out = attention(take_rows(q, own.rows), k, v, layout=own.layout, kv_layout=kv_layout, mask=CAUSAL, **options)
-    return take_rows(out, own.places)
+    return own.put(attention(own.take(q), k, v, layout=own.layout, kv_layout=kv_layout, mask=CAUSAL, **options))
 
 
 def _whole(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> dict[str, Any]:
@@ -137,7 +163,7 @@ def _whole(batch: int, queries: int, keys: int, causal: bool, device: torch.devi
 
 def whole_layout(batch: int, length: int, device: torch.device) -> SegmentLayout:
     """``[B, L]`` tensors without padding; kept, so that calls of one shape share what is made from it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_captured(device):
         return _new_whole_layout(batch, length, device)
     return _kept_whole_layout(batch, length, device)
 
@@ -181,9 +207,9 @@ def _as_autocast_does(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(device_type)) for x in tensors)
 
 
-def _is_captured(tensor: Tensor) -> bool:
-    """A captured graph is replayed with other masks in the same tensors: it must make everything from them itself."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_captured(device: torch.device) -> bool:
+    """A captured graph is replayed with other masks in the same tensors: it makes everything itself, and leaves nothing."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -191,9 +217,7 @@ _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def kept(source: Tensor, name: Hashable, make: Callable[[], Made]) -> Made:
     """``make()``, kept while ``source`` lives unchanged: the layers of a model share what is made from one mask."""
-    if torch.compiler.is_compiling() or source.is_inference() or source.requires_grad:
-        return make()
-    if _is_captured(source):
+    if torch.compiler.is_compiling() or _changes_uncounted(source) or source.requires_grad or _is_captured(source.device):
         return make()
     version, made = _made.get(source, (None, None))
     if version != source._version:
@@ -201,3 +225,8 @@ def kept(source: Tensor, name: Hashable, make: Callable[[], Made]) -> Made:
     if name not in made:
         made[name] = lasting(make)
     return made[name]
+
+
+def _changes_uncounted(source: Tensor) -> bool:
+    """Whether PyTorch would not see a write: in inference mode, or into memory that is another library's (NumPy's)."""
+    return source.is_inference() or not source.untyped_storage().resizable()

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlkernels.integrations.padded import Padding, attend, kept
+from vlkernels.integrations.calls import read_bias, read_mask, refuse
+from vlkernels.integrations.padded import attend
+from vlkernels.integrations.swap import ORIGINAL, Left, Report, swap
+from vlkernels.integrations.transformers_modules import replacement
 
 NAME = "vlkernels"
-
-# Arguments that models hand over and that mean something only when they are set.
-_NOT_SERVED = {
-    "softcap": "it caps no scores",
-    "s_aux": "it has no attention sinks",
-    "head_mask": "it masks no heads",
-    "layer_head_mask": "it masks no heads",
-    "cache": "it reads no paged cache",
-}
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the modules of transformers that ask it
+# Not told by the module: a part of the model asks, another with the same masks does not; the text of BLIP has its own file.
+NOT_ASKING = ("BigBirdPegasusConfig", "BlipTextConfig", "GitConfig", "InformerConfig")
 
 
 def register() -> None:
@@ -33,7 +32,8 @@ def register() -> None:
 
     A mask of padding stays ``[B, L]``: attention reads the real keys alone. Masks that are more than padding and causality
     (given by the user, sliding windows shorter than the keys, packed position ids) are added to the scores.
-    Under a causal mask the rows of padding come out as 0, as from flash-attn; otherwise they are what sdpa gives.
+    Under a causal mask the rows of padding come out as 0, as from flash-attn (texts to be continued are padded on the left, as
+    transformers advises); otherwise they are what sdpa gives. What a query that sees no key reads is 0.
     """
     transformers = _transformers()
     transformers.AttentionInterface.register(NAME, attention_forward)
@@ -56,6 +56,7 @@ def attention_forward(
     refuse(others)
     padding, bias = read_mask(attention_mask, query, key)
     if position_bias is not None:
+        position_bias = read_bias("position_bias", position_bias, query, key)
         bias = position_bias if bias is None else position_bias + bias
     causal = _is_causal(module, query, key, attention_mask, is_causal)
     out = attend(query, key, value, padding=padding, causal=causal, bias=bias, softmax_scale=scaling, dropout_p=dropout)
@@ -78,10 +79,12 @@ def attention_mask(
     """The mask that ``attention_forward`` is given: what it says is all in its shape, so a model may slice or expand it.
 
     ``None``: nothing is hidden but by causality. bool ``[B, Lk]``: padding of a causal mask. bool ``[B, 1, Lq, Lk]``: who sees
-    whom; where it is one row of keys, expanded, it is the padding alone.
+    whom; where it is one row of keys, expanded, it is the padding alone. Attention that asks no registry would add these to its
+    scores as numbers, so a model that has it is refused.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+    _check_registry_is_asked(others.get("config"))
     end = kv_offset + kv_length
     covers_keys = attention_mask is None or attention_mask.shape[1] >= end
     unlimited = local_size is None or kv_length < local_size
@@ -102,47 +105,21 @@ def attention_mask(
     )  # fmt: skip
 
 
-def read_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Padding | None, Tensor | None]:
-    """A mask as (padding, bias): bool or integer ``[B, Lk]``, or anything that broadcasts to ``[B, H, Lq, Lk]``."""
-    if mask is None:
-        return None, None
-    real = _real_keys(mask)
-    _check_mask(mask, (query.shape[0], *([] if real is not None else query.shape[1:3]), key.shape[2]), real)
-    if real is not None:
-        return kept(mask, ("padding", len(query)), lambda: Padding(real.bool().expand(len(query), -1))), None
-    additive = mask
-    if mask.dtype == torch.bool:
-        additive = kept(mask, query.dtype, lambda: torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf))
-    return None, additive.expand(-1, -1, query.shape[2], -1)
+def _check_registry_is_asked(config: Any) -> None:
+    kind = type(config)
+    modeling = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
+    asked = modeling is None or hasattr(modeling, REGISTRY) or not _defines_attention(modeling)
+    if not asked or kind.__name__ in NOT_ASKING:
+        raise ValueError(
+            f'the attention of {kind.__name__} asks no registry, so attn_implementation="{NAME}" cannot reach it: '
+            'use "eager"; swap_attention(model) then tells what can be replaced'
+        )
 
 
-def _real_keys(mask: Any) -> Tensor | None:
-    """``[B or 1, Lk]`` if the mask hides the same keys from every query and head, which its shape or its strides tell."""
-    if not isinstance(mask, Tensor) or mask.is_floating_point():
-        return None
-    if mask.dim() == 2:
-        return mask
-    if mask.dim() == 4 and mask.numel() and all(mask.shape[d] == 1 or mask.stride(d) == 0 for d in (1, 2)):
-        return mask[:, 0, 0]
-    return None
-
-
-def _check_mask(mask: Any, wanted: tuple[int, ...], real: Tensor | None) -> None:
-    # Some models make a mask of padding for other queries than they call with: only its keys count.
-    shape = tuple(getattr(mask if real is None else real, "shape", ()))
-    if len(shape) != len(wanted) or any(n not in (1, w) for n, w in zip(shape, wanted)) or shape[-1] != wanted[-1]:
-        symbols = "[B, Lk]" if real is not None else "[B, H, Lq, Lk]"
-        kind = str(getattr(mask, "dtype", type(mask).__name__)).removeprefix("torch.")
-        raise ValueError(f"attention_mask must broadcast to {symbols} = {list(wanted)}, got {kind} {list(shape)}")
-
-
-def refuse(arguments: dict[str, Any]) -> None:
-    """Raise for what a model asks and this attention would silently leave out."""
-    if arguments.get("output_attentions"):
-        raise ValueError(f'attn_implementation="{NAME}" has no output_attentions=True: probabilities are never stored; use "eager"')
-    for name, reason in _NOT_SERVED.items():
-        if arguments.get(name) is not None:
-            raise ValueError(f'attn_implementation="{NAME}" does not take {name}: {reason}')
+def _defines_attention(modeling: ModuleType) -> bool:
+    """Models whose parts are other models leave attention to those."""
+    named = [kind for name, kind in vars(modeling).items() if "Attention" in name and isinstance(kind, type)]
+    return any(issubclass(kind, nn.Module) and kind.__module__ == modeling.__name__ for kind in named)
 
 
 def _is_causal(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None) -> bool:
@@ -160,6 +137,40 @@ def _says_causal(module: nn.Module) -> bool:
     if type(module).__name__ == "BridgeTowerSelfAttention":  # always marked causal, which eager, its only own way, ignores
         return module.config.is_decoder
     return getattr(module, "is_causal", True)
+
+
+def swap_attention(model: nn.Module) -> Report:
+    """Put ``vk.attention`` into the attention modules of a live model that call no registry, by changing their class.
+
+    Example::
+
+        model = ViltForMaskedLM.from_pretrained(...)
+        print(vk.integrations.transformers.swap_attention(model))        # what was swapped, what was left and why
+        vk.integrations.swap.unswap(model)
+
+    ViLT, LayoutLMv2, LayoutLMv3, LXMERT, VisualBERT, BLIP (vision and text), FLAVA. Parameters and the state dict stay as they
+    are. ``output_attentions=True`` is refused afterwards; LayoutLMv2 and v3 do not tell their attention
+    and return none. On a GPU a mask of keys hides whatever it does not add 0 to, and samples without any key get 0.
+    """
+    kinds = {type(module) for module in model.modules()}
+    report = swap(model, {kind: replacement(kind) for kind in kinds if replacement(kind) is not None})
+    named = {entry.name for entry in (*report.swapped, *report.left)}
+    others = [Left(n, type(m).__name__, _why_left(m)) for n, m in model.named_modules() if n not in named and _is_attention(m)]
+    return Report(report.swapped, (*report.left, *others))
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """An attention that has no other one inside."""
+    inner = [m for m in module.modules() if type(m).__name__.endswith("Attention")]
+    return inner == [module]
+
+
+def _why_left(module: nn.Module) -> str:
+    if ORIGINAL in vars(module):
+        return "it has its new class already"
+    if hasattr(sys.modules.get(type(module).__module__), REGISTRY):
+        return f'it asks the registry: register(), then model.set_attn_implementation("{NAME}")'
+    return "no replacement for it is known"
 
 
 def _transformers() -> Any:

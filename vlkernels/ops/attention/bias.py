@@ -36,7 +36,8 @@ class Buckets(NamedTuple):
 
     def of(self, distance: Tensor) -> Tensor:
         """int64: the bucket of every distance."""
-        borders = torch.tensor(_borders(self.per_direction, self.max_distance), device=distance.device)
+        borders = torch.tensor(_borders(self.per_direction, self.max_distance), device="cpu")
+        borders = borders.to(distance.device, non_blocking=True)
         steps = distance.abs() if self.bidirectional else distance.neg().clamp(min=0)
         bucket = torch.bucketize(steps, borders, right=True)
         return bucket + (distance > 0) * self.per_direction if self.bidirectional else bucket
@@ -59,11 +60,11 @@ class RelativeBias:
         >>> expected = torch.nn.functional.scaled_dot_product_attention(*last, attn_mask=dense)
         >>> torch.testing.assert_close(out[3:], expected.transpose(0, 1))
 
-    The buckets are those of T5 (Raffel et al., 2020), rounded in float32 as PyTorch does on a CPU. With LayoutLMv2's three
+    The buckets are those of T5 (Raffel et al., 2020), rounded in float32, the same on every device. With LayoutLMv2's three
     coordinates (position, x, y) they are its spatial bias; LayoutLMv3 divides the same by ``sqrt(K)``, which is ``scale``.
 
     The tables are read when the object is made: make it in the forward pass, one for all layers, which then share one
-    gradient.
+    gradient. A call with tables that were written since is refused.
 
     Args:
         coordinates: int32 ``[T, C]``, at most four for every packed row.
@@ -104,6 +105,7 @@ class RelativeBias:
         self.scale = scale
         self.radius = max(b.max_distance for b in self.buckets)
         self.distance_bias = self._distance_bias()
+        self._versions = self._table_versions()
 
     def _distance_bias(self) -> Tensor:
         """``[H, C, 2 radius + 1]``, float32 at least: the bias of each distance from -radius to radius."""
@@ -114,6 +116,17 @@ class RelativeBias:
         # The backward of an embedding adds without atomics, unlike that of an index.
         found = torch.nn.functional.embedding(rows, torch.cat([t.to(exact) for t in self.tables]))
         return (found * self.scale).permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+
+    def is_stale(self) -> bool:
+        """Whether a table has been written since it was read, as far as PyTorch counts that."""
+        now = self._table_versions()
+        return bool(now and self._versions) and now != self._versions
+
+    def _table_versions(self) -> tuple[int, ...]:
+        """Empty where nobody counts: in a graph, in inference mode."""
+        if torch.compiler.is_compiling() or any(table.is_inference() for table in self.tables):
+            return ()
+        return tuple(table._version for table in self.tables)
 
     @property
     def device(self) -> torch.device:
@@ -143,8 +156,7 @@ class RelativeBias:
         return f"RelativeBias(heads={self.num_heads}, buckets={list(self.buckets)}, scale={self.scale})"
 
 
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # a graph takes the numbers
 def _borders(buckets: int, max_distance: int) -> tuple[int, ...]:
     """The smallest distance of every bucket after the first, of one direction: bucket = how many of them are reached."""
     exact = buckets // 2
@@ -195,6 +207,8 @@ def _each(name: str, value: Any, count: int) -> Sequence[Any]:
 
 def _check_tables(tables: tuple[Tensor, ...], buckets: tuple[Buckets, ...]) -> None:
     for own in buckets:
+        if not all(isinstance(number, int) for number in own):
+            raise ValueError(f"num_buckets and max_distance must be whole numbers and bidirectional a bool, got {tuple(own)}")
         fewest = 4 if own.bidirectional else 2
         if own.count < fewest:
             raise ValueError(f"num_buckets must be at least {fewest} (bidirectional: {own.bidirectional}), got {own.count}")
@@ -204,7 +218,8 @@ def _check_tables(tables: tuple[Tensor, ...], buckets: tuple[Buckets, ...]) -> N
             raise ValueError(f"max_distance must lie in {wanted} (bidirectional: {own.bidirectional}), got {own.max_distance}")
     if len(tables) != len(buckets):
         raise ValueError(f"tables must be one per coordinate, C = {len(buckets)}, got {len(tables)}")
+    for c, table in enumerate(tables):
+        checks.check_floating(f"tables[{c}]", table)
     heads = tables[0].shape[1] if tables[0].dim() == 2 else None
     for c, (table, own) in enumerate(zip(tables, buckets)):
-        checks.check_floating(f"tables[{c}]", table)
         checks.check_shape(f"tables[{c}]", table, "[num_buckets, H]", (own.count, heads))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from vlkernels.core.random import dropout_scale, dropout_threshold
+
 SCHEMA = (
     "Tensor[] qkv, Tensor starts, Tensor lengths, Tensor? kv_starts, Tensor? kv_lengths, Tensor? kv_index, Tensor table, "
     "Tensor? bias, Tensor? distance_bias, Tensor? coordinates, Tensor? kv_coordinates, Tensor sample_ids, Tensor? rng_state, "
@@ -47,6 +49,11 @@ class Call(NamedTuple):
         """q, k, v, each ``[T, H, K]``."""
         return split(self.qkv)
 
+    @property
+    def drawn(self) -> tuple[int, int, float]:
+        """(stream, threshold, what a kept value is multiplied by)."""
+        return self.stream, dropout_threshold(self.dropout_p), dropout_scale(self.dropout_p)
+
 
 # Where the tensors that may want a gradient stand, in the order in which a backward returns them after those of qkv.
 BIASES = tuple(Call._fields.index(name) for name in ("bias", "distance_bias"))
@@ -55,3 +62,8 @@ BIASES = tuple(Call._fields.index(name) for name in ("bias", "distance_bias"))
 def split(qkv: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of ``[qkv]`` (one ``[T, 3, H, K]``) or ``[q, k, v]``."""
     return qkv[0].unbind(1) if len(qkv) == 1 else tuple(qkv)
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """(of a row, of a head) of every tensor."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]

@@ -14,24 +14,27 @@ from vlkernels.core.layout import SegmentLayout, lasting
 from vlkernels.core.mask import FULL, SegmentMask
 from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.core.triton_runtime import TritonImplementation
-from vlkernels.ops.attention import flash, flash_libraries, raw_ops, reference, torch_kernels, triton_launches
+from vlkernels.ops.attention import reference
 from vlkernels.ops.attention.bias import RelativeBias
 from vlkernels.ops.attention.call import BIASES, SCHEMA, Call, split
+from vlkernels.ops.attention.cpu import compiled, grouped
+from vlkernels.ops.attention.flash import calls as flash, libraries
+from vlkernels.ops.attention.gpu import launches
 
 IMPLEMENTATIONS = (
     Implementation(
         "cpp",
         devices=("cpu",),
         available=functools.partial(native.missing, "attention_cpp_forward", "CPU"),
-        supports=raw_ops.refusal,
+        supports=compiled.refusal,
     ),
     # It reads the lengths on the host, which only on a CPU costs nothing.
     Implementation("torch", devices=("cpu",)),
-    TritonImplementation(supports=triton_launches.refusal),
+    TritonImplementation(supports=launches.refusal),
     Implementation(
         "flash",
         devices=("cuda",),
-        available=flash_libraries.missing,
+        available=libraries.missing,
         supports=flash.refusal,
         on_request=("cuda",),
     ),
@@ -81,7 +84,7 @@ def attention(
             gradient is their sum.
         bias: ``[B or 1, H or 1, Lq, Lk]`` added to the scores, by position in the samples, at least ``max_seqlen`` long on
             either side; -inf hides a key. Or a :class:`RelativeBias` on the tokens of ``layout`` (and ``kv_layout``).
-        softmax_scale: default ``1 / sqrt(K)``.
+        softmax_scale: a number, by default ``1 / sqrt(K)``.
         dropout_p: probability that an element of P is dropped, rounded to 1/256. No mask is stored.
         rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the backward.
             Draws are keyed by (stream, sample id, position in the sample, key's position in its sample, head).
@@ -107,6 +110,7 @@ def attention(
 
     Source: Dao, "FlashAttention-2", 2023, for the backward from lse.
     """
+    _check_kinds(layout, mask, kv_layout, bias)
     checks.check_floating("q", q)
     checks.check_shape("q", q, "[Tq, H, K]", (layout.num_tokens, None, None))
     keys = layout if kv_layout is None else kv_layout
@@ -163,6 +167,7 @@ def attention_qkvpacked(
 
     Source: as :func:`attention`.
     """
+    _check_kinds(layout, mask, None, bias)
     checks.check_floating("qkv", qkv)
     checks.check_shape("qkv", qkv, "[T, 3, H, K]", (layout.num_tokens, 3, None, None))
     _check_width(qkv.shape[3])
@@ -190,6 +195,8 @@ def _attend(
     if mask is not None:
         mask.check(layout, kv_layout)
     kind = _check_bias(bias, q, layout, keys)
+    if isinstance(softmax_scale, Tensor):
+        raise ValueError("softmax_scale must be a number, got a Tensor: multiply q by one that is learned")
     if dropout_p:
         checks.check_probability("dropout_p", dropout_p)
     check_stream(stream)
@@ -228,7 +235,7 @@ def _attend(
     rows = qkv, layout.starts, layout.lengths, kv_starts, kv_lengths, kv_index
     if impl == "cpp":
         threshold = dropout_threshold(dropout_p)
-        out, lse = raw_ops.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
+        out, lse = compiled.attend(*rows, table, layout.sample_ids, state, scale, threshold, stream)
     else:
         longest = max(layout.max_seqlen, keys.max_seqlen)
         biases, radius = _bias_inputs(bias, q)
@@ -249,6 +256,15 @@ def _new_full_table(cells: int, device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _kept_full_table(cells: int, device: torch.device) -> Tensor:
     return lasting(lambda: _new_full_table(cells, device))
+
+
+def _check_kinds(layout: Any, mask: Any, kv_layout: Any, bias: Any) -> None:
+    layouts = ("layout", layout, SegmentLayout), ("kv_layout", kv_layout, SegmentLayout)
+    for name, value, kind in (*layouts, ("mask", mask, SegmentMask)):
+        if not isinstance(value, kind) and (value is not None or name == "layout"):
+            raise ValueError(f"{name} must be a {kind.__name__}, got a {type(value).__name__}")
+    if bias is not None and not isinstance(bias, (Tensor, RelativeBias)):
+        raise ValueError(f"bias must be a Tensor or a RelativeBias, got a {type(bias).__name__}")
 
 
 def _check_width(width: int) -> None:
@@ -290,6 +306,8 @@ def _check_bias(bias: Tensor | RelativeBias | None, q: Tensor, layout: SegmentLa
 
 
 def _check_relative_bias(bias: RelativeBias, q: Tensor, layout: SegmentLayout, keys: SegmentLayout) -> None:
+    if bias.is_stale():
+        raise ValueError("the tables of bias have changed since it was made: make a RelativeBias in every forward pass")
     if bias.num_heads != q.shape[1]:
         raise ValueError(f"the tables of bias must have the heads of q, H = {q.shape[1]}, got {bias.num_heads}")
     checks.check_shape("coordinates of bias", bias.coordinates, "[Tq, C]", (layout.num_tokens, None))
@@ -329,13 +347,13 @@ def _biases(call: Call) -> list[Tensor]:
 _forward = library.define(
     f"attention_forward({SCHEMA}, str impl) -> (Tensor, Tensor)",
     fake=_forward_fake,
-    kernels={"torch": torch_kernels.forward, "triton": triton_launches.forward},
+    kernels={"torch": grouped.forward, "triton": launches.forward},
 )
 # ``bias_grad``: the gradient of the bias that was given follows those of qkv.
 _backward = library.define_backward(
     f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool bias_grad, {SCHEMA}, str impl) -> Tensor[]",
     fake=_backward_fake,
-    kernels={"torch": torch_kernels.backward, "triton": triton_launches.backward},
+    kernels={"torch": grouped.backward, "triton": launches.backward},
 )
 
 

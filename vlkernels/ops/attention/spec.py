@@ -10,8 +10,9 @@ import torch
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.mask import SegmentMask
 from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
-from vlkernels.ops.attention import functional, peers, reference, variants
+from vlkernels.ops.attention import benchmarks, functional, reference
 from vlkernels.ops.attention.bias import RelativeBias
+from vlkernels.ops.attention.gpu import variants
 
 RAGGED = [[3, 5], [0, 4], [7, 0], [0, 0], [2, 2]]
 
@@ -170,6 +171,8 @@ SPECS = (
             Case("empty_batch", _empty),
         ),
         dtypes=DTYPES,
+        benchmarks=benchmarks.across_streams(),
+        cost=benchmarks.cost,
         variants=variants.variants,
     ),
     OpSpec(
@@ -184,8 +187,7 @@ SPECS = (
             Case("bias_by_place", _packed_by_place),
         ),
         dtypes=DTYPES,
-        benchmarks=peers.BENCHMARKS,
-        peers=peers.PEERS,
-        cost=peers.cost,
+        benchmarks=benchmarks.packed(),
+        cost=benchmarks.cost,
     ),
 )

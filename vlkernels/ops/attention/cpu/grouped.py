@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vlkernels.ops.attention.call import Call
-from vlkernels.ops.attention.tile_kernels import STEP_SCORES, Fused, Products
-from vlkernels.ops.attention.tiles import Plan, Side, make_plan
+from vlkernels.ops.attention.cpu.tile_kernels import STEP_SCORES, Fused, Products
+from vlkernels.ops.attention.cpu.tiles import Plan, Side, make_plan
 
 UNLIMITED = 2**62
 

@@ -1,26 +1,27 @@
 """impl "flash": other people's variable-length kernels, one call for each group of query segments that sees one run of keys.
 
-Every call is a composite of differentiable parts: rows of a group are taken, attended to by the library, and put back. A group that
-is a whole packed stream is read where it lies. Lengths are read on the device alone.
+A call is a composite of differentiable parts: the rows of a group are taken, the library attends, its rows are put back. A
+group that is a whole packed stream is read where it lies. Lengths are read on the device alone.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlkernels.core.layout import SegmentLayout, lasting
-from vlkernels.core.library import refuse_twice
+from vlkernels.core.kept import kept
+from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.library import eager_call, refuse_twice
 from vlkernels.core.mask import CAUSAL, FULL, NONE, SegmentMask
-from vlkernels.ops.attention import flash_libraries
-from vlkernels.ops.attention.flash_libraries import Library
+from vlkernels.ops.attention.flash import libraries
+from vlkernels.ops.attention.flash.libraries import Library
 
 DTYPES = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM = 256
+SHARED = "gradients of keys that several samples read add up in any order"
 
 Codes = tuple[tuple[int, ...], ...]
 
@@ -40,7 +41,7 @@ class Inexpressible(Exception):
 
 def refusal(facts: Mapping[str, Any], library: Library | None = None) -> str | None:
     """Why no library here can serve a call; ``None`` when one can."""
-    library = library or flash_libraries.best()
+    library = library or libraries.best()
     if facts["dtype"] not in DTYPES:
         return f"it computes in bfloat16 or float16, the inputs are {str(facts['dtype']).removeprefix('torch.')}"
     if facts["head_dim"] > MOST_HEAD_DIM or facts["head_dim"] % 8:
@@ -56,8 +57,8 @@ def refusal(facts: Mapping[str, Any], library: Library | None = None) -> str | N
     if facts["grouped"] and not library.grouped_heads:
         return f"{library.name} takes as many heads of k as of q in this version"
     if facts["deterministic"]:
-        unsteady = library.unsteady() or (facts["shared_keys"] and "gradients of keys that several samples read add up in any order")
-        if unsteady:
+        unsteady = library.unsteady() or (SHARED if facts["shared_keys"] else None)
+        if unsteady is not None:
             return f"{unsteady}: pass deterministic=False"
     try:
         groups(facts["table"], facts["aligned"])
@@ -89,7 +90,7 @@ def _group(segment: int, row: Sequence[int], aligned: bool) -> Group | None:
     if seen != list(range(first, last + 1)):
         raise Inexpressible(f"it serves segments that see one run of keys, query segment {segment} sees key segments {seen}")
     if CAUSAL in row[:last]:
-        raise Inexpressible(f"it serves causal segments at the end of what is seen, query segment {segment} sees more after one")
+        raise Inexpressible(f"it serves a causal segment as the last one seen, query segment {segment} sees more after one")
     causal = row[last] == CAUSAL
     if causal and first != last and not aligned:
         raise Inexpressible(f"in another stream query segment {segment} may see full segments or one causal segment, not both")
@@ -119,10 +120,10 @@ def attention(
     library: Library | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The functional's attention for what :func:`refusal` lets pass; ``library`` stands in for the best one here."""
-    library = library or flash_libraries.best()
+    library = library or libraries.best()
     calls = _calls(layout, mask, None if kv_layout is layout else kv_layout, kv_index)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    q, k, v = _Entry.apply(calls.spare_queries, calls.spare_keys, q, k, v)
+    q, k, v = _Entry.apply(calls.spare_keys, q, k, v)
     pieces = [_attend(q, k, v, call, scale, deterministic, return_lse, library) for call in calls.calls]
     rows = [call.queries.rows for call in calls.calls]
     if len(rows) == 1 and rows[0] is None:
@@ -132,7 +133,7 @@ def attention(
 
 
 class Rows(NamedTuple):
-    """Rows of a stream that a call reads: ``rows`` (None: all, as they lie; -1 past the last one) of samples at ``cu_seqlens``."""
+    """What a call reads of a stream: ``rows`` (None: all, as they lie; -1 past the last one), its samples at ``cu_seqlens``."""
 
     rows: Tensor | None
     cu_seqlens: Tensor
@@ -150,38 +151,49 @@ class VarlenCall(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """The calls of a table, and the rows of the streams that belong to nobody where a call reads a stream as it lies."""
+    """The calls of a table, and the keys that belong to nobody, where a call reads their stream as it lies."""
 
     calls: tuple[VarlenCall, ...]
-    spare_queries: Tensor | None
     spare_keys: Tensor | None
 
 
-_kept: weakref.WeakKeyDictionary[SegmentLayout, dict[Any, Calls]] = weakref.WeakKeyDictionary()
+def lone_call(
+    layout: SegmentLayout, mask: SegmentMask | None = None, kv_layout: SegmentLayout | None = None
+) -> VarlenCall | None:
+    """The library's call that is all there is to do: whole streams, in which every query sees something."""
+    calls, spare_keys = _calls(layout, mask, None if kv_layout is layout else kv_layout, None)
+    if len(calls) != 1 or spare_keys is not None:
+        return None
+    whole = calls[0].queries.rows is None and calls[0].keys.rows is None
+    return calls[0] if whole and (calls[0].blind is None or not calls[0].blind.any()) else None
 
 
 def _calls(layout: SegmentLayout, mask: SegmentMask | None, kv_layout: SegmentLayout | None, kv_index: Tensor | None) -> Calls:
-    """:func:`_new_calls`, kept with the layout, so that the layers of a model share them."""
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    if kv_index is not None or capturing or torch.compiler.is_compiling():
+    """:func:`_new_calls`, kept: the layers of a model share them."""
+    if torch.compiler.is_compiling() or type(layout.starts) is not Tensor:  # fake tensors, a graph's among them
         return _new_calls(layout, mask, kv_layout, kv_index)
-    kept = _kept.setdefault(layout, {})
-    if (mask, kv_layout) not in kept:
-        kept[mask, kv_layout] = lasting(lambda: _new_calls(layout, mask, kv_layout, None))
-    return kept[mask, kv_layout]
+    keys = layout if kv_layout is None else kv_layout
+    tensors = layout.starts, layout.lengths, keys.starts, keys.lengths, kv_index
+    name = "flash", None if mask is None else mask.codes, kv_layout is None, _known(layout), _known(keys)
+    with eager_call:
+        return kept(name, tensors, lambda: _new_calls(layout, mask, kv_layout, kv_index))
 
 
-def _new_calls(layout: SegmentLayout, mask: SegmentMask | None, kv_layout: SegmentLayout | None, kv_index: Tensor | None) -> Calls:
+def _known(layout: SegmentLayout) -> tuple[Any, ...]:
+    """What the host knows of a layout, and builds on."""
+    bounds = layout.num_tokens, layout.max_seqlen, layout.max_segment_lengths, layout.segment_totals
+    return *bounds, layout.exact, layout.has_gaps
+
+
+def _new_calls(
+    layout: SegmentLayout, mask: SegmentMask | None, kv_layout: SegmentLayout | None, kv_index: Tensor | None
+) -> Calls:
     keys, aligned = layout if kv_layout is None else kv_layout, kv_layout is None and kv_index is None
     table = full_table(layout, keys) if mask is None else mask.codes
     made = (_call(group, layout, keys, kv_index, aligned) for group in groups(table, aligned))
-    calls = [call for call in made if call is not None]
-    in_place = [[getattr(call, side).rows is None for call in calls] for side in ("queries", "keys")]
-    return Calls(
-        tuple(calls),
-        _spare(layout) if any(in_place[0]) and not layout.exact else None,
-        _spare(keys) if any(in_place[1]) and not keys.exact else None,
-    )
+    calls = tuple(call for call in made if call is not None)
+    in_place = any(call.keys.rows is None for call in calls)
+    return Calls(calls, _spare(keys) if in_place and not keys.exact else None)
 
 
 def full_table(layout: SegmentLayout, keys: SegmentLayout) -> Codes:
@@ -194,7 +206,9 @@ def _spare(layout: SegmentLayout) -> Tensor:
     return (rows >= layout.lengths.sum()).view(-1, 1, 1)
 
 
-def _call(group: Group, layout: SegmentLayout, keys: SegmentLayout, kv_index: Tensor | None, aligned: bool) -> VarlenCall | None:
+def _call(
+    group: Group, layout: SegmentLayout, keys: SegmentLayout, kv_index: Tensor | None, aligned: bool
+) -> VarlenCall | None:
     queries = _rows(layout, group.queries, None)
     seen = _rows(keys, range(group.first, group.last + 1), kv_index)
     if not queries.longest or not seen.longest:
@@ -261,22 +275,24 @@ def _attend(
 
 
 class _Entry(torch.autograd.Function):
-    """q, k, v as they are; gradients of rows that belong to nobody, which no library writes, become 0."""
+    """q, k, v as they are; gradients of keys that belong to nobody, which no library writes, become 0."""
 
     @staticmethod
-    def forward(ctx: Any, spare_queries: Tensor | None, spare_keys: Tensor | None, *qkv: Tensor) -> tuple[Tensor, ...]:
-        ctx.spare = spare_queries, spare_keys, spare_keys
+    def forward(ctx: Any, spare_keys: Tensor | None, *qkv: Tensor) -> tuple[Tensor, ...]:
+        ctx.spare_keys = spare_keys
         return tuple(x.view_as(x) for x in qkv)
 
     @staticmethod
     @refuse_twice
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        pairs = zip(grads, ctx.spare)
-        return None, None, *(grad if grad is None or spare is None else grad.masked_fill(spare, 0) for grad, spare in pairs)
+        of_q, *of_keys = grads
+        if ctx.spare_keys is not None:
+            of_keys = [None if grad is None else grad.masked_fill(ctx.spare_keys, 0) for grad in of_keys]
+        return None, of_q, *of_keys
 
 
 class _Unmoved(torch.autograd.Function):
-    """x as it is; the gradients of blind rows become 0."""
+    """x as it is; the gradients of blind rows, and of rows of nobody among them, become 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, blind: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlkernels.core.random import dropout_scale, keep_columns
 from vlkernels.ops.attention.call import Call
-from vlkernels.ops.attention.tiles import Tile
+from vlkernels.ops.attention.cpu.tiles import Tile
 
 # Scores that the matrix products hold at a time: rows of a longer sample are computed in turn.
 STEP_SCORES = 2**19

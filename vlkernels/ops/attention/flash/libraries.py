@@ -17,7 +17,7 @@ OLDEST_ARCHITECTURE = (8, 0)
 class Library(NamedTuple):
     """``attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal, scale, deterministic, lse) -> (out, lse or None)``.
 
-    Causal aligns the ends. ``lse`` is ``[H, Tq]`` and has no gradient. ``unsteady()``: ``None``, or why the bits of its backward differ
+    Causal aligns the ends. ``lse`` is ``[H, Tq]`` and has no gradient. ``unsteady()``: ``None``, or why gradients may differ
     from run to run even when asked for ``deterministic``.
     """
 

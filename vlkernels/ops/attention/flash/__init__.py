@@ -1,0 +1,1 @@
+"""Attention by other libraries' variable-length kernels."""

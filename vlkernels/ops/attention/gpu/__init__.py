@@ -1,0 +1,1 @@
+"""Attention in Triton: kernels, their launches, tiles and work lists."""
