@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import vlkernels as vk
 from tests.integrations.comparing import attention_calls
-from tests.integrations.tiny_models import IMAGE, LLAMA, TEXT, holes, ids, labels, left, redrawn, right, transformers
+from tests.integrations.tiny_models import LLAMA, TEXT, holes, ids, labels, left, redrawn, right, transformers
 from vlkernels.integrations import padded
 from vlkernels.integrations.transformers import attention_forward, attention_mask
 
@@ -289,45 +290,6 @@ def test_packed_position_ids():
     same_as_sdpa(llama(), input_ids=ids(), position_ids=positions)
 
 
-# A model that asks no registry would add these masks to its scores as numbers.
-GIT = dict(TEXT, vision_config=dict(IMAGE))
-SPARSE = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=37, decoder_ffn_dim=37, vocab_size=99)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("MegatronBertModel", TEXT),
-        ("VisualBertModel", TEXT),
-        ("LayoutLMv3Model", dict(TEXT, coordinate_size=5, shape_size=6, image_size=12, patch_size=4, input_size=12)),
-        ("FlavaTextModel", TEXT),
-        ("BlipTextModel", TEXT),
-        ("BloomForCausalLM", dict(vocab_size=99, hidden_size=32, n_layer=1, n_head=4)),
-        ("GitForCausalLM", GIT),
-        ("BigBirdPegasusModel", SPARSE),
-    ],
-)
-def test_models_that_ask_no_registry_are_refused(name, settings):
-    kind = getattr(transformers, name)
-    config = kind.config_class(**settings)
-    if name == "GitForCausalLM":  # it is asked for its images
-        model = kind(config)
-        model.set_attn_implementation("vlkernels")
-    else:
-        model = kind._from_config(config, attn_implementation="vlkernels")
-    with pytest.raises(ValueError, match=f'the attention of {kind.config_class.__name__} asks no registry.*use "eager"'):
-        model(input_ids=ids(), attention_mask=right())
-
-
-def test_models_whose_attention_is_another_models_are_served():
-    config = transformers.PaliGemmaConfig(
-        vision_config=dict(IMAGE, model_type="siglip_vision_model", projection_dim=32), projection_dim=32, image_token_index=98,
-        text_config=dict(LLAMA, model_type="gemma", head_dim=8),
-    )  # fmt: skip
-    model = redrawn(transformers.PaliGemmaForConditionalGeneration(config)).double()
-    same_as_sdpa(model, left(), input_ids=ids(), attention_mask=left(), token_type_ids=torch.zeros(3, 11, dtype=torch.long))
-
-
 # Caches.
 @pytest.mark.parametrize("side", [right, left, holes])
 @pytest.mark.parametrize("first", [4, 10])
@@ -437,6 +399,6 @@ def test_registering_twice_changes_nothing():
 
 
 def test_an_old_transformers_is_refused(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "transformers", SimpleNamespace(__version__="4.40.0"))
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.40.0"))
     with pytest.raises(ValueError, match="transformers must be 5.0 or later, got 4.40.0"):
         vk.integrations.transformers.register()

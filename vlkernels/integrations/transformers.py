@@ -108,8 +108,9 @@ def attention_mask(
 def _check_registry_is_asked(config: Any) -> None:
     kind = type(config)
     modeling = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
-    asked = modeling is None or hasattr(modeling, REGISTRY) or not _defines_attention(modeling)
-    if not asked or kind.__name__ in NOT_ASKING:
+    # Other people's modules, code from the hub (transformers_modules) excepted, may ask it under another name.
+    told = modeling is not None and kind.__module__.startswith("transformers") and not hasattr(modeling, REGISTRY)
+    if (told and _defines_attention(modeling)) or kind.__name__ in NOT_ASKING:
         raise ValueError(
             f'the attention of {kind.__name__} asks no registry, so attn_implementation="{NAME}" cannot reach it: '
             'use "eager"; swap_attention(model) then tells what can be replaced'

@@ -75,7 +75,9 @@ def _slot(call: Call, architecture: int) -> Slot | None:
 
 def _samples(call: Call) -> tuple[Tensor | None, ...]:
     """Where the samples lie, what they see, and what their draws are keyed by."""
-    return call.starts, call.lengths, call.table, None if call.rng_state is None else call.sample_ids, call.rng_state
+    found = call.starts, call.lengths, call.table, None if call.rng_state is None else call.sample_ids, call.rng_state
+    assert all(t is None or t.is_contiguous() for t in found), "the kernels read these tensors without strides"
+    return found
 
 
 def _counts(call: Call) -> tuple[int, ...]:
