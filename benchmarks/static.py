@@ -13,11 +13,13 @@ import json
 import multiprocessing
 import os
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language
 
 from benchmarks import offline
 from benchmarks.provenance import RESULTS
@@ -77,8 +79,26 @@ def describe(architecture: int, variant: Variant) -> dict[str, Any]:
         "num_stages": launch.stages,
         "triton": triton.__version__,
     }
-    text = json.dumps({**facts, "source": launch.kernel.cache_key}, sort_keys=True)
+    text = json.dumps({**facts, "source": source_of(launch.kernel)}, sort_keys=True)
     return {**facts, "identity": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+@functools.cache
+def source_of(kernel: triton.JITFunction) -> dict[str, str]:
+    """The code a kernel is made of and the constants it reads, by name. Triton's own key depends on what was asked for before."""
+    found, waiting = {}, [kernel]
+    while waiting:
+        function = waiting.pop()
+        name = f"{function.fn.__module__}.{function.fn.__name__}"
+        if name in found:
+            continue
+        found[name] = f"{function.do_not_specialize} {function.do_not_specialize_on_alignment} {function.src}"
+        names, scope = function.fn.__code__.co_names, function.fn.__globals__
+        modules = [m for m in map(scope.get, names) if isinstance(m, types.ModuleType) and m.__name__.startswith("vlkernels")]
+        for place in (scope, *map(vars, modules)):
+            waiting += [place[n] for n in names if isinstance(place.get(n), triton.JITFunction)]
+            found |= {f"{name}: {n}": repr(place[n].value) for n in names if isinstance(place.get(n), triton.language.constexpr)}
+    return dict(sorted(found.items()))
 
 
 def compile_and_measure(architecture: int, variant: Variant) -> dict[str, Any]:

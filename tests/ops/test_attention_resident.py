@@ -25,9 +25,15 @@ from vlkernels.ops.attention.gpu import variants  # noqa: E402
 )  # fmt: skip
 def test_the_shortest_slot_that_holds_the_longest_sample(longest, head_dim, architecture, rows):
     for dtype in (torch.bfloat16, torch.float16):
-        slot = resident.slot(longest, dtype, head_dim, architecture)
+        slot = resident.slot(longest, dtype, head_dim, False, architecture)
         assert (slot and slot.rows) == rows
-    assert resident.slot(longest, torch.float32, head_dim, architecture) is None
+    assert resident.slot(longest, torch.float32, head_dim, False, architecture) is None
+
+
+@pytest.mark.parametrize("longest, architecture, rows", ((64, 100, 64), (65, 100, None), (65, 90, 128)))
+def test_dropout_takes_registers(longest, architecture, rows):
+    slot = resident.slot(longest, torch.bfloat16, 64, True, architecture)
+    assert (slot and slot.rows) == rows
 
 
 def call(**changes):

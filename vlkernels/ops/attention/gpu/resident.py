@@ -27,15 +27,16 @@ SLOTS = {
     64: (Slot(16, 4, 4), Slot(32, 4, 4), Slot(64, 1, 4), Slot(128, 1, 8)),
     128: (Slot(16, 4, 4), Slot(64, 1, 4), Slot(128, 1, 8)),
 }
-# Where the tensor cores read both factors from shared memory; elsewhere 128 rows do not fit into the registers.
-LONG_SLOTS = (90, 100)
+# Families of architectures and whether there is dropout, where 128 rows fit into the registers.
+LONG_SLOTS = ((90, False), (90, True), (100, False))
 MOST_ROWS = 64
 
 
-def slot(longest: int, dtype: torch.dtype, head_dim: int, architecture: int) -> Slot | None:
+def slot(longest: int, dtype: torch.dtype, head_dim: int, dropout: bool, architecture: int) -> Slot | None:
     """Where samples of up to ``longest`` tokens fit; ``None`` where they do not."""
     width = max(64, padded_head_dim(head_dim))
-    if dtype not in DTYPES or width not in SLOTS or (longest > MOST_ROWS and family(architecture) not in LONG_SLOTS):
+    fits = longest <= MOST_ROWS or (family(architecture), dropout) in LONG_SLOTS
+    if dtype not in DTYPES or width not in SLOTS or not fits:
         return None
     return next((found for found in SLOTS[width] if found.rows >= longest), None)
 
@@ -70,7 +71,7 @@ def backward_launch(
 
 def _slot(call: Call, architecture: int) -> Slot | None:
     q = call.qkv[0]
-    return slot(call.longest, q.dtype, q.shape[-1], architecture)
+    return slot(call.longest, q.dtype, q.shape[-1], call.rng_state is not None, architecture)
 
 
 def _samples(call: Call) -> tuple[Tensor | None, ...]:
