@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class SegmentLayout:
     @classmethod
     def padded(cls, lengths: Tensor | Sequence[int], max_len: int) -> SegmentLayout:
         """One segment per sample inside a padded ``[B, max_len, ...]`` tensor flattened to ``[B * max_len, ...]``."""
-        host = _host_lengths([[int(n)] for n in lengths] if not isinstance(lengths, Tensor) else lengths[:, None])
+        host = _host_lengths([[n] for n in lengths] if not isinstance(lengths, Tensor) else lengths[:, None])
         if len(host) and int(host.max()) > max_len:
             raise ValueError(f"lengths must be at most max_len = {max_len}, got {int(host.max())}")
         _check_tokens(len(host) * max_len)
@@ -325,6 +326,13 @@ def lasting(make: Callable[[], Made]) -> Made:
         return make()
 
 
+def _whole(length: Any) -> int:
+    try:
+        return operator.index(length)
+    except TypeError:
+        raise ValueError(f"lengths must be integers, got {length!r}") from None
+
+
 def _host_lengths(lengths: Lengths) -> Tensor:
     if isinstance(lengths, Tensor):
         if lengths.device.type != "cpu":
@@ -333,7 +341,7 @@ def _host_lengths(lengths: Lengths) -> Tensor:
             raise ValueError(f"lengths must be integers, got {lengths.dtype}")
         host = lengths.to(torch.int64).contiguous()
     else:
-        rows = [[int(n) for n in row] for row in lengths]
+        rows = [[_whole(n) for n in row] for row in lengths]
         widths = {len(row) for row in rows}
         if len(widths) > 1:
             raise ValueError(f"every sample must have the same number of segments, got {sorted(widths)}")
