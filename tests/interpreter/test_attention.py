@@ -1,6 +1,7 @@
 """vk.attention, impl="triton", interpreted with the tiles of sm_90: the contract, random tables, rows of nobody, bits."""
 
 import dataclasses
+import hashlib
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.ops.test_contract import RawCalls
 from vlkernels.core import dispatch, triton_runtime
 from vlkernels.ops.attention import reference, spec
 from vlkernels.ops.attention.gpu import kernels as triton_kernels
-from vlkernels.ops.attention.gpu import launches, tile_sizes
+from vlkernels.ops.attention.gpu import launches, tile_sizes, variants
 from vlkernels.testing import contract
 from vlkernels.testing.error_rule import assert_close
 
@@ -155,3 +156,27 @@ def test_what_is_interpreted_is_what_a_hopper_card_runs(monkeypatch, dtype, drop
         wanted = tile_sizes.tile_sizes(kernel, dtype, 64, dropout_p > 0, 90)
         assert launch.kernel is getattr(triton_kernels, f"{kernel}_kernel")
         assert (launch.constants["QUERIES"], launch.constants["KEYS"], launch.warps, launch.stages) == wanted
+
+
+def digest(launches):
+    """A hash of what is launched: kernels, grids, constants, warps and stages."""
+    said = [(x.kernel.fn.__name__, x.grid, sorted(x.constants.items()), x.warps, x.stages) for x in launches]
+    return hashlib.sha256(repr(said).encode()).hexdigest()
+
+
+CALLS_OF_EVERY_PATH = ((torch.float32, 40), (torch.bfloat16, 12), (torch.bfloat16, 128), (torch.float16, 130))
+
+
+@pytest.mark.parametrize("dtype, longest", CALLS_OF_EVERY_PATH)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.1))
+def test_launches_and_grids_are_those_of_sm_90(monkeypatch, dtype, longest, dropout_p):
+    launched, run = [], triton_runtime.Launch.run
+    monkeypatch.setattr(triton_runtime.Launch, "run", lambda launch: (launched.append(launch), run(launch)))
+    layout = vk.SegmentLayout([[longest - 1, 1], [2, 4]])
+    qkv = torch.randn(layout.num_tokens, 3, variants.HEADS, 64, dtype=dtype, requires_grad=True)
+    options = {"layout": layout, "dropout_p": dropout_p, "rng": vk.Rng(0)}
+    vk.attention_qkvpacked(qkv, **options, impl="triton").sum().backward()
+    interpreted = [launch for launch in launched if "HEAD_DIM" in launch.constants]  # without those of the work lists
+    call = dtype, 64, dropout_p > 0, 90, layout
+    wanted = variants.resident_launches(*call) or variants.launches(*call)
+    assert digest(interpreted) == digest(wanted.values())
