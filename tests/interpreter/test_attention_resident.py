@@ -1,13 +1,13 @@
 """Short samples in slots, interpreted as sm_90 runs them: who serves, every table and slot, draws, NaN, bits, mutants."""
 
 import dataclasses
-import importlib.util
 import random
 
 import pytest
 import torch
 
 import vlkernels as vk
+from tests.mutants import load_mutant
 from tests.ops import test_attention as shared
 from vlkernels.core import triton_runtime
 from vlkernels.core.mask import CODES
@@ -220,13 +220,7 @@ def test_own_cases(launched, name):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_turns_the_contract_red(name, tmp_path, monkeypatch):
     old, new, case = MUTANTS[name]
-    source = open(resident_kernels.__file__).read()
-    assert old in source, f"the kernels no longer read {old!r}"
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new))
-    module_spec = importlib.util.spec_from_file_location("mutant", path)
-    mutant = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(mutant)
+    mutant = load_mutant(resident_kernels, old, new, tmp_path)
     monkeypatch.setattr(resident, "_kernels", lambda: mutant)
     op, case = MUTANT_CASES[case]
     with pytest.raises(AssertionError):

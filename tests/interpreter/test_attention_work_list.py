@@ -1,12 +1,11 @@
 """The kernels of the work list, interpreted, against the definition: every tile, every run, and their order."""
 
-import importlib.util
-
 import pytest
 import torch
 
 import vlkernels as vk
 from tests import work_list_definition as definition
+from tests.mutants import load_mutant
 from tests.work_list_definition import draw_streams, listed, streams_of
 from vlkernels.core.triton_runtime import Launch
 from vlkernels.ops.attention.gpu import work_list, work_list_kernels
@@ -155,13 +154,7 @@ MUTANTS = {  # name: (old, new, the layout that must notice)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_noticed(name, tmp_path, monkeypatch):
     old, new, layout = MUTANTS[name]
-    source = open(work_list_kernels.__file__).read()
-    assert old in source, f"the kernels no longer read {old!r}"
-    path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new))
-    module_spec = importlib.util.spec_from_file_location("mutant", path)
-    mutant = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(mutant)
+    mutant = load_mutant(work_list_kernels, old, new, tmp_path)
     monkeypatch.setattr(work_list, "_kernels", lambda: mutant)
     with pytest.raises(AssertionError):
         compare_layout(layout)
