@@ -149,6 +149,25 @@ def test_threads_share_it(eager):
     assert not wrong and len(module._made) <= module.MOST_KEPT
 
 
+def test_others_are_kept_while_what_two_threads_made_is_replaced(eager):
+    alive = [torch.tensor([i]) for i in range(2 * module.MOST_KEPT)]
+
+    class GivesWay:
+        """As a tensor, which gives way to other threads where its memory is freed."""
+
+        def __del__(self):
+            for x in alive:
+                doubled(x)
+
+    def make_after_another():
+        kept(("made twice",), (alive[0],), GivesWay)
+        return 7
+
+    assert kept(("made twice",), (alive[0],), make_after_another) == 7
+    assert [doubled(x, name="later").item() for x in alive] == [2 * i for i in range(len(alive))]
+    assert len(module._made) <= module.MOST_KEPT
+
+
 def test_eager_calls_of_another_thread_are_not_mine(eager):
     seen = []
     thread = threading.Thread(target=lambda: seen.append(bool(library.eager_call)))

@@ -15,7 +15,8 @@ replay of a graph into tensors that eager calls read too; such a call takes a fr
 
 from __future__ import annotations
 
-import collections
+import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -31,8 +32,17 @@ Made = TypeVar("Made")
 MOST_KEPT = 64
 DEFAULT_STREAM = 0
 
-# Threads share it (a backward runs in its own), a fork inherits it: every access is one operation of the dictionary, no lock.
-_made: collections.OrderedDict[tuple[Any, ...], tuple[tuple[weakref.ref[Tensor] | None, ...], Any]] = collections.OrderedDict()
+# Threads share it, for a backward runs in its own. A fork inherits it, but no lock that a thread it lacks may hold.
+_made: dict[tuple[Any, ...], tuple[tuple[weakref.ref[Tensor] | None, ...], Any]] = {}
+_lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(before=lambda: _lock.acquire(), after_in_parent=lambda: _lock.release(), after_in_child=_renew_lock)
 
 
 def kept(name: tuple[Any, ...], tensors: Sequence[Tensor | None], make: Callable[[], Made]) -> Made:
@@ -45,9 +55,10 @@ def kept(name: tuple[Any, ...], tensors: Sequence[Tensor | None], make: Callable
     if found is not None and all(t is None or r() is t for r, t in zip(found[0], tensors)):
         return found[1]
     made = lasting(make)
-    _made[key] = tuple(None if t is None else weakref.ref(t) for t in tensors), made
-    if len(_made) > MOST_KEPT:
-        _made.popitem(last=False)
+    with _lock:
+        _made[key] = tuple(None if t is None else weakref.ref(t) for t in tensors), made
+        if len(_made) > MOST_KEPT:
+            del _made[next(iter(_made))]
     return made
 
 
