@@ -7,6 +7,7 @@ import torch
 
 import vlkernels as vk
 from tests import emulated
+from tests.emulated import layer_norm as emulated_layer_norm
 from vlkernels.core import dispatch
 from vlkernels.core.random import dropout_scale, keep_mask
 from vlkernels.core.spec import Case
@@ -21,8 +22,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def emulator(monkeypatch):
-    with emulated.serving(monkeypatch):
-        module = emulated.layer_norm()
+    with emulated_layer_norm.serving(monkeypatch):
+        module = emulated_layer_norm.kernels()
         yield module
         module.run_in_order()
 
@@ -127,8 +128,8 @@ def test_the_emulator_is_what_serves(monkeypatch):
     with dispatch.recorded() as served:
         vk.layer_norm(x, None, None)
     assert served == [("layer_norm", "cuda")]
-    assert emulated.layer_norm().widest_row == WIDEST_CUDA_ROW
-    monkeypatch.setattr(emulated, "layer_norm", lambda: pytest.fail("called"))
+    assert emulated_layer_norm.kernels().widest_row == WIDEST_CUDA_ROW
+    monkeypatch.setattr(emulated_layer_norm, "kernels", lambda: pytest.fail("called"))
     with pytest.raises(pytest.fail.Exception, match="called"):
         vk.layer_norm(x, None, None)
 

@@ -1,4 +1,7 @@
-"""CUDA kernels on the CPU: compiles a module of csrc/emulator when a test asks for it, and calls its kernels with tensors."""
+"""CUDA kernels on the CPU: compiles a module of csrc/emulator when a test asks for it, and calls its kernels with tensors.
+
+Beside it, a file per op stands for what ``csrc/binding/<op>.cpp`` does on a card: allocate, and launch.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +27,7 @@ from torch import Tensor
 from vlkernels.core import native
 from vlkernels.core.dispatch import Implementation
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
@@ -108,63 +111,17 @@ def fields(**values: Any) -> dict[str, Any]:
     return given
 
 
-# --- layer_norm: what csrc/binding/layer_norm.cpp does on a card ----------------------------------------------
-
-
-def layer_norm() -> ModuleType:
-    return module(CSRC / "emulator" / "layer_norm.cpp")
-
-
-def layer_norm_forward(
-    x, residual, linear_bias, row_scale, weight, bias, rng_state, keys, stream, threshold, eps, keep_sum
-) -> tuple[Tensor, ...]:
-    width = x.shape[-1]
-    rows = x.numel() // width if width else 0
-    fused = residual is not None or linear_bias is not None or row_scale is not None or threshold > 0
-    y, mean, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-    z = torch.empty_like(x) if fused and keep_sum else x.new_empty(0)
-    layer_norm().forward(
-        fields(
-            dtype=x.dtype, width=width, rows=rows, eps=eps, x=x, residual=residual, linear_bias=(linear_bias,),
-            weight=(weight,), bias=(bias,), row_scale=row_scale, rng_state=rng_state, keys=keys, stream=stream,
-            threshold=threshold, y=y, z=z if fused and keep_sum else None, mean=mean, rstd=rstd,
-        )
-    )  # fmt: skip
-    return y, z, mean, rstd
-
-
-def layer_norm_backward(
-    dy, dsum, z, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys, stream, threshold
-) -> tuple[Tensor, ...]:
-    width = z.shape[-1]
-    rows = z.numel() // width if width else 0
-    dx_differs = row_scale is not None or threshold > 0
-    dz, dx = torch.empty_like(z), torch.empty_like(z) if dx_differs else z.new_empty(0)
-    dweight, dbias, dlinear_bias = (None if p is None else torch.empty_like(p) for p in (weight, bias, linear_bias))
-    call = fields(
-        dtype=z.dtype, width=width, rows=rows, dy=dy, dsum=dsum, z=z, mean=mean, rstd=rstd, weight=(weight,),
-        row_scale=row_scale, rng_state=rng_state, keys=keys, stream=stream, threshold=threshold, dz=dz,
-        dx=dx if dx_differs else None, dweight=(dweight,), dbias=(dbias,), dlinear_bias=(dlinear_bias,),
-    )  # fmt: skip
-    partials = torch.full((layer_norm().partial_rows(call), 3, width), float("nan"))
-    layer_norm().backward({**call, **fields(partials=partials)})
-    gradients = (z.new_empty(0, dtype=torch.float32) if g is None else g for g in (dweight, dbias, dlinear_bias))
-    return dz, dx, *gradients
-
-
 @contextlib.contextmanager
-def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``impl="cuda"`` of layer_norm serves CPU tensors inside the block: its raw ops run in the emulator."""
-    from vlkernels.ops.layer_norm import functional
-
+def serving(monkeypatch: pytest.MonkeyPatch, functional: ModuleType, kernels: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """``impl="cuda"`` of an op serves CPU tensors inside the block: its raw ops, by their names, run these functions."""
     native.load()  # its kernels first: those that are registered last serve
     cuda = Implementation("cuda", devices=("cpu",))
     monkeypatch.setattr(functional, "IMPLEMENTATIONS", (cuda, *functional.IMPLEMENTATIONS))
     library = torch.library.Library("vlkernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel takes another's place is the purpose
-        library.impl("layer_norm_forward", layer_norm_forward, "CPU", allow_override=True)
-        library.impl("layer_norm_backward", layer_norm_backward, "CPU", allow_override=True)
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, "CPU", allow_override=True)
     try:
         yield
     finally:
