@@ -1,4 +1,4 @@
-// The CUDA kernels of LayerNorm: a row lies in the registers of the threads that share it, and every tensor is
+// The CUDA kernels of LayerNorm and RMSNorm: a row lies in the registers of the threads that share it, and every tensor is
 // read and written once. Compiled by nvcc from layer_norm.cu and by the emulator.
 #pragma once
 #include "layer_norm/layer_norm_plan.h"
@@ -14,7 +14,7 @@ namespace vlk {
 template <int V>
 constexpr bool early = V > 1;
 
-// z from x, rounded as it is stored: y is the LayerNorm of exactly that z.
+// z from x, rounded as it is stored: y is the norm of exactly that z.
 template <typename T, int V, int N>
 __device__ __forceinline__ void build_sum(const LayerNormForward& op, uint32_t kept, int64_t row,
                                           HeldRow<T, V, N>& residual, float (&z)[N][V]) {
@@ -41,10 +41,12 @@ __device__ __forceinline__ void build_sum(const LayerNormForward& op, uint32_t k
 
 // Two passes: the squares are of differences from the mean, so a large mean costs no accuracy.
 template <int V, int N>
-__device__ __forceinline__ Moments moments(const float (&z)[N][V], int width, float eps, RowTeam& team) {
+__device__ __forceinline__ Moments moments(const float (&z)[N][V], bool centered, int width, float eps, RowTeam& team) {
     float sum[1] = {0.0f}, squares[1] = {0.0f};
-    for_held<V, N>([&](int k, int i) { sum[0] += z[k][i]; });
-    team.sum(sum);
+    if (centered) {
+        for_held<V, N>([&](int k, int i) { sum[0] += z[k][i]; });
+        team.sum(sum);
+    }
     const float mean = sum[0] / static_cast<float>(width);
     for_groups<V, N>([&](int k, int column) {
 #pragma unroll
@@ -85,9 +87,9 @@ __device__ __forceinline__ void forward_row(const LayerNormForward& op, const Dr
     float z[N][V];
     for_groups<V, N>([&](int k, int) { widen<T, V>(x.at[k], z[k]); });
     if (is_fused(op)) build_sum<T, V, N>(op, kept, row, residual, z);
-    const Moments m = moments<V, N>(z, width, op.eps, team);
+    const Moments m = moments<V, N>(z, op.mean, width, op.eps, team);
     if (threadIdx.x == 0) {
-        op.mean[row] = m.mean;
+        if (op.mean) op.mean[row] = m.mean;
         op.rstd[row] = m.rstd;
     }
     write_norm<T, V, N>(op, m, row, z);
@@ -114,7 +116,7 @@ __device__ __forceinline__ void backward_row(const LayerNormBackward& op, const 
     z.load(op.z, start, width);
     if (op.dsum && early<V>) dsum.load(op.dsum, start, width);
     const uint32_t kept = op.dropout.threshold ? draw.kept_columns<V, N>(row, width) : 0;
-    const Moments m{op.mean[row], op.rstd[row]};
+    const Moments m = moments_of(op, row);
     const auto xhat = [&](int k, int i) { return (to_float(z.at[k].at[i]) - m.mean) * m.rstd; };
     float g[N][V];
     for_groups<V, N>([&](int k, int) { widen<T, V>(dy.at[k], g[k]); });
@@ -132,7 +134,7 @@ __device__ __forceinline__ void backward_row(const LayerNormBackward& op, const 
         means[1] += g[k][i] * xhat(k, i);
     });
     team.sum(means);
-    means[0] /= static_cast<float>(width);
+    means[0] = op.mean ? means[0] / static_cast<float>(width) : 0.0f;
     means[1] /= static_cast<float>(width);
     for_held<V, N>([&](int k, int i) { g[k][i] = (g[k][i] - means[0] - xhat(k, i) * means[1]) * m.rstd; });
     if (op.dsum) {
@@ -158,6 +160,7 @@ __device__ __forceinline__ void write_partial_row(const LayerNormBackward& op, c
     float* partial = op.partials + static_cast<int64_t>(blockIdx.x) * 3 * width;
 #pragma unroll
     for (int part = 0; part < 3; ++part) {
+        if (part == 1 && !op.mean) continue;
         if (part == 2 && !op.sum_dx) return;
         for_groups<V, N>([&](int k, int column) {
 #pragma unroll

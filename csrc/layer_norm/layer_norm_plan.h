@@ -1,4 +1,4 @@
-// How the CUDA kernels divide a LayerNorm: a pure function of the shape, the dtype and the alignment, which the
+// How the CUDA kernels divide a LayerNorm or an RMSNorm: a pure function of the shape, the dtype and the alignment, which the
 // launcher and the emulator both follow. MATH.md of the op says why these numbers.
 #pragma once
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The backward of LayerNorm for rows too wide to lie in registers beside three sums. A block takes a row at a time
+// The backward for rows too wide to lie in registers beside three sums. A block takes a row at a time
 // and reads it twice, the second time from a cache. Its sums of dweight and dbias lie in shared memory, that of
 // dlinear_bias in its partial row: every column belongs to one thread, which alone touches its sums.
 #pragma once
@@ -11,6 +11,10 @@ namespace vlk {
 struct Moments {
     float mean, rstd;
 };
+
+__device__ __forceinline__ Moments moments_of(const LayerNormBackward& op, int64_t row) {
+    return {op.mean ? op.mean[row] : 0.0f, op.rstd[row]};
+}
 
 __device__ __forceinline__ float row_factor(const Dropout& dropout, const float* row_scale, int64_t row) {
     return keep_scale(dropout) * (row_scale ? row_scale[row] : 1.0f);
@@ -56,7 +60,7 @@ __device__ __forceinline__ void wide_means(const LayerNormBackward& op, int64_t 
         }
     });
     team.sum(means);
-    means[0] /= static_cast<float>(width);
+    means[0] = op.mean ? means[0] / static_cast<float>(width) : 0.0f;
     means[1] /= static_cast<float>(width);
 }
 
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(most_threads) layer_norm_backward_wide_kernel(
     RowTeam team;
     const DropoutDraw draw(op.dropout);
     for (int64_t row = blockIdx.x; row < op.rows; row += gridDim.x) {
-        const Moments m{op.mean[row], op.rstd[row]};
+        const Moments m = moments_of(op, row);
         float means[2] = {0.0f, 0.0f};
         wide_means<T, V>(op, row * op.width, m, team, dweight, dbias, means);
         for_own_columns<V>(width, [&](int column) {
