@@ -43,11 +43,9 @@ __device__ __forceinline__ void build_sum(const LayerNormForward& op, uint32_t k
 template <int V, int N>
 __device__ __forceinline__ Moments moments(const float (&z)[N][V], bool centered, int width, float eps, RowTeam& team) {
     float sum[1] = {0.0f}, squares[1] = {0.0f};
-    if (centered) {
-        for_held<V, N>([&](int k, int i) { sum[0] += z[k][i]; });
-        team.sum(sum);
-    }
-    const float mean = sum[0] / static_cast<float>(width);
+    for_held<V, N>([&](int k, int i) { sum[0] += z[k][i]; });
+    team.sum(sum);
+    const float mean = centered ? sum[0] / static_cast<float>(width) : 0.0f;
     for_groups<V, N>([&](int k, int column) {
 #pragma unroll
         for (int i = 0; i < V; ++i) {
@@ -56,7 +54,7 @@ __device__ __forceinline__ Moments moments(const float (&z)[N][V], bool centered
         }
     });
     team.sum(squares);
-    return {mean, 1.0f / sqrtf(squares[0] / static_cast<float>(width) + eps)};
+    return {mean, rstd_of(squares[0], width, eps)};
 }
 
 // z becomes (z - mean) * rstd * weight + bias and is written to y.
@@ -88,10 +86,7 @@ __device__ __forceinline__ void forward_row(const LayerNormForward& op, const Dr
     for_groups<V, N>([&](int k, int) { widen<T, V>(x.at[k], z[k]); });
     if (is_fused(op)) build_sum<T, V, N>(op, kept, row, residual, z);
     const Moments m = moments<V, N>(z, op.mean, width, op.eps, team);
-    if (threadIdx.x == 0) {
-        if (op.mean) op.mean[row] = m.mean;
-        op.rstd[row] = m.rstd;
-    }
+    if (threadIdx.x == 0) keep_moments(op, row, m);
     write_norm<T, V, N>(op, m, row, z);
 }
 
@@ -212,13 +207,17 @@ void visit_shape(Dtype dtype, const RowPlan& plan, const Work& work) {
 template <typename Launch>
 void launch_layer_norm_forward(const LayerNormForward& op, const Launch& launch) {
     const RowPlan plan = plan_forward(op);
-    if (plan.blocks == 0) return;
-    visit_shape(op.dtype, plan, [&](auto shape) {
-        using S = decltype(shape);
-        launch(layer_norm_forward_kernel<typename S::Element, S::columns, S::vectors>,
-               dim3(static_cast<unsigned>(plan.blocks)), dim3(plan.threads, plan.rows_per_block),
-               plan.shared_bytes, op);
-    });
+    const dim3 grid(static_cast<unsigned>(plan.blocks)), block(plan.threads, plan.rows_per_block);
+    if (plan.blocks > 0 && plan.vectors > 0)
+        visit_shape(op.dtype, plan, [&](auto shape) {
+            using S = decltype(shape);
+            launch(layer_norm_forward_kernel<typename S::Element, S::columns, S::vectors>, grid, block,
+                   plan.shared_bytes, op);
+        });
+    else if (plan.blocks > 0)
+        visit_element(op.dtype, [&](auto element) {
+            launch(layer_norm_forward_wide_kernel<decltype(element)>, grid, block, plan.shared_bytes, op);
+        });
 }
 
 // Calls work(element type, columns) as for visit_shape, for a row that no thread holds.
@@ -242,9 +241,8 @@ void launch_layer_norm_backward(const LayerNormBackward& op, const PartialRows<3
     if (plan.blocks > 0 && plan.vectors > 0)
         visit_shape(op.dtype, plan, [&](auto shape) {
             using S = decltype(shape);
-            if constexpr (S::columns > 1 || S::vectors < 32)  // a row that takes more is not held
-                launch(layer_norm_backward_kernel<typename S::Element, S::columns, S::vectors>, grid, block,
-                       plan.shared_bytes, op);
+            launch(layer_norm_backward_kernel<typename S::Element, S::columns, S::vectors>, grid, block,
+                   plan.shared_bytes, op);
         });
     else if (plan.blocks > 0)
         visit_columns(op.dtype, plan, [&](auto shape) {

@@ -19,11 +19,11 @@ struct RowPlan {
 };
 
 constexpr int64_t widest_row = 16384;
-constexpr int64_t widest_row_held = 4096;  // by the backward, beside its three sums
+constexpr int64_t widest_row_held = 4096;  // by single columns, and by the backward beside its three sums
 // The most columns that a thread holds. Without vectors every column has its own access, so that more threads
-// with fewer columns share a row, until a block has no more.
+// with fewer columns share a row.
 constexpr int most_threads = 512;
-constexpr int most_columns_held(int columns, int threads) { return columns > 1 || threads == most_threads ? 32 : 8; }
+constexpr int most_columns_held(int columns) { return columns > 1 ? 32 : 8; }
 
 // What bounds the registers of the forward: 512 threads have 128 each. Below 32 columns 640 threads, five blocks
 // of 128, have 96.
@@ -33,7 +33,7 @@ constexpr int forward_threads(int columns_held) { return columns_held == 32 ? mo
 template <int Columns>
 struct VectorCounts;
 template <>
-struct VectorCounts<1> : std::integer_sequence<int, 2, 8, 32> {};
+struct VectorCounts<1> : std::integer_sequence<int, 2, 8> {};
 template <>
 struct VectorCounts<4> : std::integer_sequence<int, 1, 2, 4, 6, 8> {};
 template <>
@@ -69,7 +69,7 @@ inline int columns_at_once(Dtype dtype, int64_t width, bool aligned) {
 inline RowPlan held_row(int64_t width, int columns) {
     const int64_t vectors = (width + columns - 1) / columns;
     int threads = 32;
-    while (vectors > threads * int64_t{most_columns_held(columns, threads) / columns}) threads *= 2;
+    while (vectors > threads * int64_t{most_columns_held(columns) / columns}) threads *= 2;
     const int needed = static_cast<int>((vectors + threads - 1) / threads);
     return {columns, compiled_count(columns, needed), threads, 1, 0, 0};
 }
@@ -82,7 +82,11 @@ inline int64_t blocks_for(int64_t rows, int rows_per_block, int64_t most) {
 inline RowPlan plan_forward(const LayerNormForward& op) {
     constexpr int64_t most_blocks = 1 << 20;
     const bool aligned = is_aligned({op.x, op.residual, op.linear_bias.data, op.weight.data, op.bias.data, op.y, op.z});
-    RowPlan plan = held_row(op.width, columns_at_once(op.dtype, op.width, aligned));
+    const int columns = columns_at_once(op.dtype, op.width, aligned);
+    if (columns == 1 && op.width > widest_row_held)
+        return {columns, 0, most_threads, 1, blocks_for(op.rows, 1, most_blocks),
+                op.width * static_cast<int64_t>(sizeof(float))};
+    RowPlan plan = held_row(op.width, columns);
     plan.rows_per_block = plan.threads == 32 ? 4 : 1;
     plan.blocks = blocks_for(op.rows, plan.rows_per_block, most_blocks);
     return plan;
