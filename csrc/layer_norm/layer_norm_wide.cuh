@@ -6,17 +6,10 @@
 #pragma once
 #include "layer_norm/layer_norm_plan.h"
 #include "primitives/device_dropout.cuh"
-#include "primitives/held_row.cuh"
+#include "primitives/moments.cuh"
+#include "primitives/moments.cuh"
 
 namespace vlk {
-
-struct Moments {
-    float mean, rstd;
-};
-
-__device__ __forceinline__ float rstd_of(float squares, int width, float eps) {
-    return 1.0f / sqrtf(squares / static_cast<float>(width) + eps);
-}
 
 __device__ __forceinline__ void keep_moments(const LayerNormForward& op, int64_t row, Moments m) {
     if (op.mean) op.mean[row] = m.mean;
