@@ -13,11 +13,13 @@
 namespace vlk {
 namespace {
 
-// A tensor larger than the caches can be written past them.
-bool can_stream(const Tensor& tensor) {
-    constexpr int64_t larger_than_caches = 16 << 20;
-    return rows_fill_cache_lines(tensor) &&
-           tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= larger_than_caches;
+// Outputs like `data` are written past the caches where they would not stay there, if their rows are whole cache lines.
+bool pass_caches(const Tensor& data, std::initializer_list<const void*> outputs) {
+    constexpr int64_t larger_than_caches = 16 << 20, line = 64;
+    const int64_t element = static_cast<int64_t>(data.element_size());
+    if (data.numel() * element < larger_than_caches || data.size(data.dim() - 1) * element % line) return false;
+    return std::all_of(outputs.begin(), outputs.end(),
+                       [](const void* output) { return reinterpret_cast<uintptr_t>(output) % line == 0; });
 }
 
 int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
@@ -37,14 +39,15 @@ void check_bias(bool centered, const OptionalTensor& bias) {
 using ParameterGradients = std::array<Tensor, 3>;
 using Parameters = std::array<OptionalTensor, 3>;
 
-void forward_on_cpu(LayerNormForward& op, const Tensor&, const Tensor& z) {
-    op.stream_z = op.z && can_stream(z);
+void forward_on_cpu(LayerNormForward& op, const Tensor& x) {
+    op.past_caches = pass_caches(x, {op.y, op.z});
     parallel_rows(op.rows, 16 * op.width,
                   [&, kernel = VLK_CPU(layer_norm_forward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
 }
 
 ParameterGradients backward_on_cpu(LayerNormBackward& op, const Tensor& z, const Parameters& parameters) {
     const ChunkSums sums(z, op.rows, 3, op.width);
+    op.past_caches = pass_caches(z, {op.dz, op.dx});
     op.num_chunks = sums.chunks;
     op.partials = sums.data();
     const int64_t chunk_bytes = 16 * op.width * std::max<int64_t>(1, op.rows / sums.chunks);
@@ -62,7 +65,7 @@ void check_served(Dtype data, int64_t width, std::initializer_list<Parameter> pa
                         "parameters must have the dtype of the data or float32");
 }
 
-void forward_on_cuda(LayerNormForward& op, const Tensor& x, const Tensor&) {
+void forward_on_cuda(LayerNormForward& op, const Tensor& x) {
     check_served(op.dtype, op.width, {op.linear_bias, op.weight, op.bias});
     const OnDeviceOf device(x);
     check_launch(layer_norm_forward_cuda(op, device.stream()), "layer_norm_forward");
@@ -121,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
     op.z = is_fused(op) && keep_sum ? z.mutable_data_ptr() : nullptr;
     op.mean = centered ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-    run(op, x, z);
+    run(op, x);
     return {y, z, mean, rstd};
 }
 

@@ -176,28 +176,50 @@ struct RowSum {
     }
 };
 
-constexpr int64_t stream_alignment = 64;
-
-// Copies past the caches, which saves reading the target first. Both sides are aligned to `stream_alignment`,
-// bytes is a multiple of it; finish_streams() makes the copies visible to other threads.
-inline void stream(void* to, const void* from, int64_t bytes) {
-#if defined(__x86_64__)
+// Stores past the caches, which saves reading the target first. The row it belongs to begins and ends on a
+// boundary of 64 bytes; finish_streams() makes what was stored visible to other threads.
 #if defined(__AVX512F__)
-    typedef __m512i Line;
-    const auto write = [](Line* target, Line value) { _mm512_stream_si512(target, value); };
+inline void stream_packed(void* to, Floats packed) {
+    _mm512_stream_ps(static_cast<float*>(to), cast_bits<__m512>(packed));
+}
+inline void stream_packed(void* to, Shorts packed) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), cast_bits<__m256i>(packed));
+}
 #elif defined(__AVX2__)
-    typedef __m256i Line;
-    const auto write = [](Line* target, Line value) { _mm256_stream_si256(target, value); };
+inline void stream_packed(void* to, Floats packed) {
+    _mm256_stream_ps(static_cast<float*>(to), cast_bits<__m256>(packed));
+}
+inline void stream_packed(void* to, Shorts packed) {
+    _mm_stream_si128(static_cast<__m128i*>(to), cast_bits<__m128i>(packed));
+}
+#elif defined(__x86_64__)
+inline void stream_packed(void* to, Floats packed) {
+    _mm_stream_ps(static_cast<float*>(to), cast_bits<__m128>(packed));
+}
+inline void stream_packed(void* to, Shorts packed) {
+    _mm_stream_si64(static_cast<long long*>(to), cast_bits<long long>(packed));
+}
 #else
-    typedef __m128i Line;
-    const auto write = [](Line* target, Line value) { _mm_stream_si128(target, value); };
+template <typename Packed>
+inline void stream_packed(void* to, Packed packed) {
+    std::memcpy(to, &packed, sizeof packed);
+}
 #endif
-    for (int64_t line = 0; line < bytes / static_cast<int64_t>(sizeof(Line)); ++line) {
-        write(static_cast<Line*>(to) + line, static_cast<const Line*>(from)[line]);
-    }
-#else
-    std::memcpy(to, from, bytes);
-#endif
+
+template <typename T>
+inline void store_past_caches(T* to, Floats value, Whole) {
+    stream_packed(to, pack_as(T{}, value));
+}
+
+template <typename T>
+inline void store_past_caches(T* to, Floats value, Part part) {
+    store(to, value, part);
+}
+
+// Copies a row past the caches; bytes is a multiple of 64.
+inline void stream(void* to, const void* from, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += sizeof(Floats))
+        stream_packed(static_cast<char*>(to) + byte, load_as<Floats>(static_cast<const char*>(from) + byte));
 }
 
 inline void finish_streams() {
