@@ -33,7 +33,7 @@ float write_sum_row(const LayerNormForward& op, const float* linear_bias, const 
         Floats value = load(x + column, chunk);
         if (linear_bias) value += load(linear_bias + column, chunk);
         if (op.dropout.threshold) value = dropped.apply(value, column);
-        value *= scale;
+        if (scale != 1.0f) value *= scale;
         if (residual) value += load(residual + column, chunk);
         sum.partial[k] += store(z + column, value, chunk);
         if (kept) store_past_caches(kept + column, value, chunk);

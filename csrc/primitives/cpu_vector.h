@@ -62,6 +62,19 @@ inline Words widen(Bytes from) {
 inline Shorts narrow(Words from) {
     return cast_bits<Shorts>(_mm512_maskz_cvtepi32_epi16(all_lanes, cast_bits<__m512i>(from)));
 }
+typedef uint16_t HalfWords __attribute__((vector_size(64)));
+// The upper halves of words, and words with nothing below them: one instruction each instead of two.
+inline Shorts upper_halves(Words from) {
+    constexpr HalfWords upper = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    return cast_bits<Shorts>(_mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(
+        0xffff, cast_bits<__m512i>(upper), cast_bits<__m512i>(from))));
+}
+inline Words raise(Shorts from) {
+    constexpr HalfWords doubled = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
+                                   8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+    return cast_bits<Words>(_mm512_maskz_permutexvar_epi16(
+        0xaaaaaaaa, cast_bits<__m512i>(doubled), _mm512_castsi256_si512(cast_bits<__m256i>(from))));
+}
 inline Floats float_of_half(Shorts from) {
     return cast_bits<Floats>(_mm512_maskz_cvtph_ps(all_lanes, cast_bits<__m256i>(from)));
 }
@@ -101,17 +114,22 @@ inline Shorts half_of_float(Floats from) {
 }
 #endif
 
+#if !defined(__AVX512F__)
+inline Shorts upper_halves(Words from) { return narrow(from >> 16); }
+inline Words raise(Shorts from) { return widen(from) << 16; }
+#endif
+
 // A register of floats as T holds it in memory, and back. T is named by a value, as in visit().
 inline Floats pack_as(float, Floats value) { return value; }
 inline Shorts pack_as(float16, Floats value) { return half_of_float(value); }
 inline Shorts pack_as(bfloat16, Floats value) {
     const Words bits = cast_bits<Words>(value);
-    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return narrow(value == value ? rounded : (Words{} + 0x7fc0));
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return upper_halves(value == value ? rounded : (Words{} + 0x7fc00000));
 }
 inline Floats unpack(float, Floats packed) { return packed; }
 inline Floats unpack(float16, Shorts packed) { return float_of_half(packed); }
-inline Floats unpack(bfloat16, Shorts packed) { return cast_bits<Floats>(widen(packed) << 16); }
+inline Floats unpack(bfloat16, Shorts packed) { return cast_bits<Floats>(raise(packed)); }
 
 template <typename T>
 inline Floats load(const T* from, Whole) {
