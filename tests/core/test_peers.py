@@ -45,6 +45,20 @@ def test_dropout_is_compared_without_and_timed_with():
         rival(loaded(lambda: lambda x, w, dropout_p: kept(x, 2 * w, dropout_p)), ours).prepare(**arguments(dropout_p=0.5))
 
 
+def test_a_peer_that_writes_over_its_cotangent_is_refused():
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy.mul_(2).div(2)
+
+    with pytest.raises(ValueError, match="it writes over the gradient of its output"):
+        rival(loaded(lambda: lambda x, w: (InPlace.apply(x * w), x.sum(0))), ours).prepare(**arguments())
+
+
 def test_a_peer_may_have_parameters_of_its_own():
     def widened(given):
         return {**given, "w": given["w"].detach().double().requires_grad_()}

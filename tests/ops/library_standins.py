@@ -23,6 +23,11 @@ def fused_layer_norm_affine(input, weight, bias, normalized_shape, eps=1e-6, mem
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def fused_rms_norm_affine(input, weight, normalized_shape, eps=1e-6, memory_efficient=False):
+    assert input.dtype == weight.dtype and not memory_efficient
+    return F.rms_norm(input, normalized_shape, weight, eps)
+
+
 # apex.contrib.layer_norm.layer_norm
 
 
@@ -38,6 +43,27 @@ class FastLayerNormFN:
 
 def liger_layer_norm(X, W, B, eps):
     return F.layer_norm(X, W.shape, W, B, eps)
+
+
+class InPlace(torch.autograd.Function):
+    """Writes into the cotangent, as Liger's RMSNorms do unless they are told not to."""
+
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.mul_(2).div(2)
+
+
+def liger_rms_norm(X, W, eps, offset=0.0, casting_mode="llama", in_place=True):
+    y = F.rms_norm(X, W.shape, W + offset, eps)
+    return InPlace.apply(y) if in_place else y
+
+
+def liger_fused_add_rms_norm(X, R, W, eps, offset=0.0, casting_mode="llama", in_place=True):
+    return liger_rms_norm(X + R, W, eps, offset, casting_mode, in_place), X + R
 
 
 # flash_attn.ops.triton.layer_norm
@@ -62,6 +88,25 @@ def layer_norm_fn(
     return F.layer_norm(z if residual is None else z + residual, weight.shape, weight, bias, eps)
 
 
+def rms_norm_fn(
+    x,
+    weight,
+    bias,
+    residual=None,
+    x1=None,
+    weight1=None,
+    bias1=None,
+    eps=1e-6,
+    dropout_p=0.0,
+    rowscale=None,
+    prenorm=False,
+    residual_in_fp32=False,
+):
+    assert bias is x1 is weight1 is bias1 is rowscale is None and not prenorm and not residual_in_fp32
+    z = F.dropout(x, dropout_p)
+    return F.rms_norm(z if residual is None else z + residual, weight.shape, weight, eps)
+
+
 # quack.rmsnorm: kernels without autograd, parameters of LayerNorm in float32
 
 
@@ -79,6 +124,11 @@ def layernorm_bwd(x, weight, dout, rstd, mean, has_bias=True):
     g = dy * weight
     dx = rstd[:, None] * (g - g.mean(1, keepdim=True) - xhat * (g * xhat).mean(1, keepdim=True))
     return dx.to(x.dtype), (dy * xhat).sum(0), dy.sum(0)
+
+
+def rmsnorm(x, weight=None, bias=None, residual=None, out_dtype=None, residual_dtype=None, eps=1e-6, prenorm=False):
+    assert bias is out_dtype is residual_dtype is None and not prenorm
+    return F.rms_norm(x if residual is None else x + residual, weight.shape, weight, eps)
 
 
 # flash_attn.bert_padding
@@ -103,10 +153,17 @@ def index_first_axis(input, indices):
 
 
 MODULES = {
-    "apex.normalization.fused_layer_norm": {"fused_layer_norm_affine": fused_layer_norm_affine},
+    "apex.normalization.fused_layer_norm": {
+        "fused_layer_norm_affine": fused_layer_norm_affine,
+        "fused_rms_norm_affine": fused_rms_norm_affine,
+    },
     "apex.contrib.layer_norm.layer_norm": {"FastLayerNormFN": FastLayerNormFN},
-    "liger_kernel.transformers.functional": {"liger_layer_norm": liger_layer_norm},
-    "flash_attn.ops.triton.layer_norm": {"layer_norm_fn": layer_norm_fn},
-    "quack.rmsnorm": {"layernorm_fwd": layernorm_fwd, "layernorm_bwd": layernorm_bwd},
+    "liger_kernel.transformers.functional": {
+        "liger_layer_norm": liger_layer_norm,
+        "liger_rms_norm": liger_rms_norm,
+        "liger_fused_add_rms_norm": liger_fused_add_rms_norm,
+    },
+    "flash_attn.ops.triton.layer_norm": {"layer_norm_fn": layer_norm_fn, "rms_norm_fn": rms_norm_fn},
+    "quack.rmsnorm": {"layernorm_fwd": layernorm_fwd, "layernorm_bwd": layernorm_bwd, "rmsnorm": rmsnorm},
     "flash_attn.bert_padding": {"unpad_input": unpad_input, "pad_input": pad_input, "index_first_axis": index_first_axis},
 }

@@ -74,7 +74,10 @@ def _check_equal(made: Prepared, ours: Callable[..., Any], arguments: Arguments)
         _compare(f"output {i}", _rows(theirs), _rows(own))
     cotangents = [torch.randn_like(t) for t in expected]
     wanted = torch.autograd.grad(expected, made.ours, cotangents, allow_unused=True)
-    given = torch.autograd.grad(actual, made.inputs, cotangents, allow_unused=True)
+    lent = [t.clone() for t in cotangents]
+    given = torch.autograd.grad(actual, made.inputs, lent, allow_unused=True)
+    if not all(map(torch.equal, lent, cotangents)):
+        raise ValueError("it writes over the gradient of its output, which every round of a benchmark reads again")
     for i, (theirs, own) in enumerate(zip(given, wanted)):
         if (theirs is None) != (own is None):
             raise ValueError(f"it computes something else: gradient {i} is {'missing' if theirs is None else 'one of its own'}")

@@ -76,26 +76,20 @@ def _uniter(samples: int, width: int, sizes: tuple[int, int] = UNITER) -> Callab
     return make
 
 
-def on_a_cpu() -> dict[str, Benchmark]:
-    rows = {
-        "BERT 8192x768": _bert(8192, 768),
-        "BERT 2000x128, dropout": _bert(2000, 128, dropout_p=0.1),
-        "UNITER 8192x768, dropout": _uniter(146, 768),
-    }
-    return {name: Benchmark(make, ("cpu",)) for name, make in rows.items()}
-
-
 CARD_PEERS = {
     "eager": rival(peers.eager, functional.embed_layer_norm),
     "torch.compile": rival(compiled(peers.eager), functional.embed_layer_norm),
 }
 
 
-def on_a_card(shrink: int = 1) -> dict[str, Benchmark]:
-    """The rows for a GPU; ``shrink`` makes them small, for a trial of the code."""
-
+def embed_layer_norm(shrink: int = 1) -> dict[str, Benchmark]:
+    """``shrink`` makes the rows of a card small, for a trial of the code."""
+    rows = {
+        "BERT 8192x768": Benchmark(_bert(8192, 768), ("cpu",)),
+        "BERT 2000x128, dropout": Benchmark(_bert(2000, 128, dropout_p=0.1), ("cpu",)),
+        "UNITER 8192x768, dropout": Benchmark(_uniter(146, 768), ("cpu",)),
+    }
     bert, uniter = (BERT, UNITER) if shrink == 1 else ((50, 12, 2), (40, 33))
-    rows = {}
     for position, (count, width) in enumerate(CARD_BERT):
         make = _bert(max(4, count // shrink), max(8, width // shrink), bert, dropout_p=0.1)
         rows[f"BERT {count}x{width}, dropout 0.1"] = _card(make, position)
@@ -107,7 +101,3 @@ def on_a_card(shrink: int = 1) -> dict[str, Benchmark]:
 
 def _card(make: Callable[[InputMaker], Arguments], position: int) -> Benchmark:
     return Benchmark(make, ("cuda",), (torch.bfloat16,) if position else (torch.bfloat16, torch.float32), CARD_PEERS)
-
-
-def embed_layer_norm() -> dict[str, Benchmark]:
-    return {**on_a_cpu(), **on_a_card()}

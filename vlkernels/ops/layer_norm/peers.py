@@ -86,3 +86,35 @@ def with_float_parameters(arguments: Arguments) -> Arguments:
     """QuACK's LayerNorm takes weight and bias in float32 alone."""
     floats = {name: arguments[name].detach().float().requires_grad_() for name in ("weight", "bias")}
     return {**arguments, **floats}
+
+
+def eager_rms(x: Tensor, weight: Tensor, **fused: Any) -> Tensor:
+    return F.rms_norm(fused_sum(x, **fused), x.shape[-1:], weight, RMS_EPS)
+
+
+def apex_rms() -> Normed:
+    affine = importlib.import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine
+    return lambda x, weight, **fused: affine(fused_sum(x, **fused), weight, [x.shape[-1]], RMS_EPS)
+
+
+def liger_rms() -> Normed:
+    """Liger's, or the one that adds a residual. By default both write their gradient over the cotangent, which is read again."""
+    functional = importlib.import_module("liger_kernel.transformers.functional")
+
+    def call(x: Tensor, weight: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        x = fused_sum(x, **fused)
+        if residual is None:
+            return functional.liger_rms_norm(x, weight, RMS_EPS, in_place=False)
+        return functional.liger_fused_add_rms_norm(x, residual, weight, RMS_EPS, in_place=False)[0]
+
+    return call
+
+
+def flash_attn_rms() -> Normed:
+    norm = importlib.import_module("flash_attn.ops.triton.layer_norm").rms_norm_fn
+    return lambda x, weight, residual=None: norm(x, weight, None, residual=residual, eps=RMS_EPS)
+
+
+def quack_rms() -> Normed:
+    norm = importlib.import_module("quack.rmsnorm").rmsnorm
+    return lambda x, weight, residual=None: norm(x, weight, residual=residual, eps=RMS_EPS)

@@ -1,4 +1,4 @@
-"""What the contract tests and the benchmarks know about ``layer_norm``."""
+"""What the contract tests and the benchmarks know about ``layer_norm`` and ``rms_norm``."""
 
 from __future__ import annotations
 
@@ -59,24 +59,49 @@ def _large_mean(fill: InputMaker) -> Arguments:
     return {"x": x, "weight": fill.normal(48), "bias": fill.normal(48)}
 
 
+CASES = (
+    Case("plain", _plain),
+    Case("bare", _bare),
+    Case("residual", _residual),
+    Case("everything", _everything),
+    Case("dropout", _dropout),
+    Case("row_scale", _row_scale),
+    Case("large_mean", _large_mean),
+)
+
+
+def without_bias(case: Case) -> Case:
+    """The case for ``rms_norm``."""
+
+    def make(fill: InputMaker) -> Arguments:
+        arguments = case.make(fill)
+        del arguments["bias"]
+        return arguments
+
+    return Case(case.name, make)
+
+
 SPECS = (
     OpSpec(
         name="layer_norm",
         functional=functional.layer_norm,
         reference=reference.layer_norm,
         implementations=functional.IMPLEMENTATIONS,
-        cases=(
-            Case("plain", _plain),
-            Case("bare", _bare),
-            Case("residual", _residual),
-            Case("everything", _everything),
-            Case("dropout", _dropout),
-            Case("row_scale", _row_scale),
-            Case("large_mean", _large_mean),
-        ),
+        cases=CASES,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         benchmarks=benchmarks.layer_norm(),
         peers={"eager": peers.eager},
+        cost=benchmarks.cost,
+    ),
+    OpSpec(
+        name="rms_norm",
+        functional=functional.rms_norm,
+        reference=reference.rms_norm,
+        implementations=functional.IMPLEMENTATIONS,
+        cases=tuple(without_bias(case) for case in CASES),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        benchmarks=benchmarks.rms_norm(),
+        peers={"eager": peers.eager_rms},
         cost=benchmarks.cost,
     ),
 )
