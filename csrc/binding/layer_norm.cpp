@@ -77,11 +77,11 @@ ParameterGradients backward_on_cuda(LayerNormBackward& op, const Tensor& z, cons
     const Tensor partials = new_float(z, {op.num_chunks, 3, op.width});
     op.partials = static_cast<float*>(partials.mutable_data_ptr());
     PartialRows<3> sums{op.partials, op.num_chunks, op.width, {}};
-    ParameterGradients gradients{new_float(z, {0}), new_float(z, {0}), new_float(z, {0})};
+    ParameterGradients gradients{no_tensor(partials), no_tensor(partials), no_tensor(partials)};
     for (int part = 0; part < 3; ++part) {
         if (!parameters[part]) continue;
         check_numel(*parameters[part], op.width, "parameter");
-        gradients[part] = torch::stable::empty_like(*parameters[part]);
+        gradients[part] = new_like(*parameters[part]);
         check_contiguous(gradients[part], "parameter");
         sums.gradients[part] = {gradients[part].mutable_data_ptr(), dtype_of(gradients[part], "parameter")};
     }
@@ -117,11 +117,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
     op.row_scale = row_scale ? row_statistics(*row_scale, rows, "row_scale") : nullptr;
     op.dropout = dropout_of(rng_state, keys, stream, threshold, rows);
 
-    Tensor y = torch::stable::empty_like(x);
-    Tensor z = is_fused(op) && keep_sum ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    Tensor y = new_like(x);
+    // Asked of the arguments: a tensor without elements has no address.
+    const bool fused = residual || linear_bias || row_scale || threshold;
+    Tensor z = fused && keep_sum ? new_like(x) : no_tensor(x);
     Tensor mean = new_float(x, {centered ? rows : 0}), rstd = new_float(x, {rows});
     op.y = y.mutable_data_ptr();
-    op.z = is_fused(op) && keep_sum ? z.mutable_data_ptr() : nullptr;
+    op.z = fused && keep_sum ? z.mutable_data_ptr() : nullptr;
     op.mean = centered ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
     run(op, x);
@@ -153,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     op.sum_dx = linear_bias.has_value();
 
     const bool dx_differs = op.row_scale || op.dropout.threshold;
-    Tensor dz = torch::stable::empty_like(z);
-    Tensor dx = dx_differs ? torch::stable::empty_like(z) : torch::stable::new_empty(z, {0});
+    Tensor dz = new_like(z);
+    Tensor dx = dx_differs ? new_like(z) : no_tensor(z);
     op.dz = dz.mutable_data_ptr();
     op.dx = dx_differs ? dx.mutable_data_ptr() : nullptr;
     const auto [dweight, dbias, dlinear_bias] = run(op, z, {weight, bias, linear_bias});

@@ -188,7 +188,7 @@ def _normalise(
         }  # fmt: skip
         return reference.layer_norm(x, weight, bias, **fused) if centered else reference.rms_norm(x, weight, **fused)
     threshold = dropout_threshold(dropout_p)
-    y, z, _, _ = normalise(
+    y, z, *_ = normalise(
         x.contiguous(),
         None if residual is None else residual.contiguous(),
         None if linear_bias is None else linear_bias.contiguous(),
