@@ -225,13 +225,15 @@ def _check(
     layout: SegmentLayout | None,
 ) -> None:
     checks.check_floating("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must be [..., D], got a tensor without dimensions")
     shape, dtype, device = x.shape, x.dtype, x.device
+    if not shape:
+        raise ValueError("x must be [..., D], got a tensor without dimensions")
+    columns = shape[-1:]
+    # Every call of every layer comes through here: what is right is only compared.
     for name, parameter in (("weight", weight), ("bias", bias), ("linear_bias", linear_bias)):
         if parameter is not None:
-            if parameter.dim() != 1 or parameter.shape[0] != shape[-1]:
-                checks.check_shape(name, parameter, "[D]", (shape[-1],))
+            if parameter.shape != columns:
+                checks.check_shape(name, parameter, "[D]", columns)
             if parameter.dtype != dtype:
                 checks.check_dtype(name, parameter, (dtype, torch.float32))
             if parameter.device != device:
@@ -239,8 +241,10 @@ def _check(
     if residual is not None:
         if residual.shape != shape:
             checks.check_shape("residual", residual, "[..., D]", shape)
-        checks.check_dtype("residual", residual, (dtype,))
-        checks.check_same_device(x=x, residual=residual)
+        if residual.dtype != dtype:
+            checks.check_dtype("residual", residual, (dtype,))
+        if residual.device != device:
+            checks.check_same_device(x=x, residual=residual)
     if row_scale is not None:
         _check_row_scale(row_scale, x)
     if dropout_p:
