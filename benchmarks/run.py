@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing]`: every declared benchmark, side by side with its peers.
+"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing]`: every declared benchmark, beside its peers.
 
 An op whose contract is red prints no time. A result is stored as soon as it is there, in benchmarks/results/<device>/<op>.jsonl
 with its provenance, so that a run that is cut off loses nothing, and the next one with --missing times the rest.
@@ -233,9 +233,9 @@ def variants(benchmark: Benchmark, arguments: dict[str, Any], run: Run) -> dict[
 
 
 def derive(timings: Timings, rivals: list[str], cost: Cost | None, roof_here: roof.Roof | None) -> dict[str, dict[str, Any]]:
-    """By direction: the best rival's time over ours, and of the work that must be done the rate and the share of what is possible.
+    """By direction: the best rival's time over ours, and of the work that must be done the rate and the share of the roof.
 
-    Where nothing but bytes must be moved, the rate is theirs, and the share is also that of a copy of as many bytes in this row.
+    Where bytes alone must move, the rate is theirs, and there is also the share of a copy of as many bytes, timed in this row.
     """
     found: dict[str, dict[str, Any]] = {}
     for part in DIRECTIONS:
