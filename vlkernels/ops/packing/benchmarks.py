@@ -69,7 +69,7 @@ def _rivals(builds: Mapping[str, Build], ours: Callable[..., Any]) -> dict[str, 
 CARD_PACK_PEERS = _rivals(
     {
         "cat + index_select, index ready": loaded(lambda: peers.cat_and_select, peers.with_rows),
-        "cat + index_select, torch.compile, index ready": compiled(loaded(lambda: peers.cat_and_select, peers.with_rows)),
+        "cat + index_select, compiled, index ready": compiled(loaded(lambda: peers.cat_and_select, peers.with_rows)),
         "UNITER's cat + gather, then unpad, indices ready": loaded(lambda: peers.uniter, peers.with_gather_index),
         "cat + flash-attn's unpad_input": loaded(peers.bert_padding_pack, peers.with_mask),
     },
@@ -78,7 +78,7 @@ CARD_PACK_PEERS = _rivals(
 CARD_UNPACK_PEERS = _rivals(
     {
         "zeros + index_copy, index ready": loaded(lambda: peers.zeros_and_copy, peers.with_padded_rows),
-        "zeros + index_copy, torch.compile, index ready": compiled(loaded(lambda: peers.zeros_and_copy, peers.with_padded_rows)),
+        "zeros + index_copy, compiled, index ready": compiled(loaded(lambda: peers.zeros_and_copy, peers.with_padded_rows)),
         "flash-attn's pad_input, index ready": loaded(peers.bert_padding_unpack, peers.with_padded_rows),
     },
     functional.unpack,
