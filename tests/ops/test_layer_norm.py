@@ -143,6 +143,15 @@ def test_results_larger_than_the_caches(dtype, isa):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_no_rows_have_gradients_too(impl):
+    x, residual, weight, bias = leaves((0, 8), (0, 8), (8,), (8,))
+    y = vk.layer_norm(x, weight, bias, residual=residual, impl=impl)
+    found = grads(y, x, residual, weight, bias)
+    assert [tuple(gradient.shape) for gradient in found] == [(0, 8), (0, 8), (8,), (8,)]
+    assert not any(gradient.any() for gradient in found)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_gradient_of_the_returned_sum_alone(impl):
     x, residual = leaves((4, 24), (4, 24))
     _, z = vk.layer_norm(x, None, None, residual=residual, return_sum=True, impl=impl)
