@@ -69,10 +69,12 @@ test-gpu: setup
 
 bench: setup
 	$(RUN) -m benchmarks.run --device cpu
+	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart
 	$(RUN) -m benchmarks.uniter_step
 
 bench-gpu: setup
+	$(RUN) -m benchmarks.host_cost --device cuda
 	$(RUN) -m benchmarks.run --device cuda $(BENCH)
 
 static: setup

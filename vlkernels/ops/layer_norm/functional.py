@@ -17,7 +17,7 @@ from vlkernels.ops.layer_norm.raw_ops import fuses, normalise
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this many elements the host time of a training call outweighs what the kernel saves (MATH.md).
-FEWEST_ELEMENTS_TO_TRAIN = 600_000
+FEWEST_ELEMENTS_TO_TRAIN = 300_000
 WIDEST_CUDA_ROW = 16_384  # csrc/primitives/row_plan.h
 
 
