@@ -5,14 +5,11 @@
 #include "layer_norm/layer_norm_wide.cuh"
 #include "primitives/device_dropout.cuh"
 #include "primitives/held_row.cuh"
+#include "primitives/held_row_shapes.cuh"
+#include "primitives/moments.cuh"
 #include "primitives/partial_rows.cuh"
 
 namespace vlk {
-
-// Whether a second row is asked for before the first is waited for. Single columns take a register each, whatever
-// their size, and leave none for it.
-template <int V>
-constexpr bool early = V > 1;
 
 // z from x, rounded as it is stored: y is the LayerNorm of exactly that z.
 template <typename T, int V, int N>
@@ -37,24 +34,6 @@ __device__ __forceinline__ void build_sum(const LayerNormForward& op, uint32_t k
         widen<T, V>(rounded, z[k]);
         if (op.z && column < width) store_vector(to + column, rounded);
     });
-}
-
-// Two passes: the squares are of differences from the mean, so a large mean costs no accuracy.
-template <int V, int N>
-__device__ __forceinline__ Moments moments(const float (&z)[N][V], int width, float eps, RowTeam& team) {
-    float sum[1] = {0.0f}, squares[1] = {0.0f};
-    for_held<V, N>([&](int k, int i) { sum[0] += z[k][i]; });
-    team.sum(sum);
-    const float mean = sum[0] / static_cast<float>(width);
-    for_groups<V, N>([&](int k, int column) {
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-            const float difference = column < width ? z[k][i] - mean : 0.0f;
-            squares[0] += difference * difference;
-        }
-    });
-    team.sum(squares);
-    return {mean, 1.0f / sqrtf(squares[0] / static_cast<float>(width) + eps)};
 }
 
 // z becomes (z - mean) * rstd * weight + bias and is written to y.
@@ -85,7 +64,7 @@ __device__ __forceinline__ void forward_row(const LayerNormForward& op, const Dr
     float z[N][V];
     for_groups<V, N>([&](int k, int) { widen<T, V>(x.at[k], z[k]); });
     if (is_fused(op)) build_sum<T, V, N>(op, kept, row, residual, z);
-    const Moments m = moments<V, N>(z, width, op.eps, team);
+    const Moments m = moments<V, N>(z, true, width, op.eps, team);
     if (threadIdx.x == 0) {
         op.mean[row] = m.mean;
         op.rstd[row] = m.rstd;
@@ -150,27 +129,14 @@ __device__ __forceinline__ void backward_row(const LayerNormBackward& op, const 
     if (op.sum_dx) for_held<V, N>([&](int k, int i) { sums[2][k][i] += g[k][i]; });
 }
 
-// Adds the sums of the block's rows, in their order, and writes its partial row.
 template <int V, int N>
 __device__ __forceinline__ void write_partial_row(const LayerNormBackward& op, const float (&sums)[3][N][V]) {
-    VLK_DYNAMIC_SHARED(of_rows);
-    const int width = static_cast<int>(op.width), threads = blockDim.x * blockDim.y;
+    const int width = static_cast<int>(op.width);
     float* partial = op.partials + static_cast<int64_t>(blockIdx.x) * 3 * width;
 #pragma unroll
     for (int part = 0; part < 3; ++part) {
         if (part == 2 && !op.sum_dx) return;
-        for_groups<V, N>([&](int k, int column) {
-#pragma unroll
-            for (int i = 0; i < V; ++i)
-                if (column < width) of_rows[threadIdx.y * width + column + i] = sums[part][k][i];
-        });
-        __syncthreads();
-        for (int column = threadIdx.y * blockDim.x + threadIdx.x; column < width; column += threads) {
-            float sum = of_rows[column];
-            for (int row = 1; row < static_cast<int>(blockDim.y); ++row) sum += of_rows[row * width + column];
-            partial[part * width + column] = sum;
-        }
-        __syncthreads();
+        write_block_sum<V, N>(sums[part], width, partial + part * width);
     }
 }
 
@@ -186,25 +152,6 @@ __global__ void __launch_bounds__(backward_threads(V, N), 1)
     write_partial_row<V, N>(op, sums);
 }
 
-// On the host: calls work(a kernel's element type, columns and vectors, as one type).
-template <typename T, int V, int N>
-struct Shape {
-    using Element = T;
-    static constexpr int columns = V, vectors = N;
-};
-
-template <typename Work>
-void visit_shape(Dtype dtype, const RowPlan& plan, const Work& work) {
-    visit_element(dtype, [&](auto element) {
-        using T = decltype(element);
-        constexpr int at_once = access_bytes / sizeof(T);
-        if (plan.columns == 1)
-            visit_count(plan.vectors, VectorCounts<1>{}, [&](auto n) { work(Shape<T, 1, n>{}); });
-        else
-            visit_count(plan.vectors, VectorCounts<at_once>{}, [&](auto n) { work(Shape<T, at_once, n>{}); });
-    });
-}
-
 // launch(kernel, grid, block, shared bytes, op): nvcc's launch, or the emulator's.
 template <typename Launch>
 void launch_layer_norm_forward(const LayerNormForward& op, const Launch& launch) {
@@ -215,19 +162,6 @@ void launch_layer_norm_forward(const LayerNormForward& op, const Launch& launch)
         launch(layer_norm_forward_kernel<typename S::Element, S::columns, S::vectors>,
                dim3(static_cast<unsigned>(plan.blocks)), dim3(plan.threads, plan.rows_per_block),
                plan.shared_bytes, op);
-    });
-}
-
-// Calls work(element type, columns) as for visit_shape, for a row that no thread holds.
-template <typename Work>
-void visit_columns(Dtype dtype, const RowPlan& plan, const Work& work) {
-    visit_element(dtype, [&](auto element) {
-        using T = decltype(element);
-        constexpr int at_once = access_bytes / sizeof(T);
-        if (plan.columns == 1)
-            work(Shape<T, 1, 0>{});
-        else
-            work(Shape<T, at_once, 0>{});
     });
 }
 

@@ -5,12 +5,9 @@
 #include "layer_norm/layer_norm_plan.h"
 #include "primitives/device_dropout.cuh"
 #include "primitives/held_row.cuh"
+#include "primitives/moments.cuh"
 
 namespace vlk {
-
-struct Moments {
-    float mean, rstd;
-};
 
 __device__ __forceinline__ float row_factor(const Dropout& dropout, const float* row_scale, int64_t row) {
     return keep_scale(dropout) * (row_scale ? row_scale[row] : 1.0f);

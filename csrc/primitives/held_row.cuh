@@ -8,6 +8,11 @@
 
 namespace vlk {
 
+// Whether a second row is asked for before the first is waited for. Single columns take a register each, whatever
+// their size, and leave none for it.
+template <int V>
+constexpr bool early = V > 1;
+
 // A thread's columns of a row as they lie in memory: half types take half the registers until they are used.
 // Past the end of the row are zeros, so that only accesses, and the squares of differences, ask where it is.
 template <typename T, int V, int N>

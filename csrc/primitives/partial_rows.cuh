@@ -1,11 +1,30 @@
-// The end of a sum over rows: the partial rows that blocks wrote, added in an order that depends on their number
-// alone.
+// The end of a sum over rows: a block writes what its threads hold as a partial row, and partial rows are added in an
+// order that depends on their number alone.
 #pragma once
 #include "primitives/device_vector.cuh"
 #include "primitives/partial_rows.h"
 #include "primitives/row_team.cuh"
 
 namespace vlk {
+
+// Adds what the block's rows hold, in their order, and writes it to `partial`.
+template <int V, int N>
+__device__ __forceinline__ void write_block_sum(const float (&sums)[N][V], int width, float* partial) {
+    VLK_DYNAMIC_SHARED(of_rows);
+    const int threads = blockDim.x * blockDim.y;
+    for_groups<V, N>([&](int k, int column) {
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+            if (column < width) of_rows[threadIdx.y * width + column + i] = sums[k][i];
+    });
+    __syncthreads();
+    for (int column = threadIdx.y * blockDim.x + threadIdx.x; column < width; column += threads) {
+        float sum = of_rows[column];
+        for (int row = 1; row < static_cast<int>(blockDim.y); ++row) sum += of_rows[row * width + column];
+        partial[column] = sum;
+    }
+    __syncthreads();
+}
 
 constexpr int partial_row_threads = warp_threads;  // in both directions
 

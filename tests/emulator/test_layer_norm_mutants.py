@@ -13,15 +13,15 @@ pytestmark = pytest.mark.skipif(emulated.refusal() is not None, reason=str(emula
 THINNER = [
     ("primitives/device_vector.cuh", "        case Dtype::bfloat16: return work(bfloat16{});\n", "        default: return;\n"),
     ("primitives/device_vector.cuh", "        case Dtype::float16: return work(float16{});\n", ""),
-    ("layer_norm/layer_norm_plan.h", "int, 1, 2, 4, 6, 8>", "int, 6>"),
-    ("layer_norm/layer_norm_plan.h", "int, 2, 8, 32>", "int, 2>"),
+    ("primitives/row_plan.h", "int, 1, 2, 4, 6, 8>", "int, 6>"),
+    ("primitives/row_plan.h", "int, 2, 8, 32>", "int, 2>"),
 ]
 MUTANTS = {
     "a dropped barrier": ("primitives/row_team.cuh", "        __syncthreads();\n", ""),
     "one buffer for two sums": ("primitives/row_team.cuh", "        half_ ^= 1;\n", ""),
     "a wrong shuffle mask": ("primitives/row_team.cuh", "whole_warp = 0xffffffffu", "whole_warp = 0x7fffffffu"),
     "a row that ends a vector late": ("primitives/held_row.cuh", "at[k] = column < width", "at[k] = column <= width"),
-    "sums read before they are written": ("layer_norm/layer_norm.cuh", "        __syncthreads();\n        for", "        for"),
+    "sums read before they are written": ("primitives/partial_rows.cuh", "    __syncthreads();\n    for", "    for"),
     "a partial row left out": ("primitives/partial_rows.cuh", "row < op.count;", "row < op.count - 1;"),
 }  # fmt: skip
 

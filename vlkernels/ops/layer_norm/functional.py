@@ -18,7 +18,7 @@ from vlkernels.ops.layer_norm import reference
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this many elements the host time of a training call outweighs what the kernel saves (MATH.md).
 FEWEST_ELEMENTS_TO_TRAIN = 600_000
-WIDEST_CUDA_ROW = 16_384  # csrc/layer_norm/layer_norm_plan.h
+WIDEST_CUDA_ROW = 16_384  # csrc/primitives/row_plan.h
 
 
 def _kernel_supports(facts: Facts) -> str | None:
