@@ -20,7 +20,7 @@ __device__ __forceinline__ int64_t position_at(const Positions& positions, int64
 template <typename T, int V>
 __device__ __forceinline__ void add_vector(const T* from, float (&sum)[V]) {
     float values[V];
-    widen<T, V>(load_vector<T, V>(from), values);
+    widen<T, V>(load_unit(reinterpret_cast<const Vector<T, V>*>(from)), values);
 #pragma unroll
     for (int i = 0; i < V; ++i) sum[i] += values[i];
 }
@@ -114,10 +114,10 @@ __global__ void __launch_bounds__(copy_threads)
     for_rows(op.rows, divided.rows_per_block, [&](int64_t row) {
         if (row >= gradient.end) gradient = gradient_at<T>(op, row);
         T* const to = static_cast<T*>(op.out) + row * op.width;
+        const auto* from = reinterpret_cast<const Vector<T, V>*>(gradient.from);
         Vector<T, V> held[loads_at_once];
         for_units(
-            divided.units,
-            [&](int k, int64_t unit) { held[k] = gradient.from ? load_vector<T, V>(gradient.from + unit * V) : Vector<T, V>{}; },
+            divided.units, [&](int k, int64_t unit) { held[k] = from ? load_unit(from + unit) : Vector<T, V>{}; },
             [&](int k, int64_t unit) {
                 float values[V];
                 widen<T, V>(held[k], values);

@@ -19,10 +19,27 @@ struct RowCopy {
 };
 
 template <typename Unit>
-__device__ __forceinline__ void store_unit(Unit* to, Unit unit) {
-    *to = unit;
+__device__ __forceinline__ Unit load_unit(const Unit* from) {
+    if constexpr (sizeof(Unit) == access_bytes) {
+        const Words words = load_words(from);
+        Unit unit;
+        memcpy(&unit, &words, sizeof unit);
+        return unit;
+    } else {
+        return *from;
+    }
 }
-__device__ __forceinline__ void store_unit(Words* to, Words unit) { store_words(to, unit); }
+
+template <typename Unit>
+__device__ __forceinline__ void store_unit(Unit* to, const Unit& unit) {
+    if constexpr (sizeof(Unit) == access_bytes) {
+        Words words;
+        memcpy(&words, &unit, sizeof words);
+        store_words(to, words);
+    } else {
+        *to = unit;
+    }
+}
 
 // work(unit of the row) for the units of this thread, `loads_at_once` of them at a time: first(k, unit) for all, then second(k, unit).
 template <typename First, typename Second>
@@ -44,7 +61,7 @@ __device__ __forceinline__ void copy_row(const char* from, char* to, int64_t uni
     Unit* target = reinterpret_cast<Unit*>(to);
     Unit held[loads_at_once];
     for_units(
-        units, [&](int k, int64_t unit) { held[k] = source ? source[unit] : Unit{}; },
+        units, [&](int k, int64_t unit) { held[k] = source ? load_unit(source + unit) : Unit{}; },
         [&](int k, int64_t unit) { store_unit(target + unit, held[k]); });
 }
 

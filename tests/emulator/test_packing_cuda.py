@@ -136,6 +136,24 @@ def test_means_of_any_width(emulator, width, dtype):
         emulator.run_in_order()
 
 
+@pytest.mark.parametrize("row", [(), (4,), (136,)], ids=str)
+def test_more_rows_than_the_grid_takes_at_once(emulator, row):
+    """A team of threads takes rows in turns, and asks where they come from when those of a segment are over."""
+    torch.manual_seed(0)
+    plan = emulator.copy_plan(2**20, 2 * torch.Size(row).numel(), 2 if not row else 8 if row == (4,) else 16)
+    rows = 5 * 2112 * plan["rows_at_once"] // 2
+    ends = torch.randint(1, rows, (200,)).sort().values
+    lengths = torch.diff(torch.cat([torch.tensor([0]), ends])).view(100, 2)
+    layout = vk.SegmentLayout(lengths, capacity=rows)
+    x = torch.randn(rows, *row).bfloat16()
+    text, image = vk.take_segments(x, layout, ((0,), (1,)), impl="cuda")
+    segment = layout.token_segment()
+    assert torch.equal(text, x[segment == 0]) and torch.equal(image, x[segment == 1])
+    joined = vk.put_segments((text, image), layout, ((0,), (1,)), impl="cuda")
+    nobody = (segment < 0).view(-1, *[1] * len(row))
+    assert torch.equal(joined, x.masked_fill(nobody, 0))
+
+
 def test_backward_twice():
     layout = vk.SegmentLayout(LENGTHS)
     x = torch.randn(layout.num_tokens, 40, requires_grad=True)

@@ -11,31 +11,25 @@ from tests.emulated import packing as emulated_packing
 
 pytestmark = pytest.mark.skipif(emulated.refusal() is not None, reason=str(emulated.refusal()))
 
-# Only float32, 16 bytes and single elements, so that a mutant compiles in seconds.
+# Only float32, 16 bytes and single elements, so that a mutant compiles in seconds; a block's rows take turns.
 THINNER = [
+    ("primitives/row_copy_plan.h", "most_copy_blocks = 2112;", "most_copy_blocks = 1;"),
     ("primitives/device_vector.cuh", "        case Dtype::bfloat16: return work(bfloat16{});\n", "        default: return;\n"),
     ("primitives/device_vector.cuh", "        case Dtype::float16: return work(float16{});\n", ""),
     ("primitives/row_copy.cuh", "        case 8: return work(uint64_t{});\n", ""),
     ("primitives/row_copy.cuh", "        case 2: return work(uint16_t{});\n        case 1: return work(uint8_t{});\n", ""),
 ]
-SEGMENTS, COPY, PACKING, SUMS, PLAN = (
-    "primitives/segments.h", "primitives/row_copy.cuh", "packing/packing.cuh", "packing/row_sums.cuh", "packing/packing_plan.h",
-)  # fmt: skip
+SEGMENTS, COPY = "primitives/segments.h", "primitives/row_copy.cuh"
+PACKING, SUMS = "packing/packing.cuh", "packing/row_sums.cuh"
 MUTANTS = {
     "a start that belongs to the segment before": (SEGMENTS, "at(middle) <= value", "at(middle) < value"),
-    "a segment that ends a row late": (PACKING, "if (row >= end) return {nullptr, to, row, i + 1", "if (row > end) return {nullptr, to, row, i + 1"),
-    "a run that ends a row late": (COPY, "if (row >= run.end)", "if (row > run.end)"),
-    "a row that ends a unit late": (COPY, "< units) second(", "<= units) second("),
+    "a run that ends a row late": (PACKING, "to, row, row + from.count};", "to, row, row + from.count + 1};"),
     "a unit of a row left out": (COPY, "begin < units; begin", "begin < units - 1; begin"),
-    "rows of a block left out": (COPY, "begin + rows_per_block < rows ? begin + rows_per_block", "begin + 1 < rows ? begin + 1"),
     "padding that is copied": (PACKING, "if (position >= length) return {-1, rows - position};", ""),
     "the padded row of another sample": (PACKING, "data += sample * parts.rows[part]", "data += parts.rows[part]"),
-    "an alignment nobody asked about": (PLAN, "bits |= address(op.parts.data[part]);", ""),
     "a position beyond the tensor": (PACKING, "wanted.row >= rows", "wanted.row > rows"),
-    "a capacity whose rows have positions": (PACKING, "row < op.positions.count ?", "row <= op.positions.count ?"),
     "a repeated position left out": (SUMS, "last_at_most(sorted.count, row, at) + 1, to", "last_at_most(sorted.count, row, at), to"),
     "a dropped barrier": (SUMS, "= sum[k];\n        __syncthreads();", "= sum[k];"),
-    "a warp left out of a mean": (SUMS, "warp < mean_warps; ++warp", "warp < mean_warps - 1; ++warp"),
     "the share of the sample before": (SUMS, "if (row >= gradient.end)", "if (row > gradient.end)"),
 }  # fmt: skip
 
@@ -50,19 +44,20 @@ def copy_with(folder, changes):
 
 
 def results(width, impl):
-    """Everything packing gives for one layout with three segments of which some are empty, and its gradients."""
+    """What packing gives for a layout with empty segments and a tensor that goes on behind its rows, and gradients."""
     torch.manual_seed(width)
     layout = vk.SegmentLayout([[0, 3, 5], [1, 0, 4], [7, 0, 0], [0, 0, 0], [2, 6, 1]], capacity=31)
     whole = torch.randn(1 + 5 * 7 * width)
     padded = [whole[1:].view(5, 7, width), torch.randn(5, 6, width), torch.randn(5, 5, width)]
-    x = torch.randn(31, width, requires_grad=True)
+    longer = torch.randn(40, width)
+    x = longer[:31].requires_grad_()
     positions = torch.tensor([30, 4, 4, -1, 4, 9, 0])
     rows = vk.take_rows(x, positions, 8, impl=impl)
     mean = vk.segment_mean(x, layout, 1, impl=impl)
     streams = vk.take_segments(x, layout, ((2, 0), (1,)), impl=impl)
     outputs = [vk.pack(padded, layout, impl=impl), *vk.unpack(x, layout, (7, 7, 7), impl=impl), rows, mean, *streams]
     gradients = [torch.autograd.grad(t, x, torch.randn(t.shape))[0] for t in (rows, mean)]
-    return [*outputs, *gradients, emulated_packing.take_rows(x.detach(), torch.tensor([31, 0]), 2)[1:]]
+    return [*outputs, *gradients, emulated_packing.take_rows(x.detach(), torch.tensor([31]), 1)]
 
 
 def is_right(module, monkeypatch):
@@ -78,3 +73,12 @@ def is_right(module, monkeypatch):
             if not all(torch.allclose(f, e, rtol=1e-5, atol=1e-5) for f, e in zip(found, expected, strict=True)):
                 return False
     return True
+
+
+def test_the_sources_are_right_as_they_are(tmp_path, monkeypatch):
+    assert is_right(copy_with(tmp_path / "csrc", THINNER), monkeypatch)
+
+
+@pytest.mark.parametrize("fault", MUTANTS)
+def test_a_fault_is_seen(fault, tmp_path, monkeypatch):
+    assert not is_right(copy_with(tmp_path / "csrc", [*THINNER, MUTANTS[fault]]), monkeypatch)
