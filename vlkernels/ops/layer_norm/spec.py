@@ -1,4 +1,4 @@
-"""What the contract tests and the benchmarks know about ``layer_norm``."""
+"""What the contract tests and the benchmarks know about ``layer_norm`` and ``rms_norm``."""
 
 from __future__ import annotations
 
@@ -64,6 +64,28 @@ def _large_mean(fill: InputMaker) -> Arguments:
     return {"x": x, "weight": fill.normal(48), "bias": fill.normal(48)}
 
 
+CASES = (
+    Case("plain", _plain),
+    Case("bare", _bare),
+    Case("residual", _residual),
+    Case("everything", _everything),
+    Case("dropout", _dropout),
+    Case("row_scale", _row_scale),
+    Case("large_mean", _large_mean),
+)
+
+
+def without_bias(case: Case) -> Case:
+    """The case for ``rms_norm``."""
+
+    def make(fill: InputMaker) -> Arguments:
+        arguments = case.make(fill)
+        del arguments["bias"]
+        return arguments
+
+    return Case(case.name, make)
+
+
 def _benchmark(rows: int, width: int, **options: float) -> Callable[[InputMaker], Arguments]:
     def make(fill: InputMaker) -> Arguments:
         data = {name: fill.normal(rows, width) for name in ("x", "residual")}
@@ -83,6 +105,14 @@ def _eager(x: Tensor, weight: Tensor, bias: Tensor, **fused: Any) -> Tensor:
     return F.layer_norm(fused["residual"] + x, x.shape[-1:], weight, bias)
 
 
+def _benchmark_rms(fill: InputMaker) -> Arguments:
+    return {"x": fill.normal(8192, 768), "weight": fill.normal(768), "residual": fill.normal(8192, 768)}
+
+
+def _eager_rms(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+    return F.rms_norm(residual + x, x.shape[-1:], weight, 1e-6)
+
+
 def _cost(x: Tensor, **_: Any) -> Cost:
     unit = x.numel() * x.element_size()
     return Cost(forward_bytes=4 * unit, backward_bytes=3 * unit)
@@ -94,15 +124,7 @@ SPECS = (
         functional=functional.layer_norm,
         reference=reference.layer_norm,
         implementations=functional.IMPLEMENTATIONS,
-        cases=(
-            Case("plain", _plain),
-            Case("bare", _bare),
-            Case("residual", _residual),
-            Case("everything", _everything),
-            Case("dropout", _dropout),
-            Case("row_scale", _row_scale),
-            Case("large_mean", _large_mean),
-        ),
+        cases=CASES,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         benchmarks={
             "residual 8192x768": _benchmark(8192, 768),
@@ -110,6 +132,17 @@ SPECS = (
             "bias, dropout, residual 8192x768": _benchmark(8192, 768, dropout_p=0.1),
         },
         peers={"eager": _eager},
+        cost=_cost,
+    ),
+    OpSpec(
+        name="rms_norm",
+        functional=functional.rms_norm,
+        reference=reference.rms_norm,
+        implementations=functional.IMPLEMENTATIONS,
+        cases=tuple(without_bias(case) for case in CASES),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        benchmarks={"residual 8192x768": _benchmark_rms},
+        peers={"eager": _eager_rms},
         cost=_cost,
     ),
 )
