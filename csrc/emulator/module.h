@@ -24,6 +24,7 @@ class Fields {
     Dtype dtype(const char* name) const { return static_cast<Dtype>(integer(name)); }
     void* pointer(const char* name) const { return reinterpret_cast<void*>(integer(name)); }
     std::vector<int64_t> integers(const char* name) const { return fields_[name].cast<std::vector<int64_t>>(); }
+    std::vector<float> numbers(const char* name) const { return fields_[name].cast<std::vector<float>>(); }
     template <typename T>
     T* pointer_to(const char* name) const {
         return static_cast<T*>(pointer(name));

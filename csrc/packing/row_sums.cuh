@@ -6,13 +6,6 @@
 
 namespace vlk {
 
-// An op and how its result is divided.
-template <typename Op>
-struct Divided {
-    Op op;
-    int64_t rows_per_block, units;
-};
-
 __device__ __forceinline__ int64_t position_at(const Positions& positions, int64_t k) {
     return positions.is_wide ? static_cast<const int64_t*>(positions.data)[k] : static_cast<const int32_t*>(positions.data)[k];
 }

@@ -18,6 +18,13 @@ struct RowCopy {
     int64_t rows, rows_per_block, units;
 };
 
+// An op that computes what its rows hold, and how these are divided.
+template <typename Op>
+struct Divided {
+    Op op;
+    int64_t rows_per_block, units;
+};
+
 template <typename Unit>
 __device__ __forceinline__ Unit load_unit(const Unit* from) {
     if constexpr (sizeof(Unit) == access_bytes) {

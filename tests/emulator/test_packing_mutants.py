@@ -46,18 +46,17 @@ def copy_with(folder, changes):
 def results(width, impl):
     """What packing gives for a layout with empty segments and a tensor that goes on behind its rows, and gradients."""
     torch.manual_seed(width)
-    layout = vk.SegmentLayout([[0, 3, 5], [1, 0, 4], [7, 0, 0], [0, 0, 0], [2, 6, 1]], capacity=31)
-    whole = torch.randn(1 + 5 * 7 * width)
-    padded = [whole[1:].view(5, 7, width), torch.randn(5, 6, width), torch.randn(5, 5, width)]
-    longer = torch.randn(40, width)
-    x = longer[:31].requires_grad_()
-    positions = torch.tensor([30, 4, 4, -1, 4, 9, 0])
+    layout = vk.SegmentLayout([[0, 3, 5], [1, 0, 4], [17, 0, 0], [0, 0, 0], [2, 12, 1]], capacity=48)
+    padded = [torch.randn(5, longest, width) for longest in (18, 12, 5)]
+    longer = torch.randn(60, width)
+    x = longer[:48].requires_grad_()
+    positions = torch.tensor([47, 4, 4, -1, 4, 9, 0])
     rows = vk.take_rows(x, positions, 8, impl=impl)
     mean = vk.segment_mean(x, layout, 1, impl=impl)
     streams = vk.take_segments(x, layout, ((2, 0), (1,)), impl=impl)
-    outputs = [vk.pack(padded, layout, impl=impl), *vk.unpack(x, layout, (7, 7, 7), impl=impl), rows, mean, *streams]
+    outputs = [vk.pack(padded, layout, impl=impl), *vk.unpack(x, layout, (18, 13, 7), impl=impl), rows, mean, *streams]
     gradients = [torch.autograd.grad(t, x, torch.randn(t.shape))[0] for t in (rows, mean)]
-    return [*outputs, *gradients, emulated_packing.take_rows(x.detach(), torch.tensor([31]), 1)]
+    return [*outputs, *gradients, emulated_packing.take_rows(x.detach(), torch.tensor([48]), 1)]
 
 
 def is_right(module, monkeypatch):
