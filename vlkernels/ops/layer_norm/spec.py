@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec
-from vlkernels.ops.layer_norm import functional, reference
+from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
+from vlkernels.ops.layer_norm import benchmarks, functional, peers, reference
 
 
 def _plain(fill: InputMaker) -> Arguments:
@@ -86,38 +81,6 @@ def without_bias(case: Case) -> Case:
     return Case(case.name, make)
 
 
-def _benchmark(rows: int, width: int, **options: float) -> Callable[[InputMaker], Arguments]:
-    def make(fill: InputMaker) -> Arguments:
-        data = {name: fill.normal(rows, width) for name in ("x", "residual")}
-        parameters = {name: fill.normal(width) for name in ("weight", "bias")}
-        if options:
-            parameters["linear_bias"] = fill.normal(width)
-        return {**data, **parameters, **options}
-
-    return make
-
-
-def _eager(x: Tensor, weight: Tensor, bias: Tensor, **fused: Any) -> Tensor:
-    """The same in plain PyTorch, with PyTorch's own dropout."""
-    if "linear_bias" in fused:
-        x = x + fused["linear_bias"]
-    x = F.dropout(x, fused.get("dropout_p", 0.0), training="dropout_p" in fused)
-    return F.layer_norm(fused["residual"] + x, x.shape[-1:], weight, bias)
-
-
-def _benchmark_rms(fill: InputMaker) -> Arguments:
-    return {"x": fill.normal(8192, 768), "weight": fill.normal(768), "residual": fill.normal(8192, 768)}
-
-
-def _eager_rms(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-    return F.rms_norm(residual + x, x.shape[-1:], weight, 1e-6)
-
-
-def _cost(x: Tensor, **_: Any) -> Cost:
-    unit = x.numel() * x.element_size()
-    return Cost(forward_bytes=4 * unit, backward_bytes=3 * unit)
-
-
 SPECS = (
     OpSpec(
         name="layer_norm",
@@ -126,13 +89,9 @@ SPECS = (
         implementations=functional.IMPLEMENTATIONS,
         cases=CASES,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        benchmarks={
-            "residual 8192x768": _benchmark(8192, 768),
-            "residual 2000x128": _benchmark(2000, 128),
-            "bias, dropout, residual 8192x768": _benchmark(8192, 768, dropout_p=0.1),
-        },
-        peers={"eager": _eager},
-        cost=_cost,
+        benchmarks=benchmarks.layer_norm(),
+        peers={"eager": peers.eager},
+        cost=benchmarks.cost,
     ),
     OpSpec(
         name="rms_norm",
@@ -141,8 +100,8 @@ SPECS = (
         implementations=functional.IMPLEMENTATIONS,
         cases=tuple(without_bias(case) for case in CASES),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        benchmarks={"residual 8192x768": _benchmark_rms},
-        peers={"eager": _eager_rms},
-        cost=_cost,
+        benchmarks=benchmarks.rms_norm(),
+        peers={"eager": peers.eager_rms},
+        cost=benchmarks.cost,
     ),
 )
