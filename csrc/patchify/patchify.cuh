@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(copy_threads, 4) patchify_kernel(const __grid_
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(copy_threads, 4) patchify_backward_kernel(const __grid_constant__ Divided<PatchifyBackward> divided) {
+__global__ void __launch_bounds__(copy_threads, 3) patchify_backward_kernel(const __grid_constant__ Divided<PatchifyBackward> divided) {
     using Pixels = Vector<T, V>;
     const PatchifyBackward& op = divided.op;
     const PatchGrid& grid = op.grid;

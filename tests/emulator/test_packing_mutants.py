@@ -26,11 +26,8 @@ MUTANTS = {
     "a run that ends a row late": (PACKING, "to, row, row + from.count};", "to, row, row + from.count + 1};"),
     "a unit of a row left out": (COPY, "begin < units; begin", "begin < units - 1; begin"),
     "padding that is copied": (PACKING, "if (position >= length) return {-1, rows - position};", ""),
-    "the padded row of another sample": (PACKING, "data += sample * parts.rows[part]", "data += parts.rows[part]"),
-    "a position beyond the tensor": (PACKING, "wanted.row >= rows", "wanted.row > rows"),
     "a repeated position left out": (SUMS, "last_at_most(sorted.count, row, at) + 1, to", "last_at_most(sorted.count, row, at), to"),
     "a dropped barrier": (SUMS, "= sum[k];\n        __syncthreads();", "= sum[k];"),
-    "the share of the sample before": (SUMS, "if (row >= gradient.end)", "if (row > gradient.end)"),
 }  # fmt: skip
 
 
