@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing]`: every declared benchmark, side by side with its peers.
+"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing]`: every declared benchmark, beside its peers.
 
 An op whose contract is red prints no time. A result is stored as soon as it is there, in benchmarks/results/<device>/<op>.jsonl
 with its provenance, so that a run that is cut off loses nothing, and the next one with --missing times the rest.
@@ -66,7 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {CARD_LIMIT_S} on a card")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     parser.add_argument("--missing", action="store_true", help="only rows without a result of this very source")
+    parser.add_argument("--list", action="store_true", help="print the rows and their peers, and time nothing")
     options = parser.parse_args(arguments)
+    chosen = [spec for spec in ops.specs() if not options.op or spec.name in options.op]
+    if options.list:
+        print(*(line for spec in chosen for line in listed(spec, options.device)), sep="\n")
+        return 0
     on_card = options.device == "cuda"
     if on_card and not torch.cuda.is_available():
         parser.error("no CUDA device here")
@@ -78,10 +83,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bfloat16 products {run.roof.flops / 1e12:.0f} TFLOP/s, copy {run.roof.bytes / 1e12:.2f} TB/s", flush=True)
     else:
         keep_large_blocks()
-    chosen = [spec for spec in ops.specs() if not options.op or spec.name in options.op]
     with run.card if on_card else contextlib.nullcontext():
         failed = sum(not run_op(spec, run) for spec in chosen)
     return 1 if failed else 0
+
+
+def listed(spec: OpSpec, device: str) -> list[str]:
+    return [
+        f"{spec.name}, {name}, {' and '.join(map(_short, benchmark.dtypes))}: beside {'; '.join(benchmark.peers)}"
+        for name, benchmark in benchmarks_of(spec, device).items()
+    ]
 
 
 def still_missing(spec: OpSpec, run: Run) -> dict[str, Benchmark]:
@@ -233,9 +244,9 @@ def variants(benchmark: Benchmark, arguments: dict[str, Any], run: Run) -> dict[
 
 
 def derive(timings: Timings, rivals: list[str], cost: Cost | None, roof_here: roof.Roof | None) -> dict[str, dict[str, Any]]:
-    """By direction: the best rival's time over ours, and of the work that must be done the rate and the share of what is possible.
+    """By direction: the best rival's time over ours, and of the work that must be done the rate and the share of the roof.
 
-    Where nothing but bytes must be moved, the rate is theirs, and the share is also that of a copy of as many bytes in this row.
+    Where bytes alone must move, the rate is theirs, and there is also the share of a copy of as many bytes, timed in this row.
     """
     found: dict[str, dict[str, Any]] = {}
     for part in DIRECTIONS:

@@ -1,4 +1,4 @@
-"""What the ops that only move bytes are timed beside: every row for a card runs here, small, and every peer computes the same."""
+"""What the ops that only move bytes are timed beside: each row for a card runs here, small, and its peers compute the same."""
 
 import dataclasses
 from pathlib import Path

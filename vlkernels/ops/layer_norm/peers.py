@@ -98,7 +98,7 @@ def apex_rms() -> Normed:
 
 
 def liger_rms() -> Normed:
-    """Liger's, or the one that adds a residual. By default both write their gradient over the cotangent, which is read again."""
+    """Liger's, or the one that adds a residual, not in place: that writes over the cotangent, which every round reads again."""
     functional = importlib.import_module("liger_kernel.transformers.functional")
 
     def call(x: Tensor, weight: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:

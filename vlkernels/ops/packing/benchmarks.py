@@ -69,7 +69,7 @@ def _rivals(builds: Mapping[str, Build], ours: Callable[..., Any]) -> dict[str, 
 CARD_PACK_PEERS = _rivals(
     {
         "cat + index_select, index ready": loaded(lambda: peers.cat_and_select, peers.with_rows),
-        "the same, torch.compile": compiled(loaded(lambda: peers.cat_and_select, peers.with_rows)),
+        "cat + index_select, compiled, index ready": compiled(loaded(lambda: peers.cat_and_select, peers.with_rows)),
         "UNITER's cat + gather, then unpad, indices ready": loaded(lambda: peers.uniter, peers.with_gather_index),
         "cat + flash-attn's unpad_input": loaded(peers.bert_padding_pack, peers.with_mask),
     },
@@ -78,7 +78,7 @@ CARD_PACK_PEERS = _rivals(
 CARD_UNPACK_PEERS = _rivals(
     {
         "zeros + index_copy, index ready": loaded(lambda: peers.zeros_and_copy, peers.with_padded_rows),
-        "the same, torch.compile": compiled(loaded(lambda: peers.zeros_and_copy, peers.with_padded_rows)),
+        "zeros + index_copy, compiled, index ready": compiled(loaded(lambda: peers.zeros_and_copy, peers.with_padded_rows)),
         "flash-attn's pad_input, index ready": loaded(peers.bert_padding_unpack, peers.with_padded_rows),
     },
     functional.unpack,
@@ -139,14 +139,15 @@ def _batches(
     make: Callable[[InputMaker, SegmentLayout, int], Arguments], beside: Mapping[str, Peer], shrink: int
 ) -> dict[str, Benchmark]:
     """The batches of a card; ``shrink`` makes them small, for a trial of the code."""
-    rows = {}
-    for position, (samples, width) in enumerate(CARD_BATCHES):
 
-        def of_batch(fill: InputMaker, samples: int = max(3, samples // shrink), width: int = max(8, width // shrink)) -> Arguments:
-            return make(fill, _lengths(fill, samples, (TEXT, IMAGE)), width)
+    def of(samples: int, width: int) -> Callable[[InputMaker], Arguments]:
+        return lambda fill: make(fill, _lengths(fill, samples, (TEXT, IMAGE)), width)
 
-        rows[f"{samples} x {TEXT // 5}..{TEXT} + {IMAGE // 5}..{IMAGE}, D{width}"] = _card(of_batch, position, beside)
-    return rows
+    lengths = " + ".join(f"{longest // 5}..{longest}" for longest in (TEXT, IMAGE))
+    return {
+        f"{samples} x {lengths}, D{width}": _card(of(max(3, samples // shrink), max(8, width // shrink)), position, beside)
+        for position, (samples, width) in enumerate(CARD_BATCHES)
+    }
 
 
 def _masked_rows(count: int, width: int) -> Callable[[InputMaker], Arguments]:

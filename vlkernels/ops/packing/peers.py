@@ -1,5 +1,7 @@
-"""Other people's ways to move rows. The first ones are given lengths and find their rows in every call; those of the second half
-have their masks and indices ready."""
+"""Other people's ways to move rows.
+
+Those that take a layout find their rows in every call; the others have their masks and indices ready, by a ``with_...``.
+"""
 
 from __future__ import annotations
 
