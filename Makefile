@@ -74,8 +74,8 @@ bench: setup
 	$(RUN) -m benchmarks.uniter_step
 
 bench-gpu: setup
-	$(RUN) -m benchmarks.host_cost --device cuda
 	$(RUN) -m benchmarks.run --device cuda $(BENCH)
+	$(RUN) -m benchmarks.host_cost --device cuda
 
 static: setup
 	$(RUN) -m benchmarks.static

@@ -117,13 +117,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
     op.row_scale = row_scale ? row_statistics(*row_scale, rows, "row_scale") : nullptr;
     op.dropout = dropout_of(rng_state, keys, stream, threshold, rows);
 
+    // Not is_fused(op): a tensor without elements has no address.
+    const bool kept = keep_sum && (residual || linear_bias || row_scale || op.dropout.threshold);
     Tensor y = new_like(x);
-    // Asked of the arguments: a tensor without elements has no address.
-    const bool fused = residual || linear_bias || row_scale || threshold;
-    Tensor z = fused && keep_sum ? new_like(x) : no_tensor(x);
+    Tensor z = kept ? new_like(x) : no_tensor(x);
     Tensor mean = new_float(x, {centered ? rows : 0}), rstd = new_float(x, {rows});
     op.y = y.mutable_data_ptr();
-    op.z = fused && keep_sum ? z.mutable_data_ptr() : nullptr;
+    op.z = kept ? z.mutable_data_ptr() : nullptr;
     op.mean = centered ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
     run(op, x);
@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     op.dropout = dropout_of(rng_state, keys, stream, threshold, rows);
     op.sum_dx = linear_bias.has_value();
 
-    const bool dx_differs = op.row_scale || op.dropout.threshold;
+    const bool dx_differs = row_scale.has_value() || op.dropout.threshold;
     Tensor dz = new_like(z);
     Tensor dx = dx_differs ? new_like(z) : no_tensor(z);
     op.dz = dz.mutable_data_ptr();
