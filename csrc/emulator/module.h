@@ -2,6 +2,9 @@
 // emulator know no tensors. A name that is missing is null, zero or absent.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "primitives/norm.h"
 #include "primitives/partial_rows.h"
@@ -17,6 +20,9 @@ class Fields {
 
     int64_t integer(const char* name) const {
         return fields_.contains(name) ? fields_[name].cast<int64_t>() : 0;
+    }
+    std::vector<int64_t> integers(const char* name) const {
+        return fields_.contains(name) ? fields_[name].cast<std::vector<int64_t>>() : std::vector<int64_t>{};
     }
     float number(const char* name) const { return fields_[name].cast<float>(); }
     Dtype dtype(const char* name) const { return static_cast<Dtype>(integer(name)); }
