@@ -7,6 +7,7 @@
 # make build      recompile the kernels, after an edit in csrc
 #
 # PYTHON   the interpreter .venv is made from (3.10 or later)
+# BENCH    more options of bench-gpu, which ends after eight minutes: --missing times the rows that are left, --op pack one op
 # SETUP=0  no .venv: use PYTHON as it is, with the versions it has; only the kernels are compiled, in place
 
 PYTHON ?= python3
@@ -72,7 +73,7 @@ bench: setup
 	$(RUN) -m benchmarks.uniter_step
 
 bench-gpu: setup
-	$(RUN) -m benchmarks.run --device cuda
+	$(RUN) -m benchmarks.run --device cuda $(BENCH)
 
 static: setup
 	$(RUN) -m benchmarks.static

@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = ("benchmarks", "csrc", "vlkernels")
-PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
+PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "liger-kernel", "quack-kernels")
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -43,6 +43,14 @@ def store(name: str, row: dict[str, Any], device: str, folder: Path = RESULTS) -
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({**row, **provenance(device)}) + "\n")
+
+
+def stored(name: str, device: str, folder: Path = RESULTS) -> set[tuple[str, str]]:
+    """``(benchmark, dtype)`` of the results that this very source, torch and Triton gave on such a device."""
+    path = folder / device_folder(device) / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    here = source_digest(), torch.__version__, _version("triton")
+    return {(row["benchmark"], row["dtype"]) for row in rows if (row.get("source"), row["torch"], row["triton"]) == here}
 
 
 def device_folder(device: str) -> str:

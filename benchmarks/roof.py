@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.timing import interleaved
+from benchmarks.timing import Parts, interleaved
+from vlkernels.core.spec import Cost
 
 
 @dataclass(frozen=True)
@@ -29,3 +31,25 @@ def measure(device: str, dtype: torch.dtype, side: int = 8192, copied: int = 2**
     calls = {"product": lambda: torch.mm(left, right, out=product), "copy": lambda: target.copy_(source)}
     taken = interleaved(calls, device, budget_s=1.0)
     return Roof(flops=2 * side**3 / taken["product"].median, bytes=2 * copied / taken["copy"].median)
+
+
+class Copies:
+    """A copy for each direction of a call, reading and writing together as many bytes as the call must move."""
+
+    rival = False
+
+    def __init__(self, cost: Cost, device: str):
+        self._parts = {
+            part: _copy(moved, device)
+            for part, moved in {"forward": cost.forward_bytes, "backward": cost.backward_bytes}.items()
+            if moved
+        }
+
+    def parts(self) -> Parts:
+        return self._parts
+
+
+def _copy(moved: int, device: str) -> Callable[[], object]:
+    source = torch.zeros(max(1, moved // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME]`: every declared benchmark, side by side with its peers.
+"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing]`: every declared benchmark, beside its peers.
 
 An op whose contract is red prints no time. A result is stored as soon as it is there, in benchmarks/results/<device>/<op>.jsonl
-with its provenance, so that a run that is cut off loses nothing.
+with its provenance, so that a run that is cut off loses nothing, and the next one with --missing times the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from typing import Any
 import torch
 
 from benchmarks import roof
-from benchmarks.provenance import RESULTS, CardLog, store
+from benchmarks.provenance import RESULTS, CardLog, store, stored
 from benchmarks.timing import Parts, Timing, interleaved_parts
 from engine.training.host_memory import keep_large_blocks
 from vlkernels import ops
 from vlkernels.core.spec import Benchmark, Cost, InputMaker, OpSpec, Peer
 from vlkernels.testing import contract
-from vlkernels.testing.arguments import cotangents, differentiable_tensors, floating_outputs
+from vlkernels.testing.arguments import differentiable_tensors, floating_outputs
 
 DIRECTIONS = ("forward", "backward")
+COPY = "copy of as many bytes"
 # A run on a card ends before this many seconds, whatever is left to time.
 CARD_LIMIT_S = 480.0
 
@@ -42,17 +43,19 @@ class Run:
     budget_s: float
     results: Path
     ends: float = float("inf")
+    only_missing: bool = False
     roof: roof.Roof | None = None
     card: CardLog = field(default_factory=CardLog)
-    told: set[str] = field(default_factory=set)
+    absent: dict[str, str] = field(default_factory=dict)
 
     def is_over(self) -> bool:
         return time.monotonic() > self.ends
 
-    def tell_once(self, line: str) -> None:
-        if line not in self.told:
-            self.told.add(line)
-            print(line, flush=True)
+    def tell_absent(self, peer: str, reason: str) -> None:
+        """Why a peer does not run here: kept with the row, printed once."""
+        if self.absent.get(peer) != reason:
+            print(f"  {peer} does not run here: {reason}", flush=True)
+        self.absent[peer] = reason
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,12 +65,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=2.0, help="seconds of measuring per benchmark and dtype")
     parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {CARD_LIMIT_S} on a card")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
+    parser.add_argument("--missing", action="store_true", help="only rows without a result of this very source")
     options = parser.parse_args(arguments)
     on_card = options.device == "cuda"
     if on_card and not torch.cuda.is_available():
         parser.error("no CUDA device here")
     limit = options.limit_s if options.limit_s is not None else CARD_LIMIT_S if on_card else float("inf")
-    run = Run(options.device, options.budget_s, options.results, ends=time.monotonic() + limit)
+    ends = time.monotonic() + limit
+    run = Run(options.device, options.budget_s, options.results, ends, only_missing=options.missing)
     if on_card:
         run.roof = roof.measure("cuda", torch.bfloat16)
         print(f"bfloat16 products {run.roof.flops / 1e12:.0f} TFLOP/s, copy {run.roof.bytes / 1e12:.2f} TB/s", flush=True)
@@ -77,6 +82,19 @@ def main(arguments: list[str] | None = None) -> int:
     with run.card if on_card else contextlib.nullcontext():
         failed = sum(not run_op(spec, run) for spec in chosen)
     return 1 if failed else 0
+
+
+def still_missing(spec: OpSpec, run: Run) -> dict[str, Benchmark]:
+    """The benchmarks of this run, each with the dtypes that are to be timed."""
+    benchmarks = benchmarks_of(spec, run.device)
+    if not run.only_missing:
+        return benchmarks
+    there = stored(spec.name, run.device, run.results)
+    left = {
+        name: replace(benchmark, dtypes=[dtype for dtype in benchmark.dtypes if (name, str(dtype)) not in there])
+        for name, benchmark in benchmarks.items()
+    }
+    return {name: benchmark for name, benchmark in left.items() if benchmark.dtypes}
 
 
 def benchmarks_of(spec: OpSpec, device: str) -> dict[str, Benchmark]:
@@ -93,7 +111,7 @@ def benchmarks_of(spec: OpSpec, device: str) -> dict[str, Benchmark]:
 
 def run_op(spec: OpSpec, run: Run) -> bool:
     """Time one op; ``False`` when its contract is red, and then no time is printed, or when a benchmark failed."""
-    benchmarks = benchmarks_of(spec, run.device)
+    benchmarks = still_missing(spec, run)
     if not benchmarks:
         return True
     if run.is_over():
@@ -102,8 +120,8 @@ def run_op(spec: OpSpec, run: Run) -> bool:
     dtypes = sorted({dtype for benchmark in benchmarks.values() for dtype in benchmark.dtypes}, key=str)
     try:
         verify(spec, dtypes, run.device)
-    except AssertionError as error:
-        print(f"{spec.name}: contract is red, not timed: {error}", flush=True)
+    except Exception as error:  # whatever a kernel fails with
+        print(f"{spec.name}: contract is red, not timed: {_first_line(error)}", flush=True)
         return False
     return all([run_benchmark(spec, name, benchmark, run) for name, benchmark in benchmarks.items()])
 
@@ -123,7 +141,7 @@ def run_benchmark(spec: OpSpec, name: str, benchmark: Benchmark, run: Run) -> bo
             continue
         try:
             row = timed(spec, name, benchmark, dtype, run)
-        except (NotImplementedError, RuntimeError, ValueError) as reason:
+        except Exception as reason:
             print(f"{spec.name}, {name}, {_short(dtype)}: FAILED: {_first_line(reason)}", flush=True)
             return False
         store(spec.name, row, run.device, run.results)
@@ -135,13 +153,17 @@ def run_benchmark(spec: OpSpec, name: str, benchmark: Benchmark, run: Run) -> bo
 def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run: Run) -> dict[str, Any]:
     """One row: the times of everybody, printed and returned."""
     arguments = benchmark.make(InputMaker(dtype, run.device))
-    calls = variants(benchmark, arguments, run)
+    cost = spec.cost(**arguments) if spec.cost else None
+    calls: dict[str, Step | roof.Copies] = {**variants(benchmark, arguments, run)}
+    absent = {peer: run.absent[peer] for peer in benchmark.peers if peer not in calls}
+    peak_bytes = {variant: step.peak_bytes() for variant, step in calls.items()} if run.device == "cuda" else None
+    if cost is not None and cost.forward_bytes and not cost.forward_flops:
+        calls[COPY] = roof.Copies(cost, run.device)
     run.card.take()
     timings = interleaved_parts({variant: step.parts() for variant, step in calls.items()}, run.device, run.budget_s)
     card = run.card.take()
-    cost = spec.cost(**arguments) if spec.cost else None
     derived = derive(timings, [variant for variant, step in calls.items() if step.rival], cost, run.roof)
-    show(f"{spec.name}, {name}, {_short(dtype)}", timings, derived)
+    show(f"{spec.name}, {name}, {_short(dtype)}", timings, derived, peak_bytes)
     return {
         "op": spec.name,
         "benchmark": name,
@@ -150,6 +172,8 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
         **{part: {v: asdict(parts[part]) for v, parts in timings.items() if part in parts} for part in DIRECTIONS},
         "cost": asdict(cost) if cost else None,
         "derived": derived,
+        "peak_bytes": peak_bytes,
+        "absent": absent,
         "roof": asdict(run.roof) if run.roof else None,
         "card": card,
     }
@@ -170,9 +194,20 @@ class Step:
     def trial(self) -> Step:
         """Run it once: what cannot run raises here, and whether there is something to differentiate is known afterwards."""
         self.forward()
-        self._upstream = cotangents(self._outputs)
+        generators = [torch.Generator(t.device).manual_seed(7) for t in self._outputs]
+        self._upstream = [
+            torch.randn(t.shape, generator=g, device=t.device, dtype=t.dtype) for t, g in zip(self._outputs, generators)
+        ]
         self.backward()
         return self
+
+    def peak_bytes(self) -> int:
+        """The most that a forward and backward hold at once on the card, beside what is there before."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for part in self.parts().values():
+            part()
+        return torch.cuda.max_memory_allocated() - before
 
     def forward(self) -> None:
         self._outputs = [t for t in floating_outputs(self._call()) if t.requires_grad]
@@ -192,22 +227,30 @@ def variants(benchmark: Benchmark, arguments: dict[str, Any], run: Run) -> dict[
                 steps[name] = Step(*peer.prepare(**arguments), rival=peer.rival).trial()
             else:
                 steps[name] = Step(partial(peer, **arguments), inputs, rival=name != "reference").trial()
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as reason:
-            run.tell_once(f"  {name} does not run here: {_first_line(reason)}")
+        except Exception as reason:  # other people's code: whatever it fails with, the others are timed
+            run.tell_absent(name, _first_line(reason))
     return steps
 
 
 def derive(timings: Timings, rivals: list[str], cost: Cost | None, roof_here: roof.Roof | None) -> dict[str, dict[str, Any]]:
-    """By direction: TFLOP/s over the work that must be done, share of the roof, and the best rival's time over ours."""
+    """By direction: the best rival's time over ours, and of the work that must be done the rate and the share of the roof.
+
+    Where bytes alone must move, the rate is theirs, and there is also the share of a copy of as many bytes, timed in this row.
+    """
     found: dict[str, dict[str, Any]] = {}
     for part in DIRECTIONS:
         seconds = {variant: parts[part].median for variant, parts in timings.items() if part in parts}
+        flops, moved = (getattr(cost, f"{part}_{work}") if cost else 0 for work in ("flops", "bytes"))
         own: dict[str, Any] = {}
-        if cost is not None and (flops := getattr(cost, f"{part}_flops")):
+        if flops:
             own["tflops"] = {variant: flops / taken / 1e12 for variant, taken in seconds.items()}
-            if roof_here:
-                least = roof_here.seconds(flops, getattr(cost, f"{part}_bytes"))
-                own["share_of_roof"] = {variant: least / taken for variant, taken in seconds.items()}
+        elif moved:
+            own["gb_per_s"] = {variant: moved / taken / 1e9 for variant, taken in seconds.items()}
+        if COPY in seconds:
+            own["share_of_copy"] = {variant: seconds[COPY] / taken for variant, taken in seconds.items()}
+        if roof_here and (flops or moved):
+            least = roof_here.seconds(flops, moved)
+            own["share_of_roof"] = {variant: least / taken for variant, taken in seconds.items()}
         there = [variant for variant in rivals if variant in seconds]
         if there and "vlkernels" in seconds:
             best = min(there, key=seconds.__getitem__)
@@ -216,14 +259,18 @@ def derive(timings: Timings, rivals: list[str], cost: Cost | None, roof_here: ro
     return found
 
 
-def show(title: str, timings: Timings, derived: Mapping[str, Mapping[str, Any]]) -> None:
+def show(
+    title: str, timings: Timings, derived: Mapping[str, Mapping[str, Any]], peak_bytes: Mapping[str, int] | None = None
+) -> None:
     print(title)
-    ours = timings["vlkernels"]
+    ours, widest = timings["vlkernels"], max(map(len, timings))
     for variant, parts in timings.items():
         columns = [_column(part, parts[part], variant, derived[part]) for part in DIRECTIONS if part in parts]
         if parts.keys() == ours.keys():
             columns.append(f"{parts['total'].median / ours['total'].median:6.2f}x")
-        print(f"  {variant:<24} {' | '.join(columns)}")
+        if peak_bytes and variant in peak_bytes:
+            columns.append(f"peak {peak_bytes[variant] / 2**20:,.0f} MiB")
+        print(f"  {variant:<{widest}} {' | '.join(columns)}")
     for part in DIRECTIONS:
         if best := derived[part].get("best_peer"):
             print(f"  {part}: the best peer, {best['name']}, takes {best['times_ours']:.2f} times as long")
@@ -232,8 +279,12 @@ def show(title: str, timings: Timings, derived: Mapping[str, Mapping[str, Any]])
 
 def _column(part: str, timing: Timing, variant: str, derived: Mapping[str, Any]) -> str:
     column = f"{part} {timing.median * 1e3:9.3f} ms [{timing.low * 1e3:.3f}, {timing.high * 1e3:.3f}]"
-    if "share_of_roof" in derived:
-        column += f" {derived['tflops'][variant]:4.0f} TFLOP/s {derived['share_of_roof'][variant]:4.0%}"
+    for rate, unit in (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s")):
+        if rate in derived:
+            column += f" {derived[rate][variant]:5.0f} {unit}"
+    for share, of in (("share_of_copy", "copy"), ("share_of_roof", "roof")):
+        if share in derived:
+            column += f" {derived[share][variant]:4.0%} of {of}"
     return column if timing.host is None else f"{column} host {timing.host * 1e6:4.0f} us"
 
 

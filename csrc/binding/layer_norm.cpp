@@ -22,6 +22,17 @@ bool can_stream(const Tensor& tensor) {
 
 int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
+// Rows without columns are rows too.
+int64_t rows_of(const Tensor& x) {
+    int64_t rows = 1;
+    for (int64_t dim = 0; dim < x.dim() - 1; ++dim) rows *= x.size(dim);
+    return rows;
+}
+
+void check_bias(bool centered, const OptionalTensor& bias) {
+    STD_TORCH_CHECK(centered || !bias, "a norm that is not centered has no bias");
+}
+
 // The gradients of weight, bias and linear_bias; empty where there is no such parameter.
 using ParameterGradients = std::array<Tensor, 3>;
 using Parameters = std::array<OptionalTensor, 3>;
@@ -84,14 +95,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
                                                    const OptionalTensor& weight, const OptionalTensor& bias,
                                                    const OptionalTensor& rng_state,
                                                    const OptionalTensor& keys, int64_t stream,
-                                                   int64_t threshold, double eps, bool keep_sum) {
+                                                   int64_t threshold, double eps, bool keep_sum,
+                                                   bool centered) {
     check_same_device(x, {residual, linear_bias, row_scale, weight, bias, rng_state, keys});
     check_contiguous(x, "x");
-    const int64_t width = width_of(x), rows = width ? x.numel() / width : 0;
+    check_bias(centered, bias);
+    const int64_t width = width_of(x), rows = rows_of(x);
     LayerNormForward op{};
     op.dtype = dtype_of(x, "x");
     op.width = width;
-    op.rows = rows;
+    op.rows = width ? rows : 0;
     op.eps = static_cast<float>(eps);
     op.x = x.const_data_ptr();
     op.residual = data_like(residual, x, "residual");
@@ -103,10 +116,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
 
     Tensor y = torch::stable::empty_like(x);
     Tensor z = is_fused(op) && keep_sum ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-    Tensor mean = new_float(x, {rows}), rstd = new_float(x, {rows});
+    Tensor mean = new_float(x, {centered ? rows : 0}), rstd = new_float(x, {rows});
     op.y = y.mutable_data_ptr();
     op.z = is_fused(op) && keep_sum ? z.mutable_data_ptr() : nullptr;
-    op.mean = static_cast<float*>(mean.mutable_data_ptr());
+    op.mean = centered ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
     run(op, x, z);
     return {y, z, mean, rstd};
@@ -114,21 +127,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
 
 template <auto run>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dy, const OptionalTensor& dsum, const Tensor& z, const Tensor& mean, const Tensor& rstd,
+    const Tensor& dy, const OptionalTensor& dsum, const Tensor& z, const OptionalTensor& mean, const Tensor& rstd,
     const OptionalTensor& linear_bias, const OptionalTensor& row_scale, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& rng_state, const OptionalTensor& keys, int64_t stream,
     int64_t threshold) {
     check_same_device(z, {dy, dsum, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys});
     check_contiguous(z, "z");
-    const int64_t width = width_of(z), rows = width ? z.numel() / width : 0;
+    check_bias(mean.has_value(), bias);
+    const int64_t width = width_of(z), rows = rows_of(z);
     LayerNormBackward op{};
     op.dtype = dtype_of(z, "z");
     op.width = width;
-    op.rows = rows;
+    op.rows = width ? rows : 0;
     op.dy = data_like(dy, z, "dy");
     op.dsum = data_like(dsum, z, "dsum");
     op.z = z.const_data_ptr();
-    op.mean = row_statistics(mean, rows, "mean");
+    op.mean = mean ? row_statistics(*mean, rows, "mean") : nullptr;
     op.rstd = row_statistics(rstd, rows, "rstd");
     op.weight = parameter(weight, width, "weight");
     op.row_scale = row_scale ? row_statistics(*row_scale, rows, "row_scale") : nullptr;

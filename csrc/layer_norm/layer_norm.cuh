@@ -1,4 +1,4 @@
-// The CUDA kernels of LayerNorm: a row lies in the registers of the threads that share it, and every tensor is
+// The CUDA kernels of LayerNorm and RMSNorm: a row lies in the registers of the threads that share it, and every tensor is
 // read and written once. Compiled by nvcc from layer_norm.cu and by the emulator.
 #pragma once
 #include "layer_norm/layer_norm_plan.h"
@@ -11,7 +11,7 @@
 
 namespace vlk {
 
-// z from x, rounded as it is stored: y is the LayerNorm of exactly that z.
+// z from x, rounded as it is stored: y is the norm of exactly that z.
 template <typename T, int V, int N>
 __device__ __forceinline__ void build_sum(const LayerNormForward& op, uint32_t kept, int64_t row,
                                           HeldRow<T, V, N>& residual, float (&z)[N][V]) {
@@ -64,11 +64,8 @@ __device__ __forceinline__ void forward_row(const LayerNormForward& op, const Dr
     float z[N][V];
     for_groups<V, N>([&](int k, int) { widen<T, V>(x.at[k], z[k]); });
     if (is_fused(op)) build_sum<T, V, N>(op, kept, row, residual, z);
-    const Moments m = moments<V, N>(z, true, width, op.eps, team);
-    if (threadIdx.x == 0) {
-        op.mean[row] = m.mean;
-        op.rstd[row] = m.rstd;
-    }
+    const Moments m = moments<V, N>(z, op.mean, width, op.eps, team);
+    if (threadIdx.x == 0) keep_moments(op, row, m);
     write_norm<T, V, N>(op, m, row, z);
 }
 
@@ -93,7 +90,7 @@ __device__ __forceinline__ void backward_row(const LayerNormBackward& op, const 
     z.load(op.z, start, width);
     if (op.dsum && early<V>) dsum.load(op.dsum, start, width);
     const uint32_t kept = op.dropout.threshold ? draw.kept_columns<V, N>(row, width) : 0;
-    const Moments m{op.mean[row], op.rstd[row]};
+    const Moments m = moments_of(op, row);
     const auto xhat = [&](int k, int i) { return (to_float(z.at[k].at[i]) - m.mean) * m.rstd; };
     float g[N][V];
     for_groups<V, N>([&](int k, int) { widen<T, V>(dy.at[k], g[k]); });
@@ -111,7 +108,7 @@ __device__ __forceinline__ void backward_row(const LayerNormBackward& op, const 
         means[1] += g[k][i] * xhat(k, i);
     });
     team.sum(means);
-    means[0] /= static_cast<float>(width);
+    means[0] = op.mean ? means[0] / static_cast<float>(width) : 0.0f;
     means[1] /= static_cast<float>(width);
     for_held<V, N>([&](int k, int i) { g[k][i] = (g[k][i] - means[0] - xhat(k, i) * means[1]) * m.rstd; });
     if (op.dsum) {
@@ -135,6 +132,7 @@ __device__ __forceinline__ void write_partial_row(const LayerNormBackward& op, c
     float* partial = op.partials + static_cast<int64_t>(blockIdx.x) * 3 * width;
 #pragma unroll
     for (int part = 0; part < 3; ++part) {
+        if (part == 1 && !op.mean) continue;
         if (part == 2 && !op.sum_dx) return;
         write_block_sum<V, N>(sums[part], width, partial + part * width);
     }
@@ -156,13 +154,17 @@ __global__ void __launch_bounds__(backward_threads(V, N), 1)
 template <typename Launch>
 void launch_layer_norm_forward(const LayerNormForward& op, const Launch& launch) {
     const RowPlan plan = plan_forward(op);
-    if (plan.blocks == 0) return;
-    visit_shape(op.dtype, plan, [&](auto shape) {
-        using S = decltype(shape);
-        launch(layer_norm_forward_kernel<typename S::Element, S::columns, S::vectors>,
-               dim3(static_cast<unsigned>(plan.blocks)), dim3(plan.threads, plan.rows_per_block),
-               plan.shared_bytes, op);
-    });
+    const dim3 grid(static_cast<unsigned>(plan.blocks)), block(plan.threads, plan.rows_per_block);
+    if (plan.blocks > 0 && plan.vectors > 0)
+        visit_shape(op.dtype, plan, [&](auto shape) {
+            using S = decltype(shape);
+            launch(layer_norm_forward_kernel<typename S::Element, S::columns, S::vectors>, grid, block,
+                   plan.shared_bytes, op);
+        });
+    else if (plan.blocks > 0)
+        visit_element(op.dtype, [&](auto element) {
+            launch(layer_norm_forward_wide_kernel<decltype(element)>, grid, block, plan.shared_bytes, op);
+        });
 }
 
 // The gradients of weight, bias and linear_bias come from op.partials by a launch of their own.
@@ -173,9 +175,8 @@ void launch_layer_norm_backward(const LayerNormBackward& op, const PartialRows<3
     if (plan.blocks > 0 && plan.vectors > 0)
         visit_shape(op.dtype, plan, [&](auto shape) {
             using S = decltype(shape);
-            if constexpr (S::columns > 1 || S::vectors < 32)  // a row that takes more is not held
-                launch(layer_norm_backward_kernel<typename S::Element, S::columns, S::vectors>, grid, block,
-                       plan.shared_bytes, op);
+            launch(layer_norm_backward_kernel<typename S::Element, S::columns, S::vectors>, grid, block,
+                   plan.shared_bytes, op);
         });
     else if (plan.blocks > 0)
         visit_columns(op.dtype, plan, [&](auto shape) {

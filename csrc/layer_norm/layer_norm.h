@@ -1,11 +1,12 @@
-// What a LayerNorm takes and gives, for the kernels of every device and their bindings.
+// What a LayerNorm or an RMSNorm takes and gives, for the kernels of every device and their bindings. An RMSNorm is
+// a LayerNorm that is not centered: `mean` is null, and there is no bias.
 #pragma once
 #include "primitives/norm.h"
 #include "primitives/philox.h"
 
 namespace vlk {
 
-// z = residual + row_scale * dropout(x + linear_bias), y = LN(z).
+// z = residual + row_scale * dropout(x + linear_bias), y = the norm of z.
 // x, residual, z, y and their gradients share `dtype`.
 struct LayerNormForward {
     Dtype dtype;
@@ -19,7 +20,7 @@ struct LayerNormForward {
     void* y;
     void* z;                  // null: not kept
     bool stream_z;            // z is too large to be in a cache still when the backward reads it
-    float* mean;
+    float* mean;              // null: not centered
     float* rstd;
 };
 
@@ -34,7 +35,7 @@ struct LayerNormBackward {
     const void* dy;
     const void* dsum;         // gradient of the returned sum; null: none
     const void* z;
-    const float* mean;
+    const float* mean;        // null: not centered
     const float* rstd;
     Parameter weight;
     const float* row_scale;

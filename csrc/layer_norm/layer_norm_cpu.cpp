@@ -5,8 +5,8 @@
 namespace vlk::VLK_ISA {
 namespace {
 
-// Writes the row of z, rounded as it is stored, and returns the sum of what was written: y is the LayerNorm
-// of exactly that z.
+// Writes the row of z, rounded as it is stored, and returns the sum of what was written: y is the norm of
+// exactly that z.
 template <typename T>
 float write_sum_row(const LayerNormForward& op, const float* linear_bias, const DropoutRow& dropped,
                     int64_t row, T* z) {
@@ -35,7 +35,7 @@ void forward_rows(const LayerNormForward& op, int64_t first_row, int64_t last_ro
     Scratch<T> apart(fused && !in_place ? op.width : 0);
     for (int64_t row = first_row; row < last_row; ++row) {
         const T* z = static_cast<const T*>(op.x) + row * op.width;
-        float sum;
+        float sum = 0.0f;
         if (fused) {
             if (op.dropout.threshold) dropped.draw(row);
             T* kept = op.z ? static_cast<T*>(op.z) + row * op.width : nullptr;
@@ -43,11 +43,11 @@ void forward_rows(const LayerNormForward& op, int64_t first_row, int64_t last_ro
             sum = write_sum_row(op, linear_bias.get(), dropped, row, written);
             if (op.stream_z) stream(kept, written, op.width * sizeof(T));
             z = written;
-        } else {
+        } else if (op.mean) {
             sum = row_sum(z, op.width);
         }
-        const Moments m = moments(z, sum, op.width, op.eps);
-        op.mean[row] = m.mean;
+        const Moments m = op.mean ? moments(z, sum, op.width, op.eps) : root_mean_square(z, op.width, op.eps);
+        if (op.mean) op.mean[row] = m.mean;
         op.rstd[row] = m.rstd;
         T* y = static_cast<T*>(op.y) + row * op.width;
         for_chunks(op.width, [&](int64_t column, auto chunk, int) {
@@ -56,6 +56,10 @@ void forward_rows(const LayerNormForward& op, int64_t first_row, int64_t last_ro
         });
     }
     if (op.stream_z) finish_streams();
+}
+
+Moments moments_of(const LayerNormBackward& op, int64_t row) {
+    return {op.mean ? op.mean[row] : 0.0f, op.rstd[row]};
 }
 
 // Writes the rows of dz and dx; adds dx to the partial row of dlinear_bias.
@@ -68,7 +72,7 @@ void write_gradient_row(const LayerNormBackward& op, const float* weight, const 
     const T* dsum = op.dsum ? static_cast<const T*>(op.dsum) + start : nullptr;
     T* dz = static_cast<T*>(op.dz) + start;
     T* dx = op.dx ? static_cast<T*>(op.dx) + start : nullptr;
-    const Moments m{op.mean[row], op.rstd[row]};
+    const Moments m = moments_of(op, row);
     const float scale = keep_scale(op.dropout) * (op.row_scale ? op.row_scale[row] : 1.0f);
     for_chunks(op.width, [&](int64_t column, auto chunk, int) {
         Floats gradient =
@@ -95,10 +99,11 @@ void backward_chunks(const LayerNormBackward& op, int64_t first_chunk, int64_t l
         std::memset(dweight, 0, 3 * op.width * sizeof(float));
         const int64_t last_row = chunk_start(chunk + 1, op.num_chunks, op.rows);
         for (int64_t row = chunk_start(chunk, op.num_chunks, op.rows); row < last_row; ++row) {
-            const Moments m{op.mean[row], op.rstd[row]};
+            const Moments m = moments_of(op, row);
             const T* dy = static_cast<const T*>(op.dy) + row * op.width;
             const T* z = static_cast<const T*>(op.z) + row * op.width;
-            const Projection p = project(dy, z, m, weight.get(), dweight, dbias, op.width);
+            Projection p = project(dy, z, m, weight.get(), dweight, dbias, op.width);
+            if (!op.mean) p.gradient = 0.0f;
             if (op.dropout.threshold) dropped.draw(row);
             write_gradient_row<T>(op, weight.get(), dropped, row, p, dlinear_bias);
         }

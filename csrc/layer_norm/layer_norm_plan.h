@@ -1,5 +1,5 @@
-// How the CUDA kernels divide a LayerNorm: a pure function of the shape, the dtype and the alignment, which the
-// launcher and the emulator both follow. MATH.md of the op says why these numbers.
+// How the CUDA kernels divide a LayerNorm or an RMSNorm: a pure function of the shape, the dtype and the alignment,
+// which the launcher and the emulator both follow. MATH.md of the op says why these numbers.
 #pragma once
 #include "layer_norm/layer_norm.h"
 #include "primitives/row_plan.h"
@@ -12,6 +12,7 @@ inline RowPlan plan_forward(const LayerNormForward& op) {
     constexpr int64_t most_blocks = 1 << 20;
     const bool aligned = is_aligned({op.x, op.residual, op.linear_bias.data, op.weight.data, op.bias.data, op.y, op.z});
     RowPlan plan = held_row(op.width, columns_at_once(op.dtype, op.width, aligned));
+    if (plan.vectors == 0) plan.shared_bytes = op.width * static_cast<int64_t>(sizeof(float));
     plan.rows_per_block = plan.threads == 32 ? 4 : 1;
     plan.blocks = blocks_for(op.rows, plan.rows_per_block, most_blocks);
     return plan;

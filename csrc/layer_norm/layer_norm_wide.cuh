@@ -1,13 +1,24 @@
-// The backward of LayerNorm for rows too wide to lie in registers beside three sums. A block takes a row at a time
-// and reads it twice, the second time from a cache. Its sums of dweight and dbias lie in shared memory, that of
-// dlinear_bias in its partial row: every column belongs to one thread, which alone touches its sums.
+// Rows that do not lie in registers; a block takes one at a time, and every column belongs to one thread.
+//
+// The forward of single columns keeps z in shared memory. The backward, whose sums have no room beside a row, reads
+// it twice, the second time from a cache: its sums of dweight and dbias lie in shared memory, that of dlinear_bias
+// in its partial row.
 #pragma once
 #include "layer_norm/layer_norm_plan.h"
 #include "primitives/device_dropout.cuh"
-#include "primitives/held_row.cuh"
+#include "primitives/moments.cuh"
 #include "primitives/moments.cuh"
 
 namespace vlk {
+
+__device__ __forceinline__ void keep_moments(const LayerNormForward& op, int64_t row, Moments m) {
+    if (op.mean) op.mean[row] = m.mean;
+    op.rstd[row] = m.rstd;
+}
+
+__device__ __forceinline__ Moments moments_of(const LayerNormBackward& op, int64_t row) {
+    return {op.mean ? op.mean[row] : 0.0f, op.rstd[row]};
+}
 
 __device__ __forceinline__ float row_factor(const Dropout& dropout, const float* row_scale, int64_t row) {
     return keep_scale(dropout) * (row_scale ? row_scale[row] : 1.0f);
@@ -17,6 +28,58 @@ __device__ __forceinline__ float row_factor(const Dropout& dropout, const float*
 template <int V, typename Work>
 __device__ __forceinline__ void for_own_columns(int width, const Work& work) {
     for (int column = threadIdx.x * V; column < width; column += blockDim.x * V) work(column);
+}
+
+// z of one column, rounded as it is stored.
+template <typename T>
+__device__ __forceinline__ float wide_sum(const LayerNormForward& op, const DropoutDraw& draw, int64_t row, int column) {
+    const int64_t at = row * op.width + column;
+    float z[1], bias[1];
+    load_floats<T, 1>(static_cast<const T*>(op.x) + at, z);
+    if (!is_fused(op)) return z[0];
+    if (op.linear_bias.data) {
+        load_parameter<T, 1>(op.linear_bias, column, bias);
+        z[0] += bias[0];
+    }
+    if (op.dropout.threshold) z[0] = draw.kept_group<1>(row, column) ? z[0] : 0.0f;
+    z[0] *= row_factor(op.dropout, op.row_scale, row);
+    if (op.residual) z[0] += to_float(static_cast<const T*>(op.residual)[at]);
+    const T rounded = from_float<T>(z[0]);
+    if (op.z) static_cast<T*>(op.z)[at] = rounded;
+    return to_float(rounded);
+}
+
+template <typename T>
+__device__ __forceinline__ void write_wide_norm(const LayerNormForward& op, Moments m, int64_t row, int column, float z) {
+    float y = (z - m.mean) * m.rstd, parameter[1];
+    if (op.weight.data) {
+        load_parameter<T, 1>(op.weight, column, parameter);
+        y *= parameter[0];
+    }
+    if (op.bias.data) {
+        load_parameter<T, 1>(op.bias, column, parameter);
+        y += parameter[0];
+    }
+    static_cast<T*>(op.y)[row * op.width + column] = from_float<T>(y);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(most_threads) layer_norm_forward_wide_kernel(const LayerNormForward op) {
+    VLK_DYNAMIC_SHARED(z);
+    const int width = static_cast<int>(op.width);
+    RowTeam team;
+    const DropoutDraw draw(op.dropout);
+    for (int64_t row = blockIdx.x; row < op.rows; row += gridDim.x) {
+        float sum[1] = {0.0f}, squares[1] = {0.0f};
+        for_own_columns<1>(width, [&](int column) { sum[0] += z[column] = wide_sum<T>(op, draw, row, column); });
+        team.sum(sum);
+        const float mean = op.mean ? sum[0] / static_cast<float>(width) : 0.0f;
+        for_own_columns<1>(width, [&](int column) { squares[0] += (z[column] - mean) * (z[column] - mean); });
+        team.sum(squares);
+        const Moments m{mean, rstd_of(squares[0], width, op.eps)};
+        if (threadIdx.x == 0) keep_moments(op, row, m);
+        for_own_columns<1>(width, [&](int column) { write_wide_norm<T>(op, m, row, column, z[column]); });
+    }
 }
 
 // g = dy * weight and xhat of one group.
@@ -53,7 +116,7 @@ __device__ __forceinline__ void wide_means(const LayerNormBackward& op, int64_t 
         }
     });
     team.sum(means);
-    means[0] /= static_cast<float>(width);
+    means[0] = op.mean ? means[0] / static_cast<float>(width) : 0.0f;
     means[1] /= static_cast<float>(width);
 }
 
@@ -94,7 +157,7 @@ __global__ void __launch_bounds__(most_threads) layer_norm_backward_wide_kernel(
     RowTeam team;
     const DropoutDraw draw(op.dropout);
     for (int64_t row = blockIdx.x; row < op.rows; row += gridDim.x) {
-        const Moments m{op.mean[row], op.rstd[row]};
+        const Moments m = moments_of(op, row);
         float means[2] = {0.0f, 0.0f};
         wide_means<T, V>(op, row * op.width, m, team, dweight, dbias, means);
         for_own_columns<V>(width, [&](int column) {

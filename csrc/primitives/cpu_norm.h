@@ -92,6 +92,17 @@ inline Moments moments(const T* row, float sum, int64_t width, float eps) {
     return {mean, 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(width) + eps)};
 }
 
+// What stands for the moments of a row that is not centered.
+template <typename T>
+inline Moments root_mean_square(const T* row, int64_t width, float eps) {
+    RowSum squares;
+    for_chunks(width, [&](int64_t column, auto chunk, int k) {
+        const Floats value = load(row + column, chunk);
+        squares.partial[k] += value * value;
+    });
+    return {0.0f, 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(width) + eps)};
+}
+
 // (z - mean) * rstd * weight + bias of one chunk; weight and bias may be null.
 template <typename Chunk>
 inline Floats normalised(Floats z, Moments m, const float* weight, const float* bias, int64_t column,

@@ -20,9 +20,9 @@ struct RowPlan {
 
 constexpr int64_t widest_row = 16384;
 // The most columns that a thread holds. Without vectors every column has its own access, so that more threads
-// with fewer columns share a row, until a block has no more.
+// with fewer columns share a row; the 512 of a block do not hold more than 4,096.
 constexpr int most_threads = 512;
-constexpr int most_columns_held(int columns, int threads) { return columns > 1 || threads == most_threads ? 32 : 8; }
+constexpr int most_columns_held(int columns) { return columns > 1 ? 32 : 8; }
 
 // What bounds the registers of the forward: 512 threads have 128 each. Below 32 columns 640 threads, five blocks
 // of 128, have 96.
@@ -32,7 +32,7 @@ constexpr int forward_threads(int columns_held) { return columns_held == 32 ? mo
 template <int Columns>
 struct VectorCounts;
 template <>
-struct VectorCounts<1> : std::integer_sequence<int, 2, 8, 32> {};
+struct VectorCounts<1> : std::integer_sequence<int, 2, 8> {};
 template <>
 struct VectorCounts<4> : std::integer_sequence<int, 1, 2, 4, 6, 8> {};
 template <>
@@ -64,11 +64,12 @@ inline int columns_at_once(Dtype dtype, int64_t width, bool aligned) {
     return aligned && width % 8 == 0 ? 16 / element_bytes : 1;
 }
 
-// The fewest threads, whole warps, that hold a row.
+// The fewest threads, whole warps, that hold a row; a whole block where they do not.
 inline RowPlan held_row(int64_t width, int columns) {
-    const int64_t vectors = (width + columns - 1) / columns;
+    const int64_t vectors = (width + columns - 1) / columns, most = most_columns_held(columns) / columns;
+    if (vectors > most_threads * most) return {columns, 0, most_threads, 1, 0, 0};
     int threads = 32;
-    while (vectors > threads * int64_t{most_columns_held(columns, threads) / columns}) threads *= 2;
+    while (vectors > threads * most) threads *= 2;
     const int needed = static_cast<int>((vectors + threads - 1) / threads);
     return {columns, compiled_count(columns, needed), threads, 1, 0, 0};
 }

@@ -12,6 +12,8 @@ from benchmarks import provenance, roof, run, timing, uniter_step
 from benchmarks.plain_uniter import Sizes, bert
 from benchmarks.provenance import CardLog
 from vlkernels import ops
+from vlkernels.core import dispatch
+from vlkernels.core.dispatch import Implementation
 from vlkernels.core.spec import Benchmark, Cost
 from vlkernels.testing import contract
 
@@ -36,6 +38,44 @@ def test_a_red_contract_prints_no_time(tmp_path, capsys, monkeypatch):
     assert run.main([*ARGUMENTS, "--op", "hard_negatives", "--results", str(tmp_path)]) == 1
     assert "contract is red, not timed: wrong by 3" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ("wrong", "crashing"))
+def test_an_op_with_a_faulty_kernel_prints_no_time_and_the_others_do(fault, tmp_path, capsys, monkeypatch):
+    """The gate is the contract itself: its kernel is a hundredth off, or fails as a device does."""
+    choices = (Implementation("torch"), Implementation("reference"))
+
+    def faulty(x, layout, segment, impl="auto"):
+        mean = SEGMENT_MEAN.reference(x, layout, segment)
+        if dispatch.resolve("faulty", impl, choices, x.device) == "reference":
+            return mean
+        if fault == "crashing":
+            raise torch.AcceleratorError("an illegal memory access was encountered\nand a long trace")
+        return 1.01 * mean
+
+    red = replace(SEGMENT_MEAN, name="faulty", functional=faulty, implementations=choices)
+    monkeypatch.setattr(ops, "specs", lambda: (red, SEGMENT_MEAN))
+    assert run.main([*ARGUMENTS, "--results", str(tmp_path)]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("faulty: contract is red, not timed: ") and "faulty" not in "".join(told[1:])
+    assert any(line.startswith("segment_mean, regions") for line in told)
+    assert [path.name for path in tmp_path.glob("*/*")] == ["segment_mean.jsonl"]
+
+
+def test_a_second_run_times_what_the_first_one_left(tmp_path, capsys, monkeypatch):
+    arguments = [*ARGUMENTS, "--op", "segment_mean", "--results", str(tmp_path)]
+    whole = SEGMENT_MEAN.dtypes
+    monkeypatch.setattr(ops, "specs", lambda: (replace(SEGMENT_MEAN, dtypes=whole[:1]),))
+    assert run.main(arguments) == 0
+    monkeypatch.setattr(ops, "specs", lambda: (SEGMENT_MEAN,))
+    assert run.main([*arguments, "--missing"]) == 0
+    (path,) = tmp_path.glob("*/*")
+    assert [json.loads(line)["dtype"] for line in path.read_text().splitlines()] == [str(dtype) for dtype in whole]
+    capsys.readouterr()
+    assert run.main([*arguments, "--missing"]) == 0 and capsys.readouterr().out == ""
+    monkeypatch.setattr(provenance, "source_digest", lambda: "another source")
+    assert run.main([*arguments, "--missing"]) == 0
+    assert len(path.read_text().splitlines()) == 2 * len(whole)
 
 
 SEGMENT_MEAN = next(spec for spec in ops.specs() if spec.name == "segment_mean")
@@ -77,6 +117,47 @@ def test_what_is_derived():
     assert backward["best_peer"] == {"name": "slow", "times_ours": 1.5}
     assert run.derive(timings, [], None, None) == {"forward": {}, "backward": {}}
     assert roof.Roof(flops=4e12, bytes=10).seconds(4 * 10**12, 80) == 8
+
+
+def test_where_only_bytes_move_the_rate_is_theirs():
+    def one(seconds):
+        return {part: timing.Timing(seconds, seconds, seconds, 5) for part in run.DIRECTIONS}
+
+    timings = {"vlkernels": one(4.0), "theirs": one(5.0), run.COPY: one(2.0)}
+    cost = Cost(forward_bytes=8 * 10**9, backward_bytes=16 * 10**9)
+    forward, backward = run.derive(timings, ["theirs"], cost, roof.Roof(flops=1.0, bytes=8e9)).values()
+    assert forward["gb_per_s"] == {"vlkernels": 2.0, "theirs": 1.6, run.COPY: 4.0} and "tflops" not in forward
+    assert forward["share_of_copy"] == {"vlkernels": 0.5, "theirs": 0.4, run.COPY: 1.0}
+    assert forward["share_of_roof"]["vlkernels"] == 0.25 and backward["share_of_roof"]["vlkernels"] == 0.5
+    assert backward["gb_per_s"]["vlkernels"] == 4.0 and forward["best_peer"]["name"] == "theirs"
+
+
+def test_a_copy_moves_as_many_bytes_as_the_call_must(monkeypatch):
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: copied.append(2 * source.numel()))
+    for call in roof.Copies(Cost(forward_bytes=4096, backward_bytes=512), "cpu").parts().values():
+        call()
+    assert copied == [4096, 512]
+    assert list(roof.Copies(Cost(forward_bytes=8), "cpu").parts()) == ["forward"]
+
+
+def test_peak_memory_is_that_of_a_whole_step(monkeypatch):
+    """What is there before does not count, what the forward keeps for the backward does."""
+    held = {"now": 100, "most": 100}
+
+    def allocate(amount):
+        held["now"] += amount
+        held["most"] = max(held.values())
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(most=held["now"]))
+    x = torch.ones(3, requires_grad=True)
+    step = run.Step(lambda: 2 * x, [x], rival=True).trial()
+    monkeypatch.setattr(step, "forward", lambda: allocate(30))
+    monkeypatch.setattr(step, "backward", lambda: (allocate(12), allocate(-42)))
+    held["most"] = 1000
+    assert step.peak_bytes() == 42
 
 
 def test_the_roof_is_measured():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from types import ModuleType
 
@@ -19,18 +20,19 @@ def kernels() -> ModuleType:
 
 
 def forward(
-    x, residual, linear_bias, row_scale, weight, bias, rng_state, keys, stream, threshold, eps, keep_sum
+    x, residual, linear_bias, row_scale, weight, bias, rng_state, keys, stream, threshold, eps, keep_sum, centered
 ) -> tuple[Tensor, ...]:
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
     fused = residual is not None or linear_bias is not None or row_scale is not None or threshold > 0
-    y, mean, rstd = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    y, rstd = torch.empty_like(x), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
+    mean = torch.empty_like(rstd) if centered else rstd.new_empty(0)
     z = torch.empty_like(x) if fused and keep_sum else x.new_empty(0)
     kernels().forward(
         fields(
             dtype=x.dtype, width=width, rows=rows, eps=eps, x=x, residual=residual, linear_bias=(linear_bias,),
             weight=(weight,), bias=(bias,), row_scale=row_scale, rng_state=rng_state, keys=keys, stream=stream,
-            threshold=threshold, y=y, z=z if fused and keep_sum else None, mean=mean, rstd=rstd,
+            threshold=threshold, y=y, z=z if fused and keep_sum else None, mean=mean if centered else None, rstd=rstd,
         )
     )  # fmt: skip
     return y, z, mean, rstd

@@ -14,7 +14,7 @@ THINNER = [
     ("primitives/device_vector.cuh", "        case Dtype::bfloat16: return work(bfloat16{});\n", "        default: return;\n"),
     ("primitives/device_vector.cuh", "        case Dtype::float16: return work(float16{});\n", ""),
     ("primitives/row_plan.h", "int, 1, 2, 4, 6, 8>", "int, 6>"),
-    ("primitives/row_plan.h", "int, 2, 8, 32>", "int, 2>"),
+    ("primitives/row_plan.h", "int, 2, 8>", "int, 2>"),
 ]
 MUTANTS = {
     "a dropped barrier": ("primitives/row_team.cuh", "        __syncthreads();\n", ""),

@@ -7,8 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vlkernels as vk
+from benchmarks.run import benchmarks_of
 from vlkernels.core import native
-from vlkernels.ops.packing import spec as packing_spec
+from vlkernels.ops.packing import benchmarks as packing_benchmarks, spec as packing_spec
 from vlkernels.testing.contract import poisoned_memory
 
 HERE = ("reference",) if native.missing("join_segments") else ("cpp", "reference")
@@ -177,14 +178,14 @@ def test_a_layout_that_lies_about_its_rows_is_refused_not_read():
 
 
 def test_peers_compute_the_same(monkeypatch):
-    """What the benchmarks compare with is the same function."""
-    monkeypatch.setattr(packing_spec, "BATCH", 4)
-    monkeypatch.setattr(packing_spec, "WIDTH", 16)
+    """What the benchmarks of a CPU compare with is the same function."""
+    monkeypatch.setattr(packing_benchmarks, "BATCH", 4)
+    monkeypatch.setattr(packing_benchmarks, "WIDTH", 16)
     for spec in packing_spec.SPECS:
-        for make in spec.benchmarks.values():
-            arguments = make(packing_spec.InputMaker(torch.float32))
+        for benchmark in benchmarks_of(spec, "cpu").values():
+            arguments = benchmark.make(packing_spec.InputMaker(torch.float32))
             expected = spec.functional(**arguments)
-            for peer in spec.peers.values():
+            for peer in benchmark.peers.values():
                 torch.testing.assert_close(peer(**arguments), expected)
 
 

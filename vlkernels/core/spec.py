@@ -22,6 +22,7 @@ class InputMaker:
         self.dtype = dtype
         self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
+        self._here: torch.Generator | None = None
 
     def normal(self, *shape: int, grad: bool = True, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal values; ``dtype`` overrides the case's (float32 weights beside bfloat16 data)."""
@@ -29,6 +30,12 @@ class InputMaker:
         # Values are first rounded to bfloat16, so every dtype of a case sees exactly the same numbers.
         exact = drawn.to(torch.bfloat16)
         return exact.to(self.device, self._pick(dtype)).requires_grad_(grad)
+
+    def drawn(self, *shape: int) -> Tensor:
+        """Normal values for a benchmark, drawn on the device in its dtype: hundreds of millions take no time there."""
+        if self._here is None:
+            self._here = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(shape, generator=self._here, device=self.device, dtype=self.dtype).requires_grad_()
 
     def _pick(self, dtype: torch.dtype | None) -> torch.dtype:
         return self.dtype if dtype is None or self.dtype == torch.float64 else dtype

@@ -14,6 +14,9 @@ from vlkernels.integrations.calls import read_bias, read_mask, refuse
 from vlkernels.integrations.padded import attend
 from vlkernels.integrations.swap import ORIGINAL, Left, Report, swap
 from vlkernels.integrations.transformers_modules import replacement
+from vlkernels.integrations.transformers_norms import swap_norms
+
+__all__ = ["attention_forward", "attention_mask", "register", "swap_attention", "swap_norms"]
 
 NAME = "vlkernels"
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"  # its name in the modules of transformers that ask it

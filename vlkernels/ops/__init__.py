@@ -9,7 +9,7 @@ from vlkernels.ops.attention import RelativeBias, attention, attention_qkvpacked
 from vlkernels.ops.contrastive_loss import contrastive_loss
 from vlkernels.ops.embed_layer_norm import embed_layer_norm
 from vlkernels.ops.hard_negatives import hard_negatives
-from vlkernels.ops.layer_norm import FusedLayerNorm, layer_norm
+from vlkernels.ops.layer_norm import FusedLayerNorm, FusedRMSNorm, layer_norm, rms_norm
 from vlkernels.ops.linear import linear
 from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlkernels.ops.optimal_transport import optimal_transport
@@ -29,6 +29,7 @@ FOLDERS: tuple[str, ...] = (
 
 __all__: list[str] = [
     "FusedLayerNorm",
+    "FusedRMSNorm",
     "RelativeBias",
     "attention",
     "attention_qkvpacked",
@@ -41,6 +42,7 @@ __all__: list[str] = [
     "optimal_transport",
     "pack",
     "put_segments",
+    "rms_norm",
     "segment_mean",
     "take_rows",
     "take_segments",

@@ -1,19 +1,19 @@
-"""``vk.layer_norm``: checks, the choice of implementation, the op and its backward."""
+"""``vk.layer_norm`` and ``vk.rms_norm``: checks and the choice of implementation."""
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlkernels.core import checks, dispatch, library, native
+from vlkernels.core import checks, dispatch, native
 from vlkernels.core.dispatch import Facts, Implementation
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.random import Rng, check_stream, dropout_threshold, resolve_rng
 from vlkernels.ops.layer_norm import reference
+from vlkernels.ops.layer_norm.raw_ops import fuses, normalise
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this many elements the host time of a training call outweighs what the kernel saves (MATH.md).
@@ -106,28 +106,89 @@ def layer_norm(
         a ``row_scale`` that requires a gradient.
     Source: Ba, Kiros, Hinton, "Layer Normalization", 2016.
     """
+    return _normalise(
+        "layer_norm", x, weight, bias, eps, residual, linear_bias, dropout_p, row_scale, rng, stream, layout, return_sum, impl
+    )  # fmt: skip
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    linear_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    row_scale: Tensor | None = None,
+    rng: Rng | None = None,
+    stream: int = 0,
+    layout: SegmentLayout | None = None,
+    return_sum: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``y = z / sqrt(mean(z^2) + eps) * weight`` with ``z = residual + row_scale * dropout(x + linear_bias)``, in one pass.
+
+    The norm of T5 and Llama: rows are not centered, and there is no bias.
+
+    Example:
+        >>> import torch, vlkernels as vk
+        >>> x, residual, weight = torch.randn(4, 7, 32), torch.randn(4, 7, 32), torch.randn(32)
+        >>> y, z = vk.rms_norm(x, weight, residual=residual, return_sum=True)
+        >>> torch.testing.assert_close(z, residual + x)
+        >>> torch.testing.assert_close(y, z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight)
+
+    Args:
+        x: ``[..., D]``, any D; float32, bfloat16 or float16 (float64 on the reference).
+        weight: ``[D]`` in the dtype of ``x`` or float32, or ``None`` (one).
+        eps: added to the mean of the squares.
+        residual, linear_bias, dropout_p, row_scale, rng, stream, layout, return_sum, impl: as for :func:`layer_norm`.
+
+    Returns:
+        ``y`` like ``x``, or ``(y, z)``. ``y`` is the RMSNorm of ``z`` as rounded to the dtype of ``x``.
+
+    Gradients: to ``x``, ``residual``, ``linear_bias`` and ``weight``; the same bits in every run and for any number of
+        threads, and on every card. The kernel's backward has no derivative of its own.
+    Numerics: the mean of the squares, products and sums over rows in float32, rounded to the dtype of ``x`` once, after
+        the weight (T5's and Llama's own modules round half types before it as well).
+    Memory: the backward keeps ``z`` (``x`` when nothing is fused) and one float per row, and no mask.
+    Errors: ``ValueError`` as from :func:`layer_norm`.
+    Source: Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019.
+    """
+    return _normalise(
+        "rms_norm", x, weight, None, eps, residual, linear_bias, dropout_p, row_scale, rng, stream, layout, return_sum, impl
+    )  # fmt: skip
+
+
+def _normalise(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    linear_bias: Tensor | None,
+    dropout_p: float,
+    row_scale: Tensor | None,
+    rng: Rng | None,
+    stream: int,
+    layout: SegmentLayout | None,
+    return_sum: bool,
+    impl: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    centered = op == "layer_norm"
     _check(x, weight, bias, residual, linear_bias, dropout_p, row_scale, layout)
     check_stream(stream)
     barely_fused = linear_bias is None and dropout_p == 0
     too_few = impl == "auto" and barely_fused and _too_few_to_train(x)
     facts = {"dtype": x.dtype, "width": x.shape[-1], "too_few": too_few}
-    if dispatch.resolve("layer_norm", impl, IMPLEMENTATIONS, x.device, facts) == "reference":
-        return reference.layer_norm(
-            x,
-            weight,
-            bias,
-            eps=eps,
-            residual=residual,
-            linear_bias=linear_bias,
-            dropout_p=dropout_p,
-            row_scale=row_scale,
-            rng=rng,
-            stream=stream,
-            layout=layout,
-            return_sum=return_sum,
-        )
+    if dispatch.resolve(op, impl, IMPLEMENTATIONS, x.device, facts) == "reference":
+        fused = {
+            "eps": eps, "residual": residual, "linear_bias": linear_bias, "dropout_p": dropout_p, "row_scale": row_scale,
+            "rng": rng, "stream": stream, "layout": layout, "return_sum": return_sum,
+        }  # fmt: skip
+        return reference.layer_norm(x, weight, bias, **fused) if centered else reference.rms_norm(x, weight, **fused)
     threshold = dropout_threshold(dropout_p)
-    y, z, _, _ = _differentiable(
+    y, z, _, _ = normalise(
         x.contiguous(),
         None if residual is None else residual.contiguous(),
         None if linear_bias is None else linear_bias.contiguous(),
@@ -140,22 +201,17 @@ def layer_norm(
         threshold,
         eps,
         return_sum or torch.is_grad_enabled(),
+        centered,
     )
     if not return_sum:
         return y
-    return y, z if _fused(residual, linear_bias, row_scale, threshold) else x.clone()
+    return y, z if fuses(residual, linear_bias, row_scale, threshold) else x.clone()
 
 
 def _too_few_to_train(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     return x.device.type == "cpu" and x.numel() < FEWEST_ELEMENTS_TO_TRAIN
-
-
-def _fused(
-    residual: Tensor | None, linear_bias: Tensor | None, row_scale: Tensor | None, threshold: int
-) -> bool:
-    return residual is not None or linear_bias is not None or row_scale is not None or threshold > 0
 
 
 def _check(
@@ -201,109 +257,3 @@ def _check_row_scale(row_scale: Tensor, x: Tensor) -> None:
         checks.check_shape("row_scale", row_scale, "[rows]", (rows,))
     if row_scale.requires_grad:
         raise ValueError("row_scale gets no gradient: pass row_scale.detach()")
-
-
-def _forward_fake(
-    x: Tensor,
-    residual: Tensor | None,
-    linear_bias: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rng_state: Tensor | None,
-    keys: Tensor | None,
-    stream: int,
-    threshold: int,
-    eps: float,
-    keep_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept = keep_sum and _fused(residual, linear_bias, row_scale, threshold)
-    statistics = x.new_empty((math.prod(x.shape[:-1]),), dtype=torch.float32)
-    return (
-        torch.empty_like(x),
-        torch.empty_like(x) if kept else x.new_empty((0,)),
-        statistics,
-        torch.empty_like(statistics),
-    )
-
-
-def _backward_fake(
-    dy: Tensor,
-    dsum: Tensor | None,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    linear_bias: Tensor | None,
-    row_scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    rng_state: Tensor | None,
-    keys: Tensor | None,
-    stream: int,
-    threshold: int,
-) -> tuple[Tensor, ...]:
-    dx_differs = row_scale is not None or threshold > 0
-    sums = (
-        z.new_empty((0,), dtype=torch.float32) if p is None else torch.empty_like(p)
-        for p in (weight, bias, linear_bias)
-    )
-    return torch.empty_like(z), torch.empty_like(z) if dx_differs else z.new_empty((0,)), *sums
-
-
-_forward = library.define(
-    "layer_norm_forward(Tensor x, Tensor? residual, Tensor? linear_bias, Tensor? row_scale, Tensor? weight, "
-    "Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, int threshold, float eps, bool keep_sum) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_forward_fake,
-)
-_backward = library.define_backward(
-    "layer_norm_backward(Tensor dy, Tensor? dsum, Tensor z, Tensor mean, Tensor rstd, Tensor? linear_bias, "
-    "Tensor? row_scale, Tensor? weight, Tensor? bias, Tensor? rng_state, Tensor? keys, SymInt stream, "
-    "int threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, linear_bias, row_scale, weight, bias, rng_state, keys, stream, threshold, _, _ = inputs
-    _, z, mean, rstd = output
-    saved = z if _fused(residual, linear_bias, row_scale, threshold) else x
-    ctx.save_for_backward(saved, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys)
-    ctx.stream, ctx.threshold = stream, threshold
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    z, mean, rstd, linear_bias, row_scale, weight, bias, rng_state, keys = ctx.saved_tensors
-    dy = torch.zeros_like(z) if dy is None else dy.contiguous()
-    dsum = (
-        dsum.contiguous() if dsum is not None and dsum.shape == z.shape else None
-    )  # without a sum: an empty tensor's
-    dz, dx, dweight, dbias, dlinear_bias = _backward(
-        dy,
-        dsum,
-        z,
-        mean,
-        rstd,
-        linear_bias,
-        row_scale,
-        weight,
-        bias,
-        rng_state,
-        keys,
-        ctx.stream,
-        ctx.threshold,
-    )
-    wants = ctx.needs_input_grad
-    return (
-        (dx if row_scale is not None or ctx.threshold else dz) if wants[0] else None,
-        dz if wants[1] else None,
-        dlinear_bias if wants[2] else None,
-        None,
-        dweight if wants[4] else None,
-        dbias if wants[5] else None,
-        *[None] * 6,
-    )
-
-
-_differentiable = library.differentiable(_forward, setup_context=_setup_context, backward=_differentiate)

@@ -1,6 +1,8 @@
-"""LayerNorm of a fused sum, as its definition."""
+"""LayerNorm and RMSNorm of a fused sum, as their definitions."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,23 @@ def layer_norm(
     bias: Tensor | None,
     *,
     eps: float = 1e-5,
+    return_sum: bool = False,
+    **fused: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    z = fused_sum(x, **fused)
+    return _with_sum(normalized(z, weight, bias, eps), z, x, return_sum)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, *, eps: float = 1e-6, return_sum: bool = False, **fused: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    z = fused_sum(x, **fused)
+    return _with_sum(scaled(z, weight, eps), z, x, return_sum)
+
+
+def fused_sum(
+    x: Tensor,
+    *,
     residual: Tensor | None = None,
     linear_bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -23,8 +42,8 @@ def layer_norm(
     rng: Rng | None = None,
     stream: int = 0,
     layout: SegmentLayout | None = None,
-    return_sum: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
+    """``residual + row_scale * dropout(x + linear_bias)``, rounded once; ``x`` itself when nothing is fused."""
     wide = torch.promote_types(x.dtype, torch.float32)
     z = x
     if linear_bias is not None:
@@ -35,8 +54,10 @@ def layer_norm(
         z = z.to(wide) * row_scale.reshape(*x.shape[:-1], 1)
     if residual is not None:
         z = residual + z
-    z = z.to(x.dtype)
-    y = normalized(z, weight, bias, eps)
+    return z.to(x.dtype)
+
+
+def _with_sum(y: Tensor, z: Tensor, x: Tensor, return_sum: bool) -> Tensor | tuple[Tensor, Tensor]:
     if not return_sum:
         return y
     return y, z.clone() if z is x else z
@@ -64,3 +85,11 @@ def normalized(z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     wide = torch.promote_types(z.dtype, torch.float32)
     weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
     return F.layer_norm(z.to(wide), z.shape[-1:], weight, bias, eps).to(z.dtype)
+
+
+def scaled(z: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The rows over their root mean square, times the weight: in float32 or wider, rounded once."""
+    wide = torch.promote_types(z.dtype, torch.float32)
+    rows = z.to(wide)
+    y = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight).to(z.dtype)

@@ -1,16 +1,11 @@
-"""What the contract tests and the benchmarks know about ``layer_norm``."""
+"""What the contract tests and the benchmarks know about ``layer_norm`` and ``rms_norm``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec
-from vlkernels.ops.layer_norm import functional, reference
+from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
+from vlkernels.ops.layer_norm import benchmarks, functional, peers, reference
 
 
 def _plain(fill: InputMaker) -> Arguments:
@@ -64,28 +59,26 @@ def _large_mean(fill: InputMaker) -> Arguments:
     return {"x": x, "weight": fill.normal(48), "bias": fill.normal(48)}
 
 
-def _benchmark(rows: int, width: int, **options: float) -> Callable[[InputMaker], Arguments]:
+CASES = (
+    Case("plain", _plain),
+    Case("bare", _bare),
+    Case("residual", _residual),
+    Case("everything", _everything),
+    Case("dropout", _dropout),
+    Case("row_scale", _row_scale),
+    Case("large_mean", _large_mean),
+)
+
+
+def without_bias(case: Case) -> Case:
+    """The case for ``rms_norm``."""
+
     def make(fill: InputMaker) -> Arguments:
-        data = {name: fill.normal(rows, width) for name in ("x", "residual")}
-        parameters = {name: fill.normal(width) for name in ("weight", "bias")}
-        if options:
-            parameters["linear_bias"] = fill.normal(width)
-        return {**data, **parameters, **options}
+        arguments = case.make(fill)
+        del arguments["bias"]
+        return arguments
 
-    return make
-
-
-def _eager(x: Tensor, weight: Tensor, bias: Tensor, **fused: Any) -> Tensor:
-    """The same in plain PyTorch, with PyTorch's own dropout."""
-    if "linear_bias" in fused:
-        x = x + fused["linear_bias"]
-    x = F.dropout(x, fused.get("dropout_p", 0.0), training="dropout_p" in fused)
-    return F.layer_norm(fused["residual"] + x, x.shape[-1:], weight, bias)
-
-
-def _cost(x: Tensor, **_: Any) -> Cost:
-    unit = x.numel() * x.element_size()
-    return Cost(forward_bytes=4 * unit, backward_bytes=3 * unit)
+    return Case(case.name, make)
 
 
 SPECS = (
@@ -94,22 +87,21 @@ SPECS = (
         functional=functional.layer_norm,
         reference=reference.layer_norm,
         implementations=functional.IMPLEMENTATIONS,
-        cases=(
-            Case("plain", _plain),
-            Case("bare", _bare),
-            Case("residual", _residual),
-            Case("everything", _everything),
-            Case("dropout", _dropout),
-            Case("row_scale", _row_scale),
-            Case("large_mean", _large_mean),
-        ),
+        cases=CASES,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        benchmarks={
-            "residual 8192x768": _benchmark(8192, 768),
-            "residual 2000x128": _benchmark(2000, 128),
-            "bias, dropout, residual 8192x768": _benchmark(8192, 768, dropout_p=0.1),
-        },
-        peers={"eager": _eager},
-        cost=_cost,
+        benchmarks=benchmarks.layer_norm(),
+        peers={"eager": peers.eager},
+        cost=benchmarks.cost,
+    ),
+    OpSpec(
+        name="rms_norm",
+        functional=functional.rms_norm,
+        reference=reference.rms_norm,
+        implementations=functional.IMPLEMENTATIONS,
+        cases=tuple(without_bias(case) for case in CASES),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        benchmarks=benchmarks.rms_norm(),
+        peers={"eager": peers.eager_rms},
+        cost=benchmarks.cost,
     ),
 )

@@ -1,4 +1,4 @@
-"""Packing's cases, benchmarks and peers."""
+"""What the contract tests and the benchmarks know about packing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlkernels.core.layout import SegmentLayout
-from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec
-from vlkernels.ops.packing import functional, reference
+from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
+from vlkernels.ops.packing import benchmarks, functional, peers, reference
 from vlkernels.ops.packing.functional import IMPLEMENTATIONS
 
 LENGTHS = [[3, 5], [0, 4], [7, 0], [0, 0], [2, 6]]
@@ -81,100 +81,6 @@ TAKE_ROWS_CASES = (
     _rows_case("nothing", [], capacity=3),
 )
 
-BATCH, TEXT, IMAGE, WIDTH = 64, 60, 196, 768
-BOTH = ((0,), (1,))
-
-
-def _typical(fill: InputMaker) -> tuple[tuple[Tensor, Tensor], SegmentLayout]:
-    """Captions and regions of a batch, about half of it padding."""
-    text, image = (fill.integers(longest // 5, longest + 1, (BATCH, 1)).cpu() for longest in (TEXT, IMAGE))
-    layout = fill.layout(torch.cat((text, image), dim=1))
-    return (fill.normal(BATCH, TEXT, WIDTH), fill.normal(BATCH, IMAGE, WIDTH)), layout
-
-
-def _bench_pack(fill: InputMaker) -> Arguments:
-    tensors, layout = _typical(fill)
-    return {"tensors": tensors, "layout": layout}
-
-
-def _bench_packed(fill: InputMaker) -> Arguments:
-    layout = _typical(fill)[1]
-    return {"x": fill.normal(layout.num_tokens, WIDTH), "layout": layout}
-
-
-def _bench_rows(fill: InputMaker) -> Arguments:
-    x = fill.normal(BATCH * (TEXT + IMAGE), WIDTH)
-    return {"x": x, "positions": fill.integers(0, len(x), (len(x) // 8,))}
-
-
-def _bench_put(fill: InputMaker) -> Arguments:
-    layout = _typical(fill)[1]
-    rows = tuple(fill.normal(total, WIDTH) for total in layout.segment_totals)
-    return {"rows": rows, "layout": layout, "segments": BOTH}
-
-
-def valid_rows(layout: SegmentLayout, widths: Sequence[int]) -> Tensor:
-    """bool ``[B, sum of widths]``: the mask other code carries beside padded tensors."""
-    lengths = layout.lengths.unsqueeze(2).unbind(1)
-    return torch.cat([torch.arange(w, device=n.device) < n for w, n in zip(widths, lengths)], dim=1)
-
-
-def pack_by_mask(tensors: Sequence[Tensor], layout: SegmentLayout) -> Tensor:
-    return torch.cat(list(tensors), dim=1)[valid_rows(layout, [t.shape[1] for t in tensors])]
-
-
-def pack_by_index(tensors: Sequence[Tensor], layout: SegmentLayout) -> Tensor:
-    joined, rows = _joined(tensors, layout)
-    return joined.index_select(0, rows)
-
-
-def pack_by_gather(tensors: Sequence[Tensor], layout: SegmentLayout) -> Tensor:
-    """As UNITER and flash-attn's ``bert_padding`` do: an index expanded over the width."""
-    joined, rows = _joined(tensors, layout)
-    return joined.gather(0, rows[:, None].expand(-1, joined.shape[1]))
-
-
-def _joined(tensors: Sequence[Tensor], layout: SegmentLayout) -> tuple[Tensor, Tensor]:
-    valid = valid_rows(layout, [t.shape[1] for t in tensors])
-    return torch.cat(list(tensors), dim=1).flatten(0, 1), valid.flatten().nonzero().flatten()
-
-
-def unpack_by_mask(x: Tensor, layout: SegmentLayout) -> tuple[Tensor, ...]:
-    widths = layout.max_segment_lengths
-    padded = x.new_zeros(layout.num_samples, sum(widths), *x.shape[1:])
-    return padded.masked_scatter(valid_rows(layout, widths)[..., None], x).split(list(widths), dim=1)
-
-
-def take_by_mask(x: Tensor, layout: SegmentLayout, segments: Any) -> tuple[Tensor, ...]:
-    segment = layout.token_segment()
-    return tuple(x[segment == stream[0]] for stream in segments)
-
-
-def put_by_mask(rows: Sequence[Tensor], layout: SegmentLayout, segments: Any) -> Tensor:
-    segment = layout.token_segment()
-    out = rows[0].new_zeros(layout.num_tokens, *rows[0].shape[1:])
-    for part, stream in zip(rows, segments):
-        out = out.index_put((segment == stream[0],), part)
-    return out
-
-
-def mean_by_index_add(x: Tensor, layout: SegmentLayout, segment: int) -> Tensor:
-    chosen = layout.token_segment() == segment
-    total = x.new_zeros(layout.num_samples, *x.shape[1:])
-    return total.index_add(0, layout.token_sample()[chosen], x[chosen]) / layout.lengths[:, segment, None]
-
-
-def _copy_cost(rows: int, zero_rows: int, row: Tensor) -> Cost:
-    """Every row is read and written once; the backward also writes the padding's zeros."""
-    row_bytes = row.numel() * row.element_size()
-    return Cost(forward_bytes=2 * rows * row_bytes, backward_bytes=(2 * rows + zero_rows) * row_bytes)
-
-
-def _pack_cost(tensors: Sequence[Tensor], layout: SegmentLayout) -> Cost:
-    padded_rows = sum(tensor.shape[0] * tensor.shape[1] for tensor in tensors)
-    return _copy_cost(layout.num_tokens, padded_rows - layout.num_tokens, tensors[0][0, 0])
-
-
 def _spec(name: str, cases: Sequence[Case], **options: Any) -> OpSpec:
     return OpSpec(
         name=name,
@@ -185,6 +91,7 @@ def _spec(name: str, cases: Sequence[Case], **options: Any) -> OpSpec:
         dtypes=FLOATING,
         **options,
     )
+
 
 def _pack_case(fill: InputMaker, layout: SegmentLayout) -> Arguments:
     return {"tensors": _padded(fill, layout), "layout": layout}
@@ -210,42 +117,43 @@ SPECS = (
     _spec(
         "pack",
         (*_cases(_pack_case), Case("ids", _ids)),
-        benchmarks={"captions and regions": _bench_pack},
-        peers={
-            "cat + gather": pack_by_gather,
-            "cat + index_select": pack_by_index,
-            "cat + boolean index": pack_by_mask,
-        },
-        cost=_pack_cost,
+        benchmarks=benchmarks.pack(),
+        peers=benchmarks.PACK_PEERS,
+        cost=benchmarks.pack_cost,
     ),
     _spec(
         "unpack",
         _cases(_unpack_case),
-        benchmarks={"captions and regions": _bench_packed},
-        peers={"masked_scatter + split": unpack_by_mask},
+        benchmarks=benchmarks.unpack(),
+        peers=benchmarks.UNPACK_PEERS,
+        cost=benchmarks.unpack_cost,
     ),
     _spec(
         "take_segments",
         _cases(_take_case),
-        benchmarks={"both streams": lambda fill: {**_bench_packed(fill), "segments": BOTH}},
-        peers={"boolean index": take_by_mask},
+        benchmarks=benchmarks.take_segments(),
+        peers={"boolean index": peers.take_by_mask},
+        cost=benchmarks.moved_cost,
     ),
     _spec(
         "put_segments",
         _cases(_put_case),
-        benchmarks={"both streams": _bench_put},
-        peers={"boolean index_put": put_by_mask},
+        benchmarks=benchmarks.put_segments(),
+        peers={"boolean index_put": peers.put_by_mask},
+        cost=benchmarks.moved_cost,
     ),
     _spec(
         "take_rows",
         TAKE_ROWS_CASES,
-        benchmarks={"one row in eight": _bench_rows},
-        peers={"index_select": lambda x, positions: x.index_select(0, positions)},
+        benchmarks=benchmarks.take_rows(),
+        peers=benchmarks.TAKE_ROWS_PEERS,
+        cost=benchmarks.take_rows_cost,
     ),
     _spec(
         "segment_mean",
         _cases(_mean_case),
-        benchmarks={"regions": lambda fill: {**_bench_packed(fill), "segment": 1}},
-        peers={"index_add": mean_by_index_add},
+        benchmarks=benchmarks.segment_mean(),
+        peers={"index_add": peers.mean_by_index_add},
+        cost=benchmarks.segment_mean_cost,
     ),
 )
