@@ -55,8 +55,7 @@ template <typename T, int V, int N>
 __device__ __forceinline__ void forward_row(const EmbedLayerNormForward& op, const Terms& terms,
                                             const DropoutDraw& draw, int64_t row, RowTeam& team) {
     const int width = static_cast<int>(op.sum.width);
-    const int64_t norm = norm_of(op.norms, row);
-    VLK_REQUIRE(norm < op.norms.count, "norm_ids of embed_layer_norm must be below the number of norms");
+    const int64_t norm = checked_norm(op.norms, row);
     Moments m{0.0f, 0.0f};
     if (norm >= 0) {
         float z[N][V];
@@ -179,13 +178,18 @@ inline dim3 block_of(const RowPlan& plan) { return dim3(plan.threads, plan.rows_
 template <typename Launch>
 void launch_embed_layer_norm_forward(const EmbedLayerNormForward& op, const Launch& launch) {
     const RowPlan plan = plan_embed_forward(op);
-    if (plan.blocks == 0) return;
     const WithTerms<EmbedLayerNormForward> given{op, terms_of(op.sum)};
-    visit_shape(op.sum.dtype, plan, [&](auto shape) {
-        using S = decltype(shape);
-        launch(embed_layer_norm_forward_kernel<typename S::Element, S::columns, S::vectors>, grid_of(plan),
-               block_of(plan), plan.shared_bytes, given);
-    });
+    if (plan.blocks > 0 && plan.vectors > 0)
+        visit_shape(op.sum.dtype, plan, [&](auto shape) {
+            using S = decltype(shape);
+            launch(embed_layer_norm_forward_kernel<typename S::Element, S::columns, S::vectors>, grid_of(plan),
+                   block_of(plan), plan.shared_bytes, given);
+        });
+    else if (plan.blocks > 0)
+        visit_element(op.sum.dtype, [&](auto element) {
+            launch(embed_layer_norm_forward_wide_kernel<decltype(element)>, grid_of(plan), block_of(plan),
+                   plan.shared_bytes, given);
+        });
 }
 
 // The gradients of weight and bias come from op.partials by a launch of their own.
@@ -197,9 +201,8 @@ void launch_embed_layer_norm_backward(const EmbedLayerNormBackward& op, const Pa
     if (plan.blocks > 0 && plan.vectors > 0)
         visit_shape(op.sum.dtype, plan, [&](auto shape) {
             using S = decltype(shape);
-            if constexpr (S::columns > 1 || S::vectors < 32)  // a row that takes more is not held
-                launch(embed_layer_norm_backward_kernel<typename S::Element, S::columns, S::vectors>, grid_of(plan),
-                       block_of(plan), plan.shared_bytes, given);
+            launch(embed_layer_norm_backward_kernel<typename S::Element, S::columns, S::vectors>, grid_of(plan),
+                   block_of(plan), plan.shared_bytes, given);
         });
     else if (plan.blocks > 0)
         visit_columns(op.sum.dtype, plan, [&](auto shape) {

@@ -18,6 +18,7 @@ inline RowPlan plan_embed_forward(const EmbedLayerNormForward& op) {
     constexpr int64_t most_blocks = 1 << 20;
     const bool aligned = is_aligned(op.sum) && is_aligned({op.weight.data, op.bias.data, op.y});
     RowPlan plan = held_row(op.sum.width, columns_at_once(op.sum.dtype, op.sum.width, aligned));
+    if (plan.vectors == 0) plan.shared_bytes = op.sum.width * static_cast<int64_t>(sizeof(float));
     plan.rows_per_block = plan.threads == 32 ? 4 : 1;
     plan.blocks = blocks_for(op.sum.rows, plan.rows_per_block, most_blocks);
     return plan;

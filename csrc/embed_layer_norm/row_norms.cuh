@@ -11,6 +11,12 @@ __device__ __forceinline__ Parameter row_of(const Parameter& parameter, int64_t 
     return {parameter.data ? static_cast<const char*>(parameter.data) + bytes : nullptr, parameter.dtype};
 }
 
+__device__ __forceinline__ int64_t checked_norm(const RowNorms& norms, int64_t row) {
+    const int64_t norm = norm_of(norms, row);
+    VLK_REQUIRE(norm < norms.count, "norm_ids of embed_layer_norm must be below the number of norms");
+    return norm;
+}
+
 // work(row) for those rows of this team that take `norm` (-1: none). A lane looks at every 32nd of them.
 template <typename Work>
 __device__ __forceinline__ void for_rows_of(const RowNorms& norms, int64_t norm, int64_t rows, const Work& work) {
