@@ -66,7 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {CARD_LIMIT_S} on a card")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     parser.add_argument("--missing", action="store_true", help="only rows without a result of this very source")
+    parser.add_argument("--list", action="store_true", help="print the rows and their peers, and time nothing")
     options = parser.parse_args(arguments)
+    chosen = [spec for spec in ops.specs() if not options.op or spec.name in options.op]
+    if options.list:
+        print(*(line for spec in chosen for line in listed(spec, options.device)), sep="\n")
+        return 0
     on_card = options.device == "cuda"
     if on_card and not torch.cuda.is_available():
         parser.error("no CUDA device here")
@@ -78,10 +83,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bfloat16 products {run.roof.flops / 1e12:.0f} TFLOP/s, copy {run.roof.bytes / 1e12:.2f} TB/s", flush=True)
     else:
         keep_large_blocks()
-    chosen = [spec for spec in ops.specs() if not options.op or spec.name in options.op]
     with run.card if on_card else contextlib.nullcontext():
         failed = sum(not run_op(spec, run) for spec in chosen)
     return 1 if failed else 0
+
+
+def listed(spec: OpSpec, device: str) -> list[str]:
+    return [
+        f"{spec.name}, {name}, {' and '.join(map(_short, benchmark.dtypes))}: beside {'; '.join(benchmark.peers)}"
+        for name, benchmark in benchmarks_of(spec, device).items()
+    ]
 
 
 def still_missing(spec: OpSpec, run: Run) -> dict[str, Benchmark]:

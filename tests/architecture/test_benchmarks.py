@@ -30,6 +30,14 @@ def test_results_carry_their_provenance(tmp_path):
     assert min(parts) > 0 and row["derived"]["forward"]["best_peer"]["name"] == "index_add"
 
 
+def test_the_rows_of_a_card_are_listed_without_one(capsys, monkeypatch):
+    monkeypatch.setattr(run, "run_op", lambda *_: pytest.fail("timed"))
+    assert run.main(["--device", "cuda", "--list", "--op", "take_rows", "--op", "segment_mean"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("take_rows, 15% of 65536 rows, D768, bfloat16 and float32: beside index_select; torch.compile; ")
+    assert told[-1] == "segment_mean, regions, float32 and bfloat16 and float16: beside reference; index_add"
+
+
 def test_a_red_contract_prints_no_time(tmp_path, capsys, monkeypatch):
     def red(*_):
         raise AssertionError("wrong by 3")
