@@ -114,11 +114,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
     op.row_scale = row_scale ? row_statistics(*row_scale, rows, "row_scale") : nullptr;
     op.dropout = dropout_of(rng_state, keys, stream, threshold, rows);
 
+    // Not is_fused(op): a tensor without elements has no address.
+    const bool kept = keep_sum && (residual || linear_bias || row_scale || op.dropout.threshold);
     Tensor y = torch::stable::empty_like(x);
-    Tensor z = is_fused(op) && keep_sum ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    Tensor z = kept ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
     Tensor mean = new_float(x, {centered ? rows : 0}), rstd = new_float(x, {rows});
     op.y = y.mutable_data_ptr();
-    op.z = is_fused(op) && keep_sum ? z.mutable_data_ptr() : nullptr;
+    op.z = kept ? z.mutable_data_ptr() : nullptr;
     op.mean = centered ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
     run(op, x, z);
@@ -149,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     op.dropout = dropout_of(rng_state, keys, stream, threshold, rows);
     op.sum_dx = linear_bias.has_value();
 
-    const bool dx_differs = op.row_scale || op.dropout.threshold;
+    const bool dx_differs = row_scale.has_value() || op.dropout.threshold;
     Tensor dz = torch::stable::empty_like(z);
     Tensor dx = dx_differs ? torch::stable::empty_like(z) : torch::stable::new_empty(z, {0});
     op.dz = dz.mutable_data_ptr();

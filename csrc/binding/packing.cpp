@@ -1,24 +1,10 @@
 // The six ops of packing, on the CPU. They differ only in which source rows a target row comes from; here that becomes a list of
 // addresses for the two loops of packing_cpu.h.
-#include "binding/binding.h"
+#include "binding/rows.h"
 #include "packing/packing_cpu.h"
 
 namespace vlk {
 namespace {
-
-// The rows of a contiguous tensor [rows, ...], or [B, T, ...] with leading = 2, as bytes, whatever the dtype.
-struct Rows {
-    explicit Rows(const Tensor& tensor, int64_t leading = 1) : count(1), width(1) {
-        check_contiguous(tensor, "packed tensor");
-        for (int64_t d = 0; d < tensor.dim(); ++d) (d < leading ? count : width) *= tensor.size(d);
-        bytes = width * static_cast<int64_t>(tensor.element_size());
-        data = static_cast<const char*>(tensor.const_data_ptr());
-    }
-    const char* at(int64_t row) const { return data + row * bytes; }
-
-    int64_t count, width, bytes;
-    const char* data;
-};
 
 // Which rows the segments take: segment s of sample b is rows starts[b, s] : starts[b, s] + lengths[b, s].
 struct Segments {
@@ -79,12 +65,6 @@ using Sources = std::vector<const char*>;
 
 void list_range(Sources& sources, int64_t target, const Rows& from, int64_t row, int64_t length) {
     for (int64_t i = 0; i < length; ++i) sources[target + i] = from.at(row + i);
-}
-
-// A new tensor of the dtype of `like` for this many rows; `shape` is what it has in their place, the rest is as in `like`.
-Tensor new_rows(const Tensor& like, std::vector<int64_t> shape, int64_t like_leading = 1) {
-    for (int64_t d = like_leading; d < like.dim(); ++d) shape.push_back(like.size(d));
-    return torch::stable::new_empty(like, shape);
 }
 
 // A result larger than this will have left the caches before anyone reads it, so it is written past them.

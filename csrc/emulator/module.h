@@ -2,10 +2,12 @@
 // emulator know no tensors. A name that is missing is null, zero or absent.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "primitives/norm.h"
 #include "primitives/partial_rows.h"
 #include "primitives/philox.h"
+#include "primitives/segments.h"
 
 namespace vlk::emulator {
 
@@ -21,6 +23,8 @@ class Fields {
     float number(const char* name) const { return fields_[name].cast<float>(); }
     Dtype dtype(const char* name) const { return static_cast<Dtype>(integer(name)); }
     void* pointer(const char* name) const { return reinterpret_cast<void*>(integer(name)); }
+    std::vector<int64_t> integers(const char* name) const { return fields_[name].cast<std::vector<int64_t>>(); }
+    std::vector<float> numbers(const char* name) const { return fields_[name].cast<std::vector<float>>(); }
     template <typename T>
     T* pointer_to(const char* name) const {
         return static_cast<T*>(pointer(name));
@@ -34,6 +38,10 @@ class Fields {
     Gradient gradient(const char* name) const {
         const Parameter parameter = this->parameter(name);
         return {const_cast<void*>(parameter.data), parameter.dtype};
+    }
+    Segments segments() const {
+        return {pointer_to<int32_t>("starts"), pointer_to<int32_t>("lengths"), static_cast<int32_t>(integer("samples")),
+                static_cast<int32_t>(integer("per_sample"))};
     }
     Dropout dropout() const {
         return {pointer_to<int64_t>("rng_state"), pointer_to<int32_t>("keys"), integer("stream"),

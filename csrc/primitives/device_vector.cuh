@@ -31,6 +31,14 @@ template <>
 __device__ __forceinline__ float16 from_float<float16>(float value) { return __float2half_rn(value); }
 
 // Sixteen bytes by one access, where the compiler takes an assignment apart into elements now and then.
+__device__ __forceinline__ Words load_words(const void* from) {
+    Words words;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(__cvta_generic_to_global(from)));
+    return words;
+}
+
 __device__ __forceinline__ void store_words(void* to, Words words) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
                  "r"(words.y), "r"(words.z), "r"(words.w)
@@ -65,6 +73,7 @@ using emulated::to_float;
 struct alignas(16) Words {
     uint32_t x, y, z, w;
 };
+inline Words load_words(const void* from) { return *static_cast<const Words*>(from); }
 inline void store_words(void* to, Words words) { *static_cast<Words*>(to) = words; }
 
 template <typename T>

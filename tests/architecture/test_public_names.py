@@ -10,7 +10,7 @@ import vlkernels as vk
 
 PUBLIC = {
     "Rng", "SegmentLayout", "SegmentMask", "recorded", "integrations", "swap",
-    "pack", "unpack", "take_rows", "take_segments", "put_segments", "segment_mean",
+    "pack", "unpack", "take_rows", "take_segments", "put_segments", "segment_mean", "patchify",
     "layer_norm", "rms_norm", "FusedLayerNorm", "FusedRMSNorm", "embed_layer_norm",
     "attention", "attention_qkvpacked", "RelativeBias",
     "contrastive_loss", "hard_negatives", "linear", "linear_cross_entropy", "optimal_transport",

@@ -1,5 +1,6 @@
 """The CUDA kernels of layer_norm and rms_norm, run thread by thread on the CPU from the sources and by the plan of the launcher."""
 
+import functools
 import mmap
 
 import pytest
@@ -32,9 +33,24 @@ def spec(request):
     return request.param
 
 
+def of(spec, case):
+    """A case of layer_norm for either op."""
+    return case if spec.name == "layer_norm" else without_bias(case)
+
+
 def verify(spec, case, dtype):
-    """For a case of layer_norm."""
-    contract.verify(spec, case if spec.name == "layer_norm" else without_bias(case), dtype, "cuda")
+    contract.verify(spec, of(spec, case), dtype, "cuda")
+
+
+def layer_norm(x, weight=None, **options):
+    return vk.layer_norm(x, weight, None, impl="cuda", **options)
+
+
+def rms_norm(x, weight=None, **options):
+    return vk.rms_norm(x, weight, impl="cuda", **options)
+
+
+both = pytest.mark.parametrize("norm", [layer_norm, rms_norm])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,19 +92,19 @@ def test_any_number_of_rows(spec, rows):
 
 
 @pytest.mark.parametrize("seed", range(1, 4))
-@pytest.mark.parametrize("width", [264, 1512, 4104])
-def test_the_order_of_threads_does_not_change_a_bit(emulator, width, seed):
-    case = whole(5, width)
-    in_order = contract.run(vk.layer_norm, case, torch.float32, impl="cuda")
+@pytest.mark.parametrize("width", [264, 1512, 4101, 4104])
+def test_the_order_of_threads_does_not_change_a_bit(emulator, spec, width, seed):
+    case = of(spec, whole(5, width))
+    in_order = contract.run(spec.functional, case, torch.float32, impl="cuda")
     emulator.shuffle(seed)
-    shuffled = contract.run(vk.layer_norm, case, torch.float32, impl="cuda")
+    shuffled = contract.run(spec.functional, case, torch.float32, impl="cuda")
     for name, tensor in in_order.named().items():
         assert torch.equal(tensor, shuffled.named()[name]), name
 
 
 @pytest.mark.parametrize("shift", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_view_that_begins_off_a_boundary(dtype, shift):
+def test_a_view_that_begins_off_a_boundary(spec, dtype, shift):
     """Such rows are served column by column."""
 
     def moved(tensor):
@@ -100,7 +116,7 @@ def test_a_view_that_begins_off_a_boundary(dtype, shift):
         arguments = whole(4, 768).make(fill)
         return arguments | {"x": moved(arguments["x"]), "bias": moved(arguments["bias"])}
 
-    verify(SPECS[0], Case("moved", make), dtype)
+    verify(spec, Case("moved", make), dtype)
 
 
 def test_rows_that_lie_apart():
@@ -113,22 +129,25 @@ def test_rows_that_lie_apart():
     )
 
 
-@pytest.mark.parametrize("width", [64, 77, 16384])
-def test_dropout_is_the_core_mask(width):
+@both
+@pytest.mark.parametrize("width", [64, 77, 4101, 16384])
+def test_dropout_is_the_core_mask(norm, width):
     rows, p, stream = 3, 0.3, 9
     rng = vk.Rng(77)
     rng.advance(3)
     x = torch.ones(rows, width, requires_grad=True)
-    _, z = vk.layer_norm(x, None, None, dropout_p=p, rng=rng, stream=stream, return_sum=True, impl="cuda")
+    _, z = norm(x, dropout_p=p, rng=rng, stream=stream, return_sum=True)
     kept = keep_mask(rng.state, stream, 0, torch.arange(rows)[:, None], torch.arange(width), p)
     assert torch.equal(z, kept * dropout_scale(p))
     (gradient,) = torch.autograd.grad(z.sum(), x)
     assert torch.equal(gradient, kept * dropout_scale(p))
 
 
-def test_backward_twice():
-    x, weight = torch.randn(9, 40, requires_grad=True), torch.randn(40, requires_grad=True)
-    loss = vk.layer_norm(x, weight, None, dropout_p=0.2, rng=vk.Rng(3), impl="cuda").square().sum()
+@both
+@pytest.mark.parametrize("width", [40, 4101])
+def test_backward_twice(norm, width):
+    x, weight = torch.randn(9, width, requires_grad=True), torch.randn(width, requires_grad=True)
+    loss = norm(x, weight, dropout_p=0.2, rng=vk.Rng(3)).square().sum()
     first, second = (torch.autograd.grad(loss, (x, weight), retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -151,25 +170,35 @@ def sparse(rows, width, dtype):
     return torch.frombuffer(mmap.mmap(-1, rows * width * element, flags=flags), dtype=dtype).view(rows, width)
 
 
-@pytest.mark.parametrize("width", [1024, 16384])
-def test_more_elements_than_31_bits_count(emulator, width):
+@both
+def test_rows_further_apart_than_31_bits_count(norm):
+    rows = torch.randn(2, 48).bfloat16()
+    x = sparse(2, 2**31 + 16, torch.bfloat16)[:, -48:].copy_(rows)
+    assert x.stride(0) > 2**31
+    assert torch.equal(norm(x, residual=x), norm(rows, residual=rows))
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("width", [1024, 16383, 16384])
+def test_more_elements_than_31_bits_count(emulator, width, centered):
     rows = 2**31 // width + 5
     x, y, dy, dz = (sparse(rows, width, torch.bfloat16) for _ in range(4))
     x[-1], dy[-1] = torch.randn(2, width).unbind()
-    mean, rstd = torch.zeros(rows), torch.zeros(rows)
+    mean, rstd = torch.zeros(rows) if centered else None, torch.zeros(rows)
     call = emulated.fields(dtype=x.dtype, width=width, rows=rows, eps=1e-5, x=x, y=y, z=x, mean=mean, rstd=rstd, dy=dy, dz=dz)
+    norm = torch.nn.functional.layer_norm if centered else functools.partial(torch.nn.functional.rms_norm, eps=1e-5)
     per_block = 4 if width == 1024 else 1
     emulator.only_blocks((rows - 1) // per_block, rows)
     emulator.forward({name: value for name, value in call.items() if name != "z"})
-    expected = torch.nn.functional.layer_norm(x[-1].float().requires_grad_(), (width,))
+    wide = x[-1].float().requires_grad_()
+    expected = norm(wide, (width,))
     torch.testing.assert_close(y[-1], expected.detach().bfloat16())
 
     blocks = emulator.partial_rows(call)
     emulator.only_blocks((rows - 1) // per_block % blocks, (rows - 1) // per_block % blocks + 1)
     partials = torch.empty(blocks, 3, width)
     emulator.backward(call | emulated.fields(partials=partials))
-    wide = x[-1].float().requires_grad_()
-    torch.nn.functional.layer_norm(wide, (width,)).backward(dy[-1].float())
+    expected.backward(dy[-1].float())
     torch.testing.assert_close(dz[-1], wide.grad.bfloat16(), rtol=2e-2, atol=2e-2)
 
 

@@ -14,13 +14,20 @@ def run(*command):
     )
 
 
-def test_layer_norm_is_clean():
-    """Every kind of kernel: rows of one warp, of several and not held; with and without vectors."""
-    chosen = "contract or 768-dtype1 or 770-dtype0 or 4100-dtype1 or boundary"
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-    found = run("-m", "pytest", *options, "tests/emulator/test_layer_norm_cuda.py")
+def assert_clean(file, chosen):
+    found = run("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, f"tests/emulator/{file}")
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-4000:]
     assert " passed" in found.stdout and "skipped" not in found.stdout
+
+
+def test_layer_norm_is_clean():
+    """Every kind of kernel: rows of one warp, of several and not held; with and without vectors."""
+    assert_clean("test_layer_norm_cuda.py", "contract or 768-dtype1 or 770-dtype0 or 4100-dtype1 or boundary")
+
+
+def test_packing_is_clean():
+    """Every width of an access, rows of less than a warp and of more, repeated positions, and layouts that lie."""
+    assert_clean("test_packing_cuda.py", "(any_dtype and trailing4) or boundary or any_layout or repeated or means_of or lies")
 
 
 SCRIPT = """

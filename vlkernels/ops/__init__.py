@@ -14,6 +14,7 @@ from vlkernels.ops.linear import linear
 from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlkernels.ops.optimal_transport import optimal_transport
 from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
+from vlkernels.ops.patchify import patchify
 
 FOLDERS: tuple[str, ...] = (
     "attention",
@@ -25,6 +26,7 @@ FOLDERS: tuple[str, ...] = (
     "linear_cross_entropy",
     "optimal_transport",
     "packing",
+    "patchify",
 )
 
 __all__: list[str] = [
@@ -41,6 +43,7 @@ __all__: list[str] = [
     "linear_cross_entropy",
     "optimal_transport",
     "pack",
+    "patchify",
     "put_segments",
     "rms_norm",
     "segment_mean",

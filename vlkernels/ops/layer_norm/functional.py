@@ -245,8 +245,15 @@ def _check(
         _check_row_scale(row_scale, x)
     if dropout_p:
         checks.check_probability("dropout_p", dropout_p)
-    if layout is not None and math.prod(shape[:-1]) != layout.num_tokens:
-        raise ValueError(f"x must have layout.num_tokens = {layout.num_tokens} rows, got {list(shape)}")
+    if layout is not None:
+        _check_layout(layout, x)
+
+
+def _check_layout(layout: SegmentLayout, x: Tensor) -> None:
+    if math.prod(x.shape[:-1]) != layout.num_tokens:
+        raise ValueError(f"x must have layout.num_tokens = {layout.num_tokens} rows, got {list(x.shape)}")
+    if layout.starts.device != x.device:
+        raise ValueError(f"layout must be on the device of x, {x.device}, got {layout.starts.device}")
 
 
 def _check_row_scale(row_scale: Tensor, x: Tensor) -> None:

@@ -54,6 +54,14 @@ def _row_scale(fill: InputMaker) -> Arguments:
     return {**_plain(fill), "x": fill.normal(9, 48), "residual": fill.normal(9, 48), "row_scale": scale}
 
 
+def _no_rows(fill: InputMaker) -> Arguments:
+    return {**_plain(fill), "x": fill.normal(0, 48), "residual": fill.normal(0, 48), "return_sum": True}
+
+
+def _no_columns(fill: InputMaker) -> Arguments:
+    return {"x": fill.normal(3, 0), "weight": fill.normal(0), "bias": fill.normal(0), "dropout_p": 0.1, "rng": fill.rng()}
+
+
 def _large_mean(fill: InputMaker) -> Arguments:
     x = (fill.normal(40, 48, grad=False) + 64).requires_grad_()
     return {"x": x, "weight": fill.normal(48), "bias": fill.normal(48)}
@@ -67,6 +75,8 @@ CASES = (
     Case("dropout", _dropout),
     Case("row_scale", _row_scale),
     Case("large_mean", _large_mean),
+    Case("no_rows", _no_rows),
+    Case("no_columns", _no_columns),
 )
 
 

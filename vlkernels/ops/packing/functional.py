@@ -25,6 +25,12 @@ def _adds_in_float32(facts: Facts) -> str | None:
 
 IMPLEMENTATIONS = (
     Implementation(
+        "cuda",
+        devices=("cuda",),
+        available=functools.partial(native.missing, "join_segments", "CUDA"),
+        supports=_adds_in_float32,
+    ),
+    Implementation(
         "cpp",
         devices=("cpu",),
         available=functools.partial(native.missing, "join_segments", "CPU"),
@@ -51,7 +57,7 @@ def pack(tensors: Sequence[Tensor], layout: SegmentLayout, *, impl: str = "auto"
         tensors: one ``[B, T_s, ...]`` per segment, all of one dtype (any: features, ids, masks, boxes) and
             one ``...``; ``T_s`` at least ``layout.max_segment_lengths[s]``. The padding is never read.
         layout: on the device of the tensors.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``[num_tokens, ...]``, every row written once. A tensor that is not contiguous is copied first.
@@ -89,7 +95,7 @@ def unpack(
         x: ``[num_tokens, ...]``, any dtype.
         layout: on the device of ``x``.
         max_lengths: padded length of each segment, at least (and by default) ``layout.max_segment_lengths``.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         One ``[B, max_lengths[s], ...]`` per segment; every row, padding too, is written once.
@@ -130,7 +136,7 @@ def take_segments(
         x: ``[num_tokens, ...]``, any dtype.
         layout: on the device of ``x``; may have gaps (``SegmentLayout.padded``).
         segments: segment indices in the order wanted, or groups of them; no segment twice.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``[layout.select(segments).num_tokens, ...]``, or a tuple of these. Where lengths are known on the
@@ -172,7 +178,7 @@ def put_segments(
         rows: ``[layout.select(segments).num_tokens, ...]``, any dtype; with groups, one such per group.
         layout: on the device of the rows.
         segments: as in :func:`take_segments`.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``[num_tokens, ...]``; every row is written once.
@@ -208,7 +214,7 @@ def take_rows(x: Tensor, positions: Tensor, capacity: int | None = None, *, impl
         x: ``[N, ...]``, any dtype.
         positions: int32 or int64 ``[M]`` in ``[-1, N)``, on the device of ``x``; duplicates allowed.
         capacity: rows of the result, at least (and by default) ``M``; those past ``M`` are zero.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``[capacity, ...]``.
@@ -249,7 +255,7 @@ def segment_mean(x: Tensor, layout: SegmentLayout, segment: int, *, impl: str = 
         x: ``[num_tokens, ...]``, floating.
         layout: on the device of ``x``.
         segment: which one.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``[B, ...]`` in the dtype of ``x``.
