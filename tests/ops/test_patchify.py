@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import vlkernels as vk
+from benchmarks.run import benchmarks_of
 from vlkernels.core import native
-from vlkernels.ops.patchify import spec as patchify_spec
+from vlkernels.ops.patchify import benchmarks as patchify_benchmarks, spec as patchify_spec
 from vlkernels.testing.contract import poisoned_memory
 
 HERE = ("reference",) if native.missing("patchify") else ("cpp", "reference")
@@ -95,11 +96,11 @@ def test_more_channels_than_the_kernels_normalize():
 
 
 def test_peers_compute_the_same(monkeypatch):
-    monkeypatch.setattr(patchify_spec, "BATCH", 3)
+    monkeypatch.setattr(patchify_benchmarks, "BATCH", 3)
     for spec in patchify_spec.SPECS:
-        for make in spec.benchmarks.values():
-            arguments = make(patchify_spec.InputMaker(torch.float32))
-            for peer in spec.peers.values():
+        for benchmark in benchmarks_of(spec, "cpu").values():
+            arguments = benchmark.make(patchify_spec.InputMaker(torch.float32))
+            for peer in benchmark.peers.values():
                 torch.testing.assert_close(peer(**arguments), spec.functional(**arguments))
 
 
