@@ -1,14 +1,38 @@
 #include "embed_layer_norm/embed_layer_norm_cpu.h"
 
+#include <array>
+
 #include "binding/norm.h"
+#include "embed_layer_norm/embed_layer_norm_plan.h"
+
+#ifdef VLK_WITH_CUDA
+#include "binding/cuda.h"
+#include "embed_layer_norm/embed_layer_norm_cuda.h"
+#endif
 
 namespace vlk {
 namespace {
 
-// Checked views of the arguments that make z; owns the list of pointers `sum` shows.
+Ids ids_of(const Tensor& tensor, int64_t numel, const char* name) {
+    const bool wide = tensor.scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(wide || tensor.scalar_type() == ScalarType::Int, name, " must be int32 or int64");
+    check_numel(tensor, numel, name);
+    check_contiguous(tensor, name);
+    return {tensor.const_data_ptr(), wide};
+}
+
+// The largest of `rows` ids that lie `stride` apart.
+int64_t largest_id(Ids ids, int64_t rows, int64_t stride, int64_t column) {
+    int64_t largest = -1;
+    for (int64_t row = 0; row < rows; ++row) largest = std::max(largest, id_at(ids, row * stride + column));
+    return largest;
+}
+
+// Checked views of the arguments that make z; owns the lists that `sum` shows.
 struct SumArguments {
     EmbeddingSum sum{};
     std::vector<const void*> pointers;
+    std::vector<int64_t> table_rows;
 
     SumArguments(const Tensor& like, int64_t rows, const OptionalTensor& ids,
                  const std::vector<Tensor>& tables, const OptionalTensor& dense) {
@@ -17,11 +41,12 @@ struct SumArguments {
         for (const Tensor& table : tables) {
             check_type(table, like.scalar_type(), "tables");
             check_contiguous(table, "tables");
+            check_same_device(like, {table});
             STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == width, "tables must be [V, ", width, "]");
             pointers.push_back(table.const_data_ptr());
+            table_rows.push_back(table.size(0));
         }
         STD_TORCH_CHECK(ids.has_value() || count == 0, "tables need ids");
-        if (count) check_numel(*ids, rows * count, "ids");
         if (dense) {
             check_type(*dense, like.scalar_type(), "dense");
             check_numel(*dense, rows * width, "dense");
@@ -31,32 +56,93 @@ struct SumArguments {
         sum.width = width;
         sum.rows = rows;
         sum.num_tables = count;
-        sum.ids = count ? read<int32_t>(*ids, ScalarType::Int, "ids") : nullptr;
+        if (count) sum.ids = ids_of(*ids, rows * count, "ids");
         sum.tables = pointers.data();
+        sum.table_rows = table_rows.data();
         sum.dense = data_or_null(dense);
-        for (int64_t table = 0; table < count; ++table) check_ids(table, tables[table].size(0));
-    }
-
-    void check_ids(int64_t table, int64_t table_rows) const {
-        int32_t largest = -1;
-        for (int64_t row = 0; row < sum.rows; ++row)
-            largest = std::max(largest, sum.ids[row * sum.num_tables + table]);
-        STD_TORCH_CHECK(largest < table_rows, "ids[:, ", table, "] must be below ", table_rows, ", got ",
-                        largest);
     }
 };
 
 RowNorms row_norms(const OptionalTensor& norm_ids, const OptionalTensor& weight, int64_t rows) {
-    if (!norm_ids) return {nullptr, 1};
+    if (!norm_ids) return {{}, 1};
     STD_TORCH_CHECK(weight.has_value() && weight->dim() == 2, "norm_ids need a weight [norms, width]");
-    check_numel(*norm_ids, rows, "norm_ids");
-    const int32_t* ids = read<int32_t>(*norm_ids, ScalarType::Int, "norm_ids");
-    const int64_t count = weight->size(0);
-    for (int64_t row = 0; row < rows; ++row)
-        STD_TORCH_CHECK(ids[row] < count, "norm_ids must be below ", count, ", got ", ids[row]);
-    return {ids, count};
+    return {ids_of(*norm_ids, rows, "norm_ids"), weight->size(0)};
 }
 
+// A kernel reads no foreign memory: on a CPU ids are looked at here, on a card by the kernels themselves.
+void check_ids(const EmbeddingSum& sum, const RowNorms& norms) {
+    for (int64_t table = 0; table < sum.num_tables; ++table) {
+        const int64_t largest = largest_id(sum.ids, sum.rows, sum.num_tables, table);
+        STD_TORCH_CHECK(largest < sum.table_rows[table], "ids[:, ", table, "] must be below ",
+                        sum.table_rows[table], ", got ", largest);
+    }
+    if (!norms.ids.data) return;
+    const int64_t largest = largest_id(norms.ids, sum.rows, 1, 0);
+    STD_TORCH_CHECK(largest < norms.count, "norm_ids must be below ", norms.count, ", got ", largest);
+}
+
+// The gradients of weight and bias; empty where there is no such parameter.
+using ParameterGradients = std::array<Tensor, 2>;
+using Parameters = std::array<OptionalTensor, 2>;
+
+void forward_on_cpu(const EmbedLayerNormForward& op, const Tensor&) {
+    check_ids(op.sum, op.norms);
+    parallel_rows(op.sum.rows, 16 * op.sum.width,
+                  [&, kernel = VLK_CPU(embed_layer_norm_forward)](int64_t begin, int64_t end) {
+                      kernel(op, begin, end);
+                  });
+}
+
+ParameterGradients backward_on_cpu(EmbedLayerNormBackward& op, const Tensor& dy, const Parameters& parameters) {
+    check_ids(op.sum, op.norms);
+    const ChunkSums sums(dy, op.sum.rows, 2, op.norms.count * op.sum.width);
+    op.num_chunks = sums.chunks;
+    op.partials = sums.data();
+    const int64_t chunk_bytes = 16 * op.sum.width * std::max<int64_t>(1, op.sum.rows / sums.chunks);
+    parallel_rows(sums.chunks, chunk_bytes,
+                  [&, kernel = VLK_CPU(embed_layer_norm_backward)](int64_t begin, int64_t end) {
+                      kernel(op, begin, end);
+                  });
+    return {sums.sum(0, parameters[0]), sums.sum(1, parameters[1])};
+}
+
+#ifdef VLK_WITH_CUDA
+void check_served(const EmbeddingSum& sum, std::initializer_list<Parameter> parameters) {
+    STD_TORCH_CHECK(sum.width <= widest_row, "rows must have at most ", widest_row, " columns, got ", sum.width);
+    STD_TORCH_CHECK(sum.num_tables <= most_tables, "there must be at most ", most_tables, " tables, got ", sum.num_tables);
+    for (const Parameter& parameter : parameters)
+        STD_TORCH_CHECK(!parameter.data || parameter.dtype == Dtype::float32 || parameter.dtype == sum.dtype,
+                        "parameters must have the dtype of the tables or float32");
+}
+
+void forward_on_cuda(const EmbedLayerNormForward& op, const Tensor& like) {
+    check_served(op.sum, {op.weight, op.bias});
+    const OnDeviceOf device(like);
+    check_launch(embed_layer_norm_forward_cuda(op, device.stream()), "embed_layer_norm_forward");
+}
+
+ParameterGradients backward_on_cuda(EmbedLayerNormBackward& op, const Tensor& dy, const Parameters& parameters) {
+    check_served(op.sum, {op.weight});
+    const int64_t width = op.norms.count * op.sum.width;
+    op.num_chunks = plan_embed_backward(op).blocks;
+    const Tensor partials = new_float(dy, {op.num_chunks, 2, width});
+    op.partials = static_cast<float*>(partials.mutable_data_ptr());
+    PartialRows<2> sums{op.partials, op.num_chunks, width, {}};
+    ParameterGradients gradients{new_float(dy, {0}), new_float(dy, {0})};
+    for (int part = 0; part < 2; ++part) {
+        if (!parameters[part]) continue;
+        check_numel(*parameters[part], width, "parameter");
+        check_contiguous(*parameters[part], "parameter");
+        gradients[part] = torch::stable::empty_like(*parameters[part]);
+        sums.gradients[part] = {gradients[part].mutable_data_ptr(), dtype_of(gradients[part], "parameter")};
+    }
+    const OnDeviceOf device(dy);
+    check_launch(embed_layer_norm_backward_cuda(op, sums, device.stream()), "embed_layer_norm_backward");
+    return gradients;
+}
+#endif
+
+template <auto run>
 std::tuple<Tensor, Tensor, Tensor> forward(const OptionalTensor& ids, const std::vector<Tensor>& tables,
                                            const OptionalTensor& dense, const OptionalTensor& weight,
                                            const OptionalTensor& bias, const OptionalTensor& norm_ids,
@@ -66,6 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const OptionalTensor& ids, const std:
     STD_TORCH_CHECK(ids.has_value() || tables.empty(), "tables need ids");
     const Tensor& like = dense ? *dense : tables[0];
     const int64_t rows = dense ? dense->size(0) : ids->size(0);
+    check_same_device(like, {ids, weight, bias, norm_ids, rng_state, keys});
     const SumArguments arguments(like, rows, ids, tables, dense);
     const int64_t width = arguments.sum.width;
     Tensor y = torch::stable::new_empty(like, {rows, width});
@@ -80,43 +167,35 @@ std::tuple<Tensor, Tensor, Tensor> forward(const OptionalTensor& ids, const std:
     op.y = y.mutable_data_ptr();
     op.mean = static_cast<float*>(mean.mutable_data_ptr());
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-    parallel_rows(rows, 16 * width,
-                  [&, kernel = VLK_CPU(embed_layer_norm_forward)](int64_t begin, int64_t end) {
-                      kernel(op, begin, end);
-                  });
+    run(op, like);
     return {y, mean, rstd};
 }
 
+template <auto run>
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& mean, const Tensor& rstd,
                                             const OptionalTensor& ids, const std::vector<Tensor>& tables,
                                             const OptionalTensor& dense, const OptionalTensor& weight,
                                             const OptionalTensor& bias, const OptionalTensor& norm_ids,
                                             const OptionalTensor& rng_state, const OptionalTensor& keys,
                                             int64_t stream, int64_t threshold) {
+    check_same_device(dy, {mean, rstd, ids, dense, weight, bias, norm_ids, rng_state, keys});
     check_contiguous(dy, "dy");
     const int64_t rows = dy.size(0);
     const SumArguments arguments(dy, rows, ids, tables, dense);
     const int64_t width = arguments.sum.width;
     const RowNorms norms = row_norms(norm_ids, weight, rows);
-    const ChunkSums partials(dy, rows, 2, norms.count * width);
     Tensor dz = torch::stable::empty_like(dy);
     EmbedLayerNormBackward op{};
     op.sum = arguments.sum;
     op.norms = norms;
-    op.num_chunks = partials.chunks;
     op.dy = dy.const_data_ptr();
     op.mean = row_statistics(mean, rows, "mean");
     op.rstd = row_statistics(rstd, rows, "rstd");
     op.weight = parameter(weight, norms.count * width, "weight");
     op.dropout = dropout_of(rng_state, keys, stream, threshold, rows);
     op.dz = dz.mutable_data_ptr();
-    op.partials = partials.data();
-    const int64_t chunk_bytes = 16 * width * std::max<int64_t>(1, rows / partials.chunks);
-    parallel_rows(partials.chunks, chunk_bytes,
-                  [&, kernel = VLK_CPU(embed_layer_norm_backward)](int64_t begin, int64_t end) {
-                      kernel(op, begin, end);
-                  });
-    return {dz, partials.sum(0, weight), partials.sum(1, bias)};
+    const auto [dweight, dbias] = run(op, dy, {weight, bias});
+    return {dz, dweight, dbias};
 }
 
 // The tokens in the order of their ids, equal ids in the order of the tokens (a counting sort).
@@ -125,13 +204,13 @@ struct Sorting {
 
     Sorting(TokenIds tokens, int64_t count, int64_t num_ids) : first(num_ids + 1), order(count + 1) {
         for (int64_t token = 0; token < count; ++token) {
-            const int32_t id = tokens.ids[token * tokens.stride];
+            const int64_t id = id_of(tokens, token);
             if (id >= 0) ++first[id + 1];
         }
         for (int64_t id = 0; id < num_ids; ++id) first[id + 1] += first[id];
         std::vector<int32_t> next(first.begin(), first.end() - 1);
         for (int64_t token = 0; token < count; ++token) {
-            const int32_t id = tokens.ids[token * tokens.stride];
+            const int64_t id = id_of(tokens, token);
             if (id >= 0) order[next[id]++] = static_cast<int32_t>(token);
         }
     }
@@ -162,15 +241,11 @@ void sum_large_table(const TableGradient& op, TokenIds tokens, int64_t parts, bo
                   });
 }
 
-Tensor scatter_to_table(const Tensor& gradient, const Tensor& ids, int64_t column, int64_t table_rows) {
-    check_contiguous(gradient, "gradient");
-    const int64_t rows = gradient.size(0), width = gradient.size(1), stride = ids.size(1);
-    STD_TORCH_CHECK(ids.size(0) == rows && 0 <= column && column < stride, "ids must be [rows, tables]");
-    const TokenIds tokens{read<int32_t>(ids, ScalarType::Int, "ids") + column, stride};
-    for (int64_t row = 0; row < rows; ++row) {
-        const int32_t id = tokens.ids[row * stride];
-        STD_TORCH_CHECK(id < table_rows, "ids must be below ", table_rows, ", got ", id);
-    }
+// What a column of ids scatters into a table.
+Tensor scatter_to_table(const Tensor& gradient, TokenIds tokens, int64_t table_rows) {
+    const int64_t rows = gradient.size(0), width = gradient.size(1);
+    const int64_t largest = largest_id(tokens.ids, rows, tokens.stride, tokens.column);
+    STD_TORCH_CHECK(largest < table_rows, "ids must be below ", table_rows, ", got ", largest);
     Tensor table = torch::stable::new_empty(gradient, {table_rows, width});
     const int64_t part_columns = columns_per_part(width);
     const TableGradient op{dtype_of(gradient, "gradient"), rows, width, table_rows, part_columns,
@@ -185,11 +260,75 @@ Tensor scatter_to_table(const Tensor& gradient, const Tensor& ids, int64_t colum
     return table;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vlkernels, CPU, m) {
-    m.impl("embed_layer_norm_forward", TORCH_BOX(&forward));
-    m.impl("embed_layer_norm_backward", TORCH_BOX(&backward));
-    m.impl("embed_layer_norm_table_backward", TORCH_BOX(&scatter_to_table));
+std::vector<Tensor> tables_on_cpu(const Tensor& gradient, Ids ids, int64_t stride,
+                                  const std::vector<int64_t>& columns, const std::vector<int64_t>& table_rows) {
+    std::vector<Tensor> tables;
+    for (size_t k = 0; k < columns.size(); ++k)
+        tables.push_back(scatter_to_table(gradient, {ids, stride, columns[k]}, table_rows[k]));
+    return tables;
 }
+
+#ifdef VLK_WITH_CUDA
+std::vector<Tensor> tables_on_cuda(const Tensor& gradient, Ids ids, int64_t stride,
+                                   const std::vector<int64_t>& columns, const std::vector<int64_t>& table_rows) {
+    constexpr int64_t most = INT32_MAX;
+    TableGradients op{};
+    op.num_tables = static_cast<int64_t>(columns.size());
+    STD_TORCH_CHECK(op.num_tables <= most_tables, "there must be at most ", most_tables, " tables, got ", op.num_tables);
+    op.dtype = dtype_of(gradient, "gradient");
+    op.tokens = gradient.size(0);
+    op.width = gradient.size(1);
+    op.ids = ids;
+    op.id_stride = stride;
+    op.gradient = gradient.const_data_ptr();
+    STD_TORCH_CHECK(op.tokens * op.num_tables <= most, "ids must be at most ", most, ", got ", op.tokens * op.num_tables);
+    std::vector<Tensor> tables;
+    for (int64_t k = 0, rows = 0; k < op.num_tables; ++k) {
+        tables.push_back(torch::stable::new_empty(gradient, {table_rows[k], op.width}));
+        op.table[k] = tables[k].mutable_data_ptr();
+        op.column[k] = columns[k];
+        rows += table_rows[k];
+        STD_TORCH_CHECK(rows < most, "the tables must have fewer than ", most, " rows in all");
+        op.first_row[k + 1] = static_cast<int32_t>(rows);
+    }
+    const TablePlan plan = plan_table_gradients(op);
+    const Tensor integers = torch::stable::new_empty(gradient, {plan.integers}, std::make_optional(ScalarType::Int));
+    const Tensor partials = new_float(gradient, {plan.floats});
+    op.integers = static_cast<int32_t*>(integers.mutable_data_ptr());
+    op.partials = static_cast<float*>(partials.mutable_data_ptr());
+    const OnDeviceOf device(gradient);
+    check_launch(table_gradients_cuda(op, device.stream()), "embed_layer_norm_tables_backward");
+    return tables;
+}
+#endif
+
+template <auto run>
+std::vector<Tensor> scatter_to_tables(const Tensor& gradient, const Tensor& ids, std::vector<int64_t> columns,
+                                      std::vector<int64_t> table_rows) {
+    check_same_device(gradient, {ids});
+    check_contiguous(gradient, "gradient");
+    STD_TORCH_CHECK(gradient.dim() == 2 && ids.dim() == 2 && ids.size(0) == gradient.size(0) &&
+                        columns.size() == table_rows.size(),
+                    "gradient must be [rows, width], ids [rows, tables], and every column must have its rows");
+    const int64_t stride = ids.size(1);
+    for (const int64_t column : columns)
+        STD_TORCH_CHECK(0 <= column && column < stride, "columns must be below ", stride, ", got ", column);
+    return run(gradient, ids_of(ids, ids.numel(), "ids"), stride, columns, table_rows);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vlkernels, CPU, m) {
+    m.impl("embed_layer_norm_forward", TORCH_BOX(&forward<forward_on_cpu>));
+    m.impl("embed_layer_norm_backward", TORCH_BOX(&backward<backward_on_cpu>));
+    m.impl("embed_layer_norm_tables_backward", TORCH_BOX(&scatter_to_tables<tables_on_cpu>));
+}
+
+#ifdef VLK_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vlkernels, CUDA, m) {
+    m.impl("embed_layer_norm_forward", TORCH_BOX(&forward<forward_on_cuda>));
+    m.impl("embed_layer_norm_backward", TORCH_BOX(&backward<backward_on_cuda>));
+    m.impl("embed_layer_norm_tables_backward", TORCH_BOX(&scatter_to_tables<tables_on_cuda>));
+}
+#endif
 
 }  // namespace
 }  // namespace vlk

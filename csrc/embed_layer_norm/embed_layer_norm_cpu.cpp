@@ -28,7 +28,7 @@ class RowTerms {
     int64_t gather(int64_t row) {
         int64_t count = 0;
         for (int64_t table = 0; table < op_.num_tables; ++table) {
-            const int64_t id = op_.ids[row * op_.num_tables + table];
+            const int64_t id = id_at(op_.ids, row * op_.num_tables + table);
             if (id >= 0) terms_.get()[count++] = static_cast<const T*>(op_.tables[table]) + id * op_.width;
         }
         if (op_.dense) terms_.get()[count++] = static_cast<const T*>(op_.dense) + row * op_.width;
@@ -38,8 +38,6 @@ class RowTerms {
     const EmbeddingSum& op_;
     Scratch<const T*> terms_;
 };
-
-inline int64_t norm_of(const RowNorms& norms, int64_t row) { return norms.ids ? norms.ids[row] : 0; }
 
 // One norm's row of a parameter; null stays null.
 inline const float* row_of(const FloatParameter& parameter, int64_t norm, int64_t width) {
@@ -156,7 +154,7 @@ void small_table_parts(const TableGradient& op, TokenIds tokens, int64_t first_p
         T* table = static_cast<T*>(op.table) + part.start;
         std::memset(sums.get(), 0, op.table_rows * part.width * sizeof(float));
         for (int64_t token = 0; token < op.tokens; ++token) {
-            const int64_t id = tokens.ids[token * tokens.stride];
+            const int64_t id = id_of(tokens, token);
             if (id >= 0) add_row(sums.get() + id * part.width, gradient + token * op.width, part.width);
         }
         for (int64_t row = 0; row < op.table_rows; ++row)

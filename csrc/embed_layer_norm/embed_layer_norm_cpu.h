@@ -1,49 +1,8 @@
 #pragma once
-#include "primitives/norm.h"
-#include "primitives/philox.h"
+#include "embed_layer_norm/embed_layer_norm.h"
+#include "primitives/cpu_isa.h"
 
 namespace vlk {
-
-// z = sum_c tables[c][ids[:, c]] + dense, in float; y = dropout(LN(z)), each row by its own norm.
-// Tables, dense, y and gradients share `dtype`.
-struct EmbeddingSum {
-    Dtype dtype;
-    int64_t width, rows, num_tables;
-    const int32_t* ids;         // [rows, num_tables]; negative: that table adds nothing to the row
-    const void* const* tables;
-    const void* dense;          // null: none
-};
-
-// Which row of `weight` and `bias` a row takes; a negative id: none, and its y and gradients are zero.
-struct RowNorms {
-    const int32_t* ids;         // [rows]; null: one norm for all
-    int64_t count;
-};
-
-struct EmbedLayerNormForward {
-    EmbeddingSum sum;
-    RowNorms norms;
-    float eps;
-    Parameter weight, bias;     // [norms, width]
-    Dropout dropout;
-    void* y;
-    float* mean;
-    float* rstd;
-};
-
-// The sum is built again instead of being kept.
-struct EmbedLayerNormBackward {
-    EmbeddingSum sum;
-    RowNorms norms;
-    int64_t num_chunks;
-    const void* dy;
-    const float* mean;
-    const float* rstd;
-    Parameter weight;
-    Dropout dropout;
-    void* dz;
-    float* partials;            // [num_chunks, 2, norms, width]: dweight, dbias
-};
 
 // The gradient of a table: row v is the sum of the rows of dz whose id is v, in the order of the tokens.
 // Threads share the columns before they share the rows, so that a table of two rows, or one of which a few
@@ -57,9 +16,13 @@ struct TableGradient {
 };
 
 struct TokenIds {
-    const int32_t* ids;         // of token t: ids[t * stride]; negative: none
-    int64_t stride;
+    Ids ids;                    // of token t: ids[t * stride + column]; negative: none
+    int64_t stride, column;
 };
+
+static inline int64_t id_of(TokenIds tokens, int64_t token) {
+    return id_at(tokens.ids, token * tokens.stride + tokens.column);
+}
 
 // The tokens of table row v are order[first[v] : first[v + 1]]; one entry more can be read.
 struct SortedTokens {

@@ -90,6 +90,12 @@ T __shfl_down_sync(uint32_t mask, T value, unsigned delta, VLK_FROM_HERE) {
 }
 
 template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned delta, VLK_FROM_HERE) {
+    const auto source = [=](int lane) { return lane - static_cast<int>(delta); };
+    return vlk::emulator::shuffle("__shfl_up_sync", {file, line}, mask, value, source);
+}
+
+template <typename T>
 T __shfl_sync(uint32_t mask, T value, int lane, VLK_FROM_HERE) {
     const auto source = [=](int) { return lane & 31; };
     return vlk::emulator::shuffle("__shfl_sync", {file, line}, mask, value, source);
@@ -113,6 +119,23 @@ inline int __any_sync(uint32_t mask, int vote, VLK_FROM_HERE) {
 inline int __all_sync(uint32_t mask, int vote, VLK_FROM_HERE) {
     return __ballot_sync(mask, vote, file, line) == mask;
 }
+
+// The lanes that bring the same value.
+inline uint32_t __match_any_sync(uint32_t mask, int value, VLK_FROM_HERE) {
+    const auto match = [](const vlk::emulator::Warp& warp) {
+        for (vlk::emulator::Thread* thread : warp) {
+            if (!thread) continue;
+            thread->taken = 0;
+            for (unsigned lane = 0; lane < vlk::emulator::lanes; ++lane)
+                thread->taken |= static_cast<uint64_t>(warp[lane] && warp[lane]->given == thread->given) << lane;
+        }
+    };
+    const uint64_t given = static_cast<uint32_t>(value);
+    return static_cast<uint32_t>(vlk::emulator::collective("__match_any_sync", {file, line}, mask, given, match));
+}
+
+inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 
 template <typename T>
 T atomicAdd(T* address, T value) {

@@ -44,6 +44,8 @@
     static ::vlk::emulator::Shared<type extents> shared_##name;     \
     auto& name = shared_##name.of_this_block()
 #define VLK_DYNAMIC_SHARED(name) float* name = ::vlk::emulator::dynamic_shared()
+#define VLK_REQUIRE(condition, sentence) \
+    if (!(condition)) ::vlk::emulator::fail(sentence)
 
 struct dim3 {
     unsigned x, y, z;

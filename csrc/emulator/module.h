@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <vector>
+
 #include "primitives/norm.h"
 #include "primitives/partial_rows.h"
 #include "primitives/philox.h"

@@ -18,12 +18,6 @@ inline RowPlan plan_forward(const LayerNormForward& op) {
     return plan;
 }
 
-// Rows of one warp each that a block of the backward takes at a time: the less a thread holds, the more of them.
-constexpr int backward_rows(int columns_held) { return columns_held <= 8 ? 8 : 4; }
-constexpr int backward_threads(int columns, int vectors) {
-    return columns == 1 ? most_threads : 32 * backward_rows(columns * vectors);
-}
-
 // Every block makes one partial row of each sum. There are at most two blocks for each multiprocessor of a Hopper
 // card, and as many on any other card: the sums are the same bits everywhere.
 inline RowPlan plan_backward(const LayerNormBackward& op) {

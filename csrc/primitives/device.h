@@ -3,6 +3,8 @@
 #pragma once
 
 #ifdef __CUDACC__
+#include <cassert>
+
 #define VLK_HOST_DEVICE __host__ __device__
 // An array in shared memory: VLK_SHARED(float, held, [2][32]).
 #define VLK_SHARED(type, name, extents) __shared__ type name extents
@@ -10,6 +12,8 @@
 #define VLK_DYNAMIC_SHARED(name)                   \
     extern __shared__ float4 vlk_dynamic_shared[]; \
     float* name = reinterpret_cast<float*>(vlk_dynamic_shared)
+// Stops the kernel with the sentence where values that no host has seen are not what they must be.
+#define VLK_REQUIRE(condition, sentence) assert((condition) && (sentence))
 #else
 #define VLK_HOST_DEVICE
 #endif

@@ -74,6 +74,12 @@ inline RowPlan held_row(int64_t width, int columns) {
     return {columns, compiled_count(columns, needed), threads, 1, 0, 0};
 }
 
+// Rows of one warp each that a block of the backward takes at a time: the less a thread holds, the more of them.
+constexpr int backward_rows(int columns_held) { return columns_held <= 8 ? 8 : 4; }
+constexpr int backward_threads(int columns, int vectors) {
+    return columns == 1 ? most_threads : 32 * backward_rows(columns * vectors);
+}
+
 inline int64_t blocks_for(int64_t rows, int rows_per_block, int64_t most) {
     const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
     return blocks < most ? blocks : most;

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import mmap
 import os
 import shutil
 import subprocess
@@ -126,3 +127,10 @@ def serving(monkeypatch: pytest.MonkeyPatch, functional: ModuleType, kernels: di
         yield
     finally:
         library._destroy()
+
+
+def sparse(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory before they are written."""
+    element = torch.empty(0, dtype=dtype).element_size()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, rows * width * element, flags=flags), dtype=dtype).view(rows, width)

@@ -1,7 +1,6 @@
 """The CUDA kernels of layer_norm and rms_norm, run thread by thread on the CPU from the sources and by the plan of the launcher."""
 
 import functools
-import mmap
 
 import pytest
 import torch
@@ -163,17 +162,10 @@ def test_the_emulator_is_what_serves(monkeypatch):
         vk.layer_norm(x, None, None)
 
 
-def sparse(rows, width, dtype):
-    """Zeros that take no memory before they are written."""
-    element = torch.empty(0, dtype=dtype).element_size()
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
-    return torch.frombuffer(mmap.mmap(-1, rows * width * element, flags=flags), dtype=dtype).view(rows, width)
-
-
 @both
 def test_rows_further_apart_than_31_bits_count(norm):
     rows = torch.randn(2, 48).bfloat16()
-    x = sparse(2, 2**31 + 16, torch.bfloat16)[:, -48:].copy_(rows)
+    x = emulated.sparse(2, 2**31 + 16, torch.bfloat16)[:, -48:].copy_(rows)
     assert x.stride(0) > 2**31
     assert torch.equal(norm(x, residual=x), norm(rows, residual=rows))
 
@@ -182,7 +174,7 @@ def test_rows_further_apart_than_31_bits_count(norm):
 @pytest.mark.parametrize("width", [1024, 16383, 16384])
 def test_more_elements_than_31_bits_count(emulator, width, centered):
     rows = 2**31 // width + 5
-    x, y, dy, dz = (sparse(rows, width, torch.bfloat16) for _ in range(4))
+    x, y, dy, dz = (emulated.sparse(rows, width, torch.bfloat16) for _ in range(4))
     x[-1], dy[-1] = torch.randn(2, width).unbind()
     mean, rstd = torch.zeros(rows) if centered else None, torch.zeros(rows)
     call = emulated.fields(dtype=x.dtype, width=width, rows=rows, eps=1e-5, x=x, y=y, z=x, mean=mean, rstd=rstd, dy=dy, dz=dz)
@@ -205,7 +197,7 @@ def test_more_elements_than_31_bits_count(emulator, width, centered):
 def test_more_rows_than_the_grid_takes_at_once(emulator):
     """Four rows to a block and 2**20 blocks: the first block takes the rows that are left."""
     rows = 2**22 + 3
-    x, y = sparse(rows, 8, torch.float32), sparse(rows, 8, torch.float32)
+    x, y = emulated.sparse(rows, 8, torch.float32), emulated.sparse(rows, 8, torch.float32)
     x[-3:] = torch.randn(3, 8)
     mean, rstd = torch.zeros(rows), torch.zeros(rows)
     emulator.only_blocks(0, 1)

@@ -18,13 +18,34 @@ from vlkernels.ops.embed_layer_norm import reference
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+WIDEST_CUDA_ROW = 16_384  # csrc/primitives/row_plan.h
+MOST_CUDA_TABLES = 16  # csrc/embed_layer_norm/embed_layer_norm.h
+MOST_CUDA_IDS = 2**31 - 1  # positions in their sorted order are int32
+
+
 def _kernel_supports(facts: Facts) -> str | None:
     if facts["dtype"] not in KERNEL_DTYPES:
         return f"it computes in float32, the data is {facts['dtype']}"
     return None
 
 
+def _cuda_supports(facts: Facts) -> str | None:
+    if facts["width"] > WIDEST_CUDA_ROW:
+        return f"it serves D up to {WIDEST_CUDA_ROW:,}, the rows have D = {facts['width']:,}"
+    if facts["tables"] > MOST_CUDA_TABLES:
+        return f"it serves up to {MOST_CUDA_TABLES} tables, got {facts['tables']}"
+    if facts["rows"] * facts["tables"] > MOST_CUDA_IDS or facts["table_rows"] > MOST_CUDA_IDS:
+        return f"it serves up to {MOST_CUDA_IDS:,} ids and rows of tables, got {facts['rows']:,} rows of {facts['tables']} ids"
+    return _kernel_supports(facts)
+
+
 IMPLEMENTATIONS = (
+    Implementation(
+        "cuda",
+        devices=("cuda",),
+        available=functools.partial(native.missing, "embed_layer_norm_forward", "CUDA"),
+        supports=_cuda_supports,
+    ),
     Implementation(
         "cpp",
         devices=("cpu",),
@@ -94,28 +115,35 @@ def embed_layer_norm(
         rng: state of the dropout; ``None`` draws one from PyTorch's generator. It must not advance before the
             backward.
         stream: constant of this call site: different streams drop different elements.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"cuda"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``[T, D]`` in the dtype of the tables.
 
     Gradients: to the tables (dense), ``dense``, ``weight`` and ``bias``; the same bits in every run and for
-        any number of threads: a table row adds its tokens in packed order. The kernel's backward has no
-        derivative of its own.
+        any number of threads, and on every card: a table row adds its tokens in packed order. The kernel's backward
+        has no derivative of its own.
     Numerics: the sum, the statistics (two-pass variance), the norm and the tables' sums in float32.
     Memory: the backward keeps two floats per row and sums the embeddings again; dropout keeps nothing.
     Errors: ``ValueError`` where shapes, dtypes or devices disagree; on the CPU for an id outside [-1, V_c) or
-        [-1, N); for ``norm_ids`` without ``weight`` ``[N, D]``, and the reverse.
+        [-1, N), on a card a device-side assertion by the kernel; for ``norm_ids`` without ``weight`` ``[N, D]``, and the reverse.
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018.
     """
     tables = list(tables)
     _check(ids, tables, weight, bias, dense, norm_ids, dropout_p, layout)
     check_stream(stream)
-    like = tables[0] if tables else dense
-    if (
-        dispatch.resolve("embed_layer_norm", impl, IMPLEMENTATIONS, like.device, {"dtype": like.dtype})
-        == "reference"
-    ):
+    like, rows = tables[0] if tables else dense, (ids if tables else dense).shape[0]
+    facts = {
+        "dtype": like.dtype,
+        "width": like.shape[1],
+        "rows": rows,
+        "tables": len(tables),
+        "table_rows": sum(table.shape[0] for table in tables),
+    }
+    served_by = dispatch.resolve("embed_layer_norm", impl, IMPLEMENTATIONS, like.device, facts)
+    if served_by != "cuda" or like.device.type == "cpu":  # CUDA kernels look at ids themselves
+        _check_values(ids, tables, weight, norm_ids)
+    if served_by == "reference":
         return reference.embed_layer_norm(
             ids,
             tables,
@@ -131,12 +159,12 @@ def embed_layer_norm(
         )
     threshold = dropout_threshold(dropout_p)
     return _differentiable(
-        ids.to(torch.int32).contiguous() if tables else None,
+        ids.contiguous() if tables else None,
         [table.contiguous() for table in tables],
         None if dense is None else dense.contiguous(),
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
-        None if norm_ids is None else norm_ids.to(torch.int32).contiguous(),
+        None if norm_ids is None else norm_ids.contiguous(),
         resolve_rng(rng, like.device) if threshold else None,
         layout.token_keys() if threshold and layout is not None else None,
         stream,
@@ -176,15 +204,16 @@ def _check(
     named = {f"tables[{c}]": table for c, table in enumerate(tables)}
     named |= {"ids": ids if tables else None, "dense": dense, "norm_ids": norm_ids}
     checks.check_same_device(**named, weight=weight, bias=bias)
-    for c in _suspicious_columns(ids, tables):
-        checks.check_values_between(
-            f"ids[:, {c}] (rows of tables[{c}], or -1)", ids[:, c], -1, tables[c].shape[0]
-        )
-    if norm_ids is not None:
-        checks.check_values_between("norm_ids (rows of weight, or -1)", norm_ids, -1, weight.shape[0])
     checks.check_probability("dropout_p", dropout_p)
     if layout is not None and rows != layout.num_tokens:
         raise ValueError(f"ids and dense must have layout.num_tokens = {layout.num_tokens} rows, got {rows}")
+
+
+def _check_values(ids: Tensor | None, tables: list[Tensor], weight: Tensor | None, norm_ids: Tensor | None) -> None:
+    for c in _suspicious_columns(ids, tables):
+        checks.check_values_between(f"ids[:, {c}] (rows of tables[{c}], or -1)", ids[:, c], -1, tables[c].shape[0])
+    if norm_ids is not None:
+        checks.check_values_between("norm_ids (rows of weight, or -1)", norm_ids, -1, weight.shape[0])
 
 
 def _check_norms(
@@ -267,9 +296,9 @@ _backward = library.define_backward(
     "SymInt stream, int threshold) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
 )
-_table_gradient = library.define_backward(
-    "embed_layer_norm_table_backward(Tensor gradient, Tensor ids, int column, SymInt table_rows) -> Tensor",
-    fake=lambda gradient, ids, column, table_rows: gradient.new_empty((table_rows, gradient.shape[1])),
+_table_gradients = library.define_backward(
+    "embed_layer_norm_tables_backward(Tensor gradient, Tensor ids, int[] columns, SymInt[] table_rows) -> Tensor[]",
+    fake=lambda gradient, ids, columns, table_rows: [gradient.new_empty((rows, gradient.shape[1])) for rows in table_rows],
 )
 
 
@@ -299,10 +328,12 @@ def _differentiate(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         ctx.threshold,
     )
     _, wants_tables, wants_dense, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-    dtables = [
-        _table_gradient(dz, ids, c, table.shape[0]) if wanted else None
-        for c, (table, wanted) in enumerate(zip(tables, wants_tables if tables else ()))
-    ]
+    dtables: list[Tensor | None] = [None] * len(tables)
+    columns = [c for c, wanted in enumerate(wants_tables) if wanted] if tables else []
+    if columns:
+        found = _table_gradients(dz, ids, columns, [tables[c].shape[0] for c in columns])
+        for c, gradient in zip(columns, found, strict=True):
+            dtables[c] = gradient
     return (
         None,
         dtables or None,

@@ -1,4 +1,4 @@
-"""What the contract tests and the benchmarks know about ``patchify``."""
+"""Patchify's cases."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
 from vlkernels.ops.patchify import benchmarks, functional, reference
+from vlkernels.ops.patchify.benchmarks import patch_counts
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -18,7 +19,7 @@ def _equal(name: str, shape: Sequence[int], patch_size: int, **options: Any) -> 
 
     def make(fill: InputMaker) -> Arguments:
         batch, _, height, width = shape
-        layout = fill.layout([[n] for n in benchmarks.patches_of([(height, width)] * batch, patch_size)])
+        layout = fill.layout([[n] for n in patch_counts([(height, width)] * batch, patch_size)])
         return {"images": fill.normal(*shape), "layout": layout, "patch_size": patch_size, **options}
 
     return Case(name, make)
@@ -29,7 +30,7 @@ def _native(name: str, sizes: Sequence[Sequence[int]], patch_size: int, is_byte:
 
     def make(fill: InputMaker) -> Arguments:
         height, width = (max(side) + 3 for side in zip(*sizes))
-        layout = fill.layout([[b, n] for b, n in enumerate(benchmarks.patches_of(sizes, patch_size))], capacity=99)
+        layout = fill.layout([[b, n] for b, n in enumerate(patch_counts(sizes, patch_size))], capacity=99)
         shape = (len(sizes), 3, height, width)
         images = fill.integers(0, 256, shape).to(torch.uint8) if is_byte else fill.normal(*shape)
         chosen = {"dtype": fill.dtype} if is_byte else {}
@@ -67,7 +68,7 @@ SPECS = (
         cases=CASES,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         benchmarks=benchmarks.patchify(),
-        peers=benchmarks.ON_CPU,
+        peers=benchmarks.PEERS,
         cost=benchmarks.cost,
     ),
 )
