@@ -118,10 +118,7 @@ __device__ __forceinline__ void write_piece(const TableSums& sums, int64_t c, in
     const int column = slab_column<V>();
     float sum[V] = {};
     add_tokens<T, V>(sums, first, last, column, sum);
-    float* to = sums.piece(c, row) + column;
-    if (column >= sums.op.width) return;
-#pragma unroll
-    for (int k = 0; k < V; ++k) to[k] = sum[k];
+    if (column < sums.op.width) store_floats<V>(sums.piece(c, row) + column, sum);
 }
 
 template <typename T, int V>
