@@ -54,13 +54,12 @@ class Forward : Worker<T> {
     void attend(const Pair& pair, int64_t head, Rows k, Rows v) {
         const Attention& op = this->op;
         const int64_t queries = pair.queries.length, keys = pair.keys.length, stride = this->stride;
-        const Rows q = this->floats(op.q, pair.queries, head, q_);
-        transpose(q, queries, op.width, turned_q_.get(), pair.stride, pair.columns);
+        this->floats_turned(op.q, pair, head, q_, turned_q_);
         this->draws.draw(op.sample_ids[pair.query_sample], head, pair);
-        for_panels(pair.columns, [&](int64_t column, auto registers) {
+        for_panels(pair.columns, [&](int64_t column, auto panel) {
             this->multiply(as_left(k), {turned_q_.get() + column, pair.stride}, keys, op.width,
-                           registers.count * lanes, scores_.get() + column, pair.stride);
-            softmax(pair, column, registers);
+                           panel.vectors * lanes, scores_.get() + column, pair.stride);
+            softmax(pair, column, panel);
         });
         __builtin_memcpy(this->lse(head, pair.queries), lse_.get(), queries * sizeof(float));
         this->multiply(transposed({scores_.get(), pair.stride}), v, queries, keys, this->width, sums_.get(),
@@ -71,7 +70,7 @@ class Forward : Worker<T> {
     // Turns scores into exp(score - largest), with zeros for what is hidden or dropped, and leaves in
     // factors_ what the sums over them are to be multiplied by.
     template <int count>
-    void softmax(const Pair& pair, int64_t first, Registers<count>) {
+    void softmax(const Pair& pair, int64_t first, Panel<count>) {
         float* const scores = scores_.get() + first;
         Floats largest[count], sum[count] = {};
         for (Floats& x : largest) x = Floats{} - __builtin_inff();
@@ -186,18 +185,16 @@ class Backward : Worker<T> {
         const Attention& op = this->op;
         const int64_t queries = pair.queries.length, keys = pair.keys.length;
         const int64_t width = this->width, stride = this->stride;
-        const Rows q = this->floats(op.q, pair.queries, head, q_);
-        const Rows grad = this->floats(backward_.grad_out, pair.queries, head, grad_);
-        transpose(q, queries, op.width, turned_q_.get(), pair.stride, pair.columns);
-        transpose(grad, queries, op.width, turned_grad_.get(), pair.stride, pair.columns);
+        const Rows q = this->floats_turned(op.q, pair, head, q_, turned_q_);
+        const Rows grad = this->floats_turned(backward_.grad_out, pair, head, grad_, turned_grad_);
         this->draws.draw(op.sample_ids[pair.query_sample], head, pair);
         read_statistics(pair, head);
-        for_panels(pair.columns, [&](int64_t column, auto registers) {
+        for_panels(pair.columns, [&](int64_t column, auto panel) {
             this->multiply(as_left(k), {turned_q_.get() + column, pair.stride}, keys, op.width,
-                           registers.count * lanes, probabilities_.get() + column, pair.stride);
+                           panel.vectors * lanes, probabilities_.get() + column, pair.stride);
             this->multiply(as_left(v), {turned_grad_.get() + column, pair.stride}, keys, op.width,
-                           registers.count * lanes, slopes_.get() + column, pair.stride);
-            softmax(pair, column, registers);
+                           panel.vectors * lanes, slopes_.get() + column, pair.stride);
+            softmax(pair, column, panel);
         });
         const Rows probabilities{probabilities_.get(), pair.stride}, slopes{slopes_.get(), pair.stride};
         this->multiply(as_left(probabilities), grad, keys, queries, width, dv_.get(), stride, add);
@@ -216,7 +213,7 @@ class Backward : Worker<T> {
 
     // probabilities_: scores -> D P; slopes_: d out . v -> the gradient of the scores.
     template <int count>
-    void softmax(const Pair& pair, int64_t first, Registers<count>) {
+    void softmax(const Pair& pair, int64_t first, Panel<count>) {
         const float scale = this->draws.scale();
         Floats offset[count], delta[count] = {};
         for (int r = 0; r < count; ++r) offset[r] = load(lse_.get() + first + r * lanes, Whole{});

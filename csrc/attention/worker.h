@@ -87,12 +87,18 @@ class Worker {
 
     // The rows of one head as floats, `stride` apart.
     Rows floats(const HeadRows& from, Span span, int64_t head, const Scratch<float>& copy) const {
-        const T* data = rows_of<T>(from, span, head);
-        for (int64_t row = 0; row < span.length; ++row) {
-            for_chunks(op.width, [&](int64_t column, auto chunk, int) {
-                const Floats value = load(data + row * from.row + column, chunk);
-                store(copy.get() + row * stride + column, value, Whole{});
-            });
+        copy_rows(from, span, head, 0, span.length, copy.get());
+        return {copy.get(), stride};
+    }
+
+    // The same of the queries, and turned: [width, queries], some rows at a time while they are near.
+    Rows floats_turned(const HeadRows& from, const Pair& pair, int64_t head, const Scratch<float>& copy,
+                       const Scratch<float>& turned) const {
+        for (int64_t row = 0; row < pair.columns; row += lanes) {
+            const int64_t end = row + lanes < pair.queries.length ? row + lanes : pair.queries.length;
+            copy_rows(from, pair.queries, head, row, end, copy.get());
+            transpose_rows<Floats>({copy.get(), stride}, row, pair.queries.length, op.width, turned.get(),
+                                   pair.stride);
         }
         return {copy.get(), stride};
     }
@@ -144,6 +150,16 @@ class Worker {
         return static_cast<Element*>(rows.data) + span.start * rows.row + head * rows.head;
     }
 
+    void copy_rows(const HeadRows& from, Span span, int64_t head, int64_t first, int64_t end, float* to) const {
+        const T* data = rows_of<T>(from, span, head);
+        for (int64_t row = first; row < end; ++row) {
+            for_chunks(op.width, [&](int64_t column, auto chunk, int) {
+                const Floats value = load(data + row * from.row + column, chunk);
+                store(to + row * stride + column, value, Whole{});
+            });
+        }
+    }
+
     // Room for the scores of any step: its rows are rounded up to panels, and to an odd number of lines.
     static int64_t scores_of(const Attention& op) {
         const int64_t all = op.longest_key * stride_of(round_up(op.longest_query, panel_queries));
@@ -163,20 +179,5 @@ class Worker {
     Pair pair_{-1, 0, {}, {}, 0, 0, false};
     Scratch<uint8_t> mask_;
 };
-
-// work(column, registers) for the panels of queries; `registers` is a constant.
-template <int registers>
-struct Registers {
-    static constexpr int count = registers;
-};
-
-template <typename Work>
-inline void for_panels(int64_t columns, const Work& work) {
-    int64_t column = 0;
-    for (; column + panel_queries <= columns; column += panel_queries) {
-        work(column, Registers<block_vectors>{});
-    }
-    for (; column < columns; column += lanes) work(column, Registers<1>{});
-}
 
 }  // namespace vlk::VLK_ISA

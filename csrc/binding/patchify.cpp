@@ -20,7 +20,7 @@ PatchGrid grid_of(const std::vector<int64_t>& shape, const OptionalTensor& sizes
     check_numel(starts, batch, "starts");
     check_numel(lengths, batch, "lengths");
     if (sizes) check_numel(*sizes, 2 * batch, "sizes");
-    STD_TORCH_CHECK(shape[2] <= INT32_MAX && shape[3] <= INT32_MAX && patch <= 32768 && channels <= INT32_MAX / (patch * patch),
+    STD_TORCH_CHECK(shape[2] <= INT32_MAX && shape[3] <= INT32_MAX && patch <= 4096 && channels <= INT32_MAX / (patch * patch),
                     "a patch must have less than 2**31 elements");
     return {batch, channels, shape[2], shape[3], patch, sizes ? read<int32_t>(*sizes, ScalarType::Int, "sizes") : nullptr,
             read<int32_t>(starts, ScalarType::Int, "starts"), read<int32_t>(lengths, ScalarType::Int, "lengths"), rows};

@@ -66,6 +66,27 @@ inline void multiply_some(int64_t rows, Left left, Rows right, int64_t depth, fl
     }
 }
 
+// A panel is as many registers of columns as a block of sums is wide; `vectors` is a constant.
+template <int count>
+struct Panel {
+    static constexpr int vectors = count;
+};
+
+// work(column, panel) for all columns. A single register is slow, as its sums wait for themselves: where there
+// is room for the sums of three, it joins the last panel.
+template <typename Work>
+inline void for_panels(int64_t columns, const Work& work) {
+    constexpr int widest = lanes == 16 ? block_vectors + 1 : block_vectors;
+    int64_t column = 0;
+    for (; columns - column > widest * lanes; column += block_vectors * lanes) {
+        work(column, Panel<block_vectors>{});
+    }
+    const int64_t rest = columns - column;
+    if (rest > block_vectors * lanes) return work(column, Panel<widest>{});
+    if (rest > lanes) return work(column, Panel<block_vectors>{});
+    if (rest > 0) work(column, Panel<1>{});
+}
+
 // The last two blocks share their rows evenly: a block of one or two rows waits for its own sums.
 inline int64_t rows_of_block(int64_t rows) {
     return rows >= 2 * block_rows ? block_rows : rows > block_rows ? (rows + 1) / 2 : rows;
@@ -89,13 +110,10 @@ inline void multiply_columns(Left left, Rows right, int64_t rows, int64_t depth,
 template <typename Between>
 inline void multiply(Left left, Rows right, int64_t rows, int64_t depth, int64_t columns, float* out,
                      int64_t stride, bool add, const Between& between) {
-    int64_t column = 0;
-    for (; column + lanes < columns; column += block_vectors * lanes) {
+    for_panels(columns, [&](int64_t column, auto panel) {
         const Rows part{right.data + column, right.stride};
-        multiply_columns<block_vectors>(left, part, rows, depth, out + column, stride, add, between);
-    }
-    const Rows part{right.data + column, right.stride};
-    if (column < columns) multiply_columns<1>(left, part, rows, depth, out + column, stride, add, between);
+        multiply_columns<panel.vectors>(left, part, rows, depth, out + column, stride, add, between);
+    });
 }
 
 inline void multiply(Left left, Rows right, int64_t rows, int64_t depth, int64_t columns, float* out,

@@ -27,7 +27,7 @@ def test_an_op_without_a_cuda_kernel_says_so():
 
 def test_layer_norm_on_a_card_takes_cuda_first():
     cuda = functional.IMPLEMENTATIONS[0]
-    facts = {"dtype": torch.bfloat16, "width": 768, "too_few": False}
+    facts = {"dtype": torch.bfloat16, "width": 768, "too_few": 0}
     assert cuda.name == "cuda" and cuda.supports(facts) is None
     assert cuda.supports(facts | {"width": 16_385}) == "it serves D up to 16,384, x has D = 16,385"
     assert "computes in float32" in cuda.supports(facts | {"dtype": torch.float64})

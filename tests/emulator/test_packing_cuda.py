@@ -8,6 +8,7 @@ import torch
 import vlkernels as vk
 from tests import emulated
 from tests.emulated import packing as emulated_packing
+from tests.ops.test_packing import test_empty_calls as check_empty_calls
 from vlkernels.core import dispatch
 from vlkernels.ops.packing.spec import SPECS
 from vlkernels.testing import contract
@@ -187,6 +188,10 @@ def test_a_layout_that_lies_about_its_rows_gives_zeros():
     packed = emulated_packing.join_segments([torch.ones(2, 3, 4)], [0], None, starts, lengths, 12)
     assert torch.equal(packed[:, 0], torch.tensor([1.0] * 3 + [0.0] * 3 + [1.0] * 3 + [0.0] * 3))
     assert torch.equal(emulated_packing.take_rows(x, torch.tensor([8, 9, -3]), 3)[:, 0], torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_empty_calls():
+    check_empty_calls("cuda")
 
 
 def test_the_emulator_is_what_serves(monkeypatch):

@@ -200,7 +200,7 @@ def mistakes():
         (lambda: vk.unpack(x[:9], layout), r"x must be \[num_tokens, ...\] = \[10, 8\], got \[9, 8\]"),
         (lambda: vk.unpack(x, layout, (2, 4)), r"max_lengths must be at least \[3, 4\], got \[2, 4\]"),
         (lambda: vk.unpack(x, layout, (3,)), "max_lengths must be one per segment = 2, got 1"),
-        (lambda: vk.take_segments(x, layout, (0, 0)), "segments must be indices below 2, none twice"),
+        (lambda: vk.take_segments(x, layout, (0, 0)), "segments must be indices below 2, .*none twice"),
         (lambda: vk.take_segments(x, layout, (2,)), r"segments must be indices below 2.*got \(2,\)"),
         (lambda: vk.take_segments(x, layout, ()), "segments must be indices"),
         (lambda: vk.put_segments(x, layout, (1,)), r"rows must be .* = \[6, 8\], got \[10, 8\]"),
@@ -211,6 +211,35 @@ def mistakes():
         (lambda: vk.segment_mean(x, layout, 2), "segment must be an index below 2, got 2"),
         (lambda: vk.segment_mean(x.long(), layout, 0), "x must be one of .*got int64"),
         (lambda: vk.segment_mean(x.double(), layout, 0, impl="cpp"), "cannot run with impl=\"cpp\""),
+        (lambda: vk.pack((), layout), "tensors must be one per segment = 2, got 0"),
+        (lambda: vk.pack(text, layout), "tensors must be one per segment = 2, got a Tensor"),
+        (lambda: vk.pack((text.tolist(), image), layout), r"tensors\[0\] must be a Tensor, got a list"),
+        (lambda: vk.pack((text, image[..., :4]), layout), r"tensors\[1\] must be .* = \[2, any, 8\], got \[2, 4, 4\]"),
+        (lambda: vk.pack((text[0, 0, 0], image), layout), r"tensors\[0\] must be \[B, T, ...\] = \[2, any\], got \[\]"),
+        (lambda: vk.pack((text, image), layout.lengths), "layout must be a SegmentLayout, got a Tensor"),
+        (lambda: vk.unpack(x.tolist(), layout), "x must be a Tensor, got a list"),
+        (lambda: vk.unpack(x, layout, 4), "max_lengths must be one per segment = 2, got 1"),
+        (lambda: vk.unpack(x, layout, (3.0, 4.0)), "max_lengths must be an integer below 2\\*\\*31, got 3.0"),
+        (lambda: vk.unpack(x, layout, (3, 2**31)), f"max_lengths must be an integer below 2\\*\\*31, got {2**31}"),
+        (lambda: vk.take_segments(x, layout, 1), "segments must be indices below 2, or groups of them, .*got 1"),
+        (lambda: vk.take_segments(x, layout, (0, (1,))), r"segments must be .*groups of them, .*got \(0, \(1,\)\)"),
+        (lambda: vk.take_segments(x, layout, (0.5,)), r"segments must be indices below 2.*got \(0.5,\)"),
+        (lambda: vk.put_segments([x[4:]], layout, (1,)), "rows must be a Tensor, got a list"),
+        (lambda: vk.put_segments(x, layout, ((0,), (1,))), "one tensor per group of segments = 2, got 1"),
+        (lambda: vk.put_segments((x[:4], x[4:].half()), layout, ((0,), (1,))), r"rows\[1\] must be one of float32, got float16"),
+        (lambda: vk.take_rows(x.tolist(), torch.tensor([0])), "x must be a Tensor, got a list"),
+        (lambda: vk.take_rows(x, [0, 1]), "positions must be a Tensor, got a list"),
+        (lambda: vk.take_rows(x, torch.zeros(2, 2, dtype=torch.int64)), r"positions must be \[M\] = \[any\], got \[2, 2\]"),
+        (lambda: vk.take_rows(x[:0], torch.tensor([0])), r"positions must lie in \[-1, 0\), got values from 0 to 0"),
+        (lambda: vk.take_rows(x, torch.tensor([0]), 2.5), "capacity must be an integer below 2\\*\\*31, got 2.5"),
+        (lambda: vk.take_rows(x, torch.tensor([0]), 2**62), "capacity must be an integer below 2\\*\\*31, got 4611686018427387904"),
+        (lambda: vk.segment_mean(x, layout, 0.0), "segment must be an index below 2, got 0.0"),
+        (lambda: vk.SegmentLayout([[2**30, 2**30]]), r"at most 2\*\*31 - 1 tokens, got 2147483648"),
+        (lambda: vk.pack((text, image.to("meta")), layout), r"on one device, got tensors\[1\] on meta, layout on cpu"),
+        (lambda: vk.unpack(x.to("meta"), layout), "on one device, got x on meta, layout on cpu"),
+        (lambda: vk.put_segments(x[4:].to("meta"), layout, (1,)), "on one device, got rows on meta, layout on cpu"),
+        (lambda: vk.take_rows(x, torch.zeros(2, dtype=torch.int64, device="meta")), "got x on cpu, positions on meta"),
+        (lambda: vk.segment_mean(x, layout.to("meta"), 0), "on one device, got x on cpu, layout on meta"),
     ]
 
 
@@ -224,3 +253,25 @@ def test_mistakes_are_named(call, message):
 def test_rows_of_a_scalar_are_refused():
     with pytest.raises(ValueError, match="got a tensor without dimensions"):
         vk.take_rows(torch.tensor(1.0), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("impl", HERE)
+def test_empty_calls(impl):
+    """No sample, no row, no column, nothing but zeros: results of the right shape, and gradients of theirs."""
+    nobody = vk.SegmentLayout(torch.zeros(0, 2, dtype=torch.int64), capacity=3)
+    empty = vk.SegmentLayout([[0, 0], [0, 0]])
+    for layout, samples in ((nobody, 0), (empty, 2)):
+        padded = [torch.randn(samples, 2, 4, requires_grad=True) for _ in range(2)]
+        packed = vk.pack(padded, layout, impl=impl)
+        assert torch.equal(packed, torch.zeros(layout.num_tokens, 4))
+        assert all(not g.any() and g.shape == p.shape for g, p in zip(torch.autograd.grad(packed.sum(), padded), padded))
+        text, image = vk.unpack(packed, layout, (1, 2), impl=impl)
+        assert text.shape == (samples, 1, 4) and not image.any()
+        assert vk.take_segments(packed, layout, (1,), impl=impl).shape == (0, 4)
+        assert not vk.put_segments(torch.randn(0, 4), layout, (0,), impl=impl).any()
+        assert torch.equal(vk.segment_mean(packed, layout, 0, impl=impl), torch.zeros(samples, 4))
+    x = torch.randn(3, 0, requires_grad=True)
+    rows = vk.take_rows(x, torch.tensor([1, 1, -1]), 5, impl=impl)
+    assert rows.shape == (5, 0) and torch.autograd.grad(rows.sum(), x)[0].shape == (3, 0)
+    assert torch.equal(vk.take_rows(torch.randn(0, 2), torch.tensor([-1]), 2, impl=impl), torch.zeros(2, 2))
+    assert vk.segment_mean(torch.randn(2, 0), vk.SegmentLayout([[2]]), 0, impl=impl).shape == (1, 0)

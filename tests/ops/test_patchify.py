@@ -5,7 +5,8 @@ import torch
 
 import vlkernels as vk
 from vlkernels.core import native
-from vlkernels.ops.patchify import spec as patchify_spec
+from vlkernels.core.spec import InputMaker
+from vlkernels.ops.patchify import benchmarks, functional
 from vlkernels.testing.contract import poisoned_memory
 
 HERE = ("reference",) if native.missing("patchify") else ("cpp", "reference")
@@ -94,13 +95,12 @@ def test_more_channels_than_the_kernels_normalize():
     assert [impl for _, impl in served] == [HERE[0], "reference"] and patches.shape == (4, 80)
 
 
-def test_peers_compute_the_same(monkeypatch):
-    monkeypatch.setattr(patchify_spec, "BATCH", 3)
-    for spec in patchify_spec.SPECS:
-        for make in spec.benchmarks.values():
-            arguments = make(patchify_spec.InputMaker(torch.float32))
-            for peer in spec.peers.values():
-                torch.testing.assert_close(peer(**arguments), spec.functional(**arguments))
+@pytest.mark.parametrize("make", [benchmarks._equal(3), benchmarks._native(3)], ids=["equal", "native"])
+def test_peers_compute_the_same(make):
+    """What the benchmarks compare with is the same function."""
+    arguments = make(InputMaker(torch.float32))
+    for peer in benchmarks.PEERS.values():
+        torch.testing.assert_close(peer(**arguments), functional.patchify(**arguments))
 
 
 @pytest.mark.skipif("cpp" not in HERE, reason="needs the compiled library")
@@ -126,7 +126,13 @@ def mistakes():
         (call(images[0]), r"images must be \[B, C, H, W\] = \[2, any, any, any\], got \[3, 8, 12\]"),
         (call(images[:1]), r"images must be .* = \[2, any, any, any\], got \[1, 3, 8, 12\]"),
         (call(images.long()), "images must be one of uint8, float64, float32, bfloat16, float16, got int64"),
-        (call(patch_size=0), "patch_size must be at least 1, got 0"),
+        (call(patch_size=0), "patch_size must be an integer from 1 to 4096, got 0"),
+        (call(patch_size=(4, 4)), r"patch_size must be an integer from 1 to 4096, got \(4, 4\)"),
+        (call(patch_size=2**40), f"patch_size must be an integer from 1 to 4096, got {2**40}"),
+        (call(layout=layout.lengths), "layout must be a SegmentLayout, got a Tensor"),
+        (call(images.numpy()), "images must be a Tensor, got a ndarray"),
+        (call(sizes=[[8, 12], [8, 12]]), "sizes must be a Tensor, got a list"),
+        (call(mean=0.5, std=0.5), "mean must be a tuple or list of floats, got a float"),
         (call(segment=2), "segment must be an index below 2, got 2"),
         (call(segment=0), "image 0 of 8 x 12 has 6, the layout 2"),
         (call(patch_size=5), "image 0 of 8 x 12 has 2, the layout 6"),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import vlkernels as vk
 from vlkernels.core import native
 from vlkernels.core.random import dropout_scale, keep_mask
+from vlkernels.ops.layer_norm.functional import FEWEST_RMS_ELEMENTS_TO_TRAIN
 from vlkernels.testing.error_rule import assert_close
 
 needs_kernel = pytest.mark.skipif(native.missing("layer_norm_forward", "CPU") is not None, reason="no compiled library")
@@ -102,6 +103,17 @@ def test_a_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(vk.rms_norm(x, None, impl="cpp").sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+@needs_kernel
+def test_auto_takes_what_is_faster():
+    enough, few = torch.ones(FEWEST_RMS_ELEMENTS_TO_TRAIN // 8, 8), torch.ones(2, 8)
+    with vk.recorded() as served:
+        for x, options in ((enough, {}), (few, {}), (few, {"dropout_p": 0.1})):
+            vk.rms_norm(x, None, **options)
+        with torch.no_grad():
+            vk.rms_norm(few, None)
+    assert [impl for _, impl in served] == ["cpp", "reference", "cpp", "cpp"]
 
 
 @needs_kernel

@@ -18,6 +18,7 @@ from vlkernels.ops.layer_norm.raw_ops import fuses, normalise
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below this many elements the host time of a training call outweighs what the kernel saves (MATH.md).
 FEWEST_ELEMENTS_TO_TRAIN = 600_000
+FEWEST_RMS_ELEMENTS_TO_TRAIN = 10_000  # PyTorch has no kernel of its own for RMSNorm on a CPU
 WIDEST_CUDA_ROW = 16_384  # csrc/primitives/row_plan.h
 
 
@@ -25,7 +26,7 @@ def _kernel_supports(facts: Facts) -> str | None:
     if facts["dtype"] not in KERNEL_DTYPES:
         return f"it computes in float32, the data is {facts['dtype']}"
     if facts["too_few"]:
-        return f"PyTorch's own is faster below {FEWEST_ELEMENTS_TO_TRAIN:,} elements"
+        return f"PyTorch's own is faster below {facts['too_few']:,} elements"
     return None
 
 
@@ -179,7 +180,7 @@ def _normalise(
     _check(x, weight, bias, residual, linear_bias, dropout_p, row_scale, layout)
     check_stream(stream)
     barely_fused = linear_bias is None and dropout_p == 0
-    too_few = impl == "auto" and barely_fused and _too_few_to_train(x)
+    too_few = _too_few_to_train(x, centered) if impl == "auto" and barely_fused else 0
     facts = {"dtype": x.dtype, "width": x.shape[-1], "too_few": too_few}
     if dispatch.resolve(op, impl, IMPLEMENTATIONS, x.device, facts) == "reference":
         fused = {
@@ -208,10 +209,12 @@ def _normalise(
     return y, z if fuses(residual, linear_bias, row_scale, threshold) else x.clone()
 
 
-def _too_few_to_train(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    return x.device.type == "cpu" and x.numel() < FEWEST_ELEMENTS_TO_TRAIN
+def _too_few_to_train(x: Tensor, centered: bool) -> int:
+    """The number of elements that ``x`` falls short of; 0 where it does not."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.device.type != "cpu":
+        return 0
+    fewest = FEWEST_ELEMENTS_TO_TRAIN if centered else FEWEST_RMS_ELEMENTS_TO_TRAIN
+    return fewest if x.numel() < fewest else 0
 
 
 def _check(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlkernels.core import checks, dispatch, native
 from vlkernels.core.dispatch import Facts, Implementation
-from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.layout import MAX_TOKENS, SegmentLayout
 from vlkernels.ops.packing import raw_ops, reference
 from vlkernels.ops.packing.reference import Segments, streams_of
 
@@ -190,7 +190,7 @@ def put_segments(
     Source: as :func:`take_segments`.
     """
     streams, is_one = _checked_streams(layout, segments)
-    parts = [rows] if is_one else list(rows)
+    parts = [rows] if is_one or isinstance(rows, Tensor) else list(rows)
     _check_parts(parts, layout, streams)
     if _resolve("put_segments", impl, parts[0]) == "reference":
         return reference.put_segments(rows, layout, segments)
@@ -221,16 +221,19 @@ def take_rows(x: Tensor, positions: Tensor, capacity: int | None = None, *, impl
 
     Gradients: to ``x``, the sum over duplicates in the order of the positions: two runs agree bit for bit.
     Numerics: bits are copied; the backward adds in float32 (float64 for float64) and rounds once.
-    Memory: the result; positions are kept for the backward.
+    Memory: the result; positions are kept for the backward, which sorts them on a CUDA device.
     Errors: ``ValueError`` for a wrong shape, dtype, device or capacity, and for positions out of range (on
         the CPU; elsewhere a device-side assertion).
     Source: ``index_select``, with rows that stay empty.
     """
+    _check_tensor("x", x)
     checks.check_integer("positions", positions)
     checks.check_shape("positions", positions, "[M]", (None,))
     checks.check_same_device(x=x, positions=positions)
     if x.dim() == 0:
         raise ValueError("x must be [N, ...], got a tensor without dimensions")
+    if capacity is not None:
+        _check_count("capacity", capacity)
     if capacity is not None and capacity < positions.shape[0]:
         raise ValueError(f"capacity must be at least M = {positions.shape[0]}, got {capacity}")
     checks.check_values_between("positions", positions, -1, x.shape[0])
@@ -268,8 +271,8 @@ def segment_mean(x: Tensor, layout: SegmentLayout, segment: int, *, impl: str = 
     """
     checks.check_floating("x", x)
     _check_packed(x, layout)
-    if not 0 <= segment < layout.num_segments:
-        raise ValueError(f"segment must be an index below {layout.num_segments}, got {segment}")
+    if not isinstance(segment, int) or not 0 <= segment < layout.num_segments:
+        raise ValueError(f"segment must be an index below {layout.num_segments}, got {segment!r}")
     if _resolve("segment_mean", impl, x, adds_rows=True) == "reference":
         return reference.segment_mean(x, layout, segment)
     return raw_ops.mean_segment(x.contiguous(), layout.starts, layout.lengths, segment)
@@ -291,8 +294,12 @@ def _parts(layout: SegmentLayout, streams: Sequence[Sequence[int]]) -> tuple[lis
 
 
 def _check_padded(tensors: Sequence[Tensor], layout: SegmentLayout) -> None:
-    if len(tensors) != layout.num_segments:
-        raise ValueError(f"tensors must be one per segment = {layout.num_segments}, got {len(tensors)}")
+    _check_layout(layout)
+    if not isinstance(tensors, (tuple, list)) or len(tensors) != layout.num_segments:
+        got = len(tensors) if isinstance(tensors, (tuple, list)) else f"a {type(tensors).__name__}"
+        raise ValueError(f"tensors must be one per segment = {layout.num_segments}, got {got}")
+    for s, tensor in enumerate(tensors):
+        _check_tensor(f"tensors[{s}]", tensor)
     trailing = tensors[0].shape[2:]
     for s, (tensor, longest) in enumerate(zip(tensors, layout.max_segment_lengths)):
         name = f"tensors[{s}]"
@@ -307,6 +314,8 @@ def _check_padded(tensors: Sequence[Tensor], layout: SegmentLayout) -> None:
 
 
 def _check_packed(x: Tensor, layout: SegmentLayout) -> None:
+    _check_layout(layout)
+    _check_tensor("x", x)
     checks.check_shape("x", x, "[num_tokens, ...]", (layout.num_tokens, *x.shape[1:]))
     checks.check_same_device(x=x, layout=layout.starts)
 
@@ -316,6 +325,7 @@ def _check_parts(parts: Sequence[Tensor], layout: SegmentLayout, streams: Sequen
         raise ValueError(f"rows must be one tensor per group of segments = {len(streams)}, got {len(parts)}")
     for number, (part, stream) in enumerate(zip(parts, streams)):
         name = f"rows[{number}]" if len(parts) > 1 else "rows"
+        _check_tensor(name, part)
         num_rows = layout.select(stream).num_tokens
         checks.check_shape(name, part, "[rows of its segments, ...]", (num_rows, *parts[0].shape[1:]))
         checks.check_dtype(name, part, (parts[0].dtype,))
@@ -323,7 +333,11 @@ def _check_parts(parts: Sequence[Tensor], layout: SegmentLayout, streams: Sequen
 
 
 def _checked_widths(layout: SegmentLayout, max_lengths: Sequence[int] | None) -> list[int]:
-    widths = list(layout.max_segment_lengths if max_lengths is None else max_lengths)
+    if max_lengths is None:
+        return list(layout.max_segment_lengths)
+    widths = list(max_lengths) if isinstance(max_lengths, (tuple, list)) else [max_lengths]
+    for width in widths:
+        _check_count("max_lengths", width)
     if len(widths) != layout.num_segments:
         raise ValueError(f"max_lengths must be one per segment = {layout.num_segments}, got {len(widths)}")
     if any(width < longest for width, longest in zip(widths, layout.max_segment_lengths)):
@@ -332,12 +346,30 @@ def _checked_widths(layout: SegmentLayout, max_lengths: Sequence[int] | None) ->
 
 
 def _checked_streams(layout: SegmentLayout, segments: Segments) -> tuple[tuple[tuple[int, ...], ...], bool]:
-    streams, is_one = streams_of(segments)
+    _check_layout(layout)
+    is_sequence = isinstance(segments, (tuple, list, range))
+    are_alike = is_sequence and len({isinstance(s, (tuple, list)) for s in segments}) == 1
+    streams, is_one = streams_of(segments) if are_alike else (((),), True)
     named = [s for stream in streams for s in stream]
-    are_known = all(0 <= s < layout.num_segments for s in named)
+    are_known = all(isinstance(s, int) and 0 <= s < layout.num_segments for s in named)
     if not are_known or len(set(named)) != len(named) or not all(streams):
         raise ValueError(
-            f"segments must be indices below {layout.num_segments}, none twice and no empty group, "
+            f"segments must be indices below {layout.num_segments}, or groups of them, none twice and no empty group, "
             f"got {segments}"
         )
     return streams, is_one
+
+
+def _check_layout(layout: SegmentLayout) -> None:
+    if not isinstance(layout, SegmentLayout):
+        raise ValueError(f"layout must be a SegmentLayout, got a {type(layout).__name__}")
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a Tensor, got a {type(tensor).__name__}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or value > MAX_TOKENS:
+        raise ValueError(f"{name} must be an integer below 2**31, got {value!r}")

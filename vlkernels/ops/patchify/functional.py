@@ -16,6 +16,7 @@ from vlkernels.ops.patchify.reference import output_dtype
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_NORMALIZED_CHANNELS = 16
+LARGEST_PATCH = 4096
 
 
 def _kernel_supports(facts: Facts) -> str | None:
@@ -120,13 +121,15 @@ def _affine(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] |
 def _check_images(
     images: Tensor, layout: SegmentLayout, patch_size: int, segment: int, dtype: torch.dtype | None
 ) -> torch.dtype:
+    if not isinstance(layout, SegmentLayout):
+        raise ValueError(f"layout must be a SegmentLayout, got a {type(layout).__name__}")
     checks.check_dtype("images", images, (torch.uint8, *checks.FLOATING_DTYPES))
     checks.check_shape("images", images, "[B, C, H, W]", (layout.num_samples, None, None, None))
     checks.check_same_device(images=images, layout=layout.starts)
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-    if not 0 <= segment < layout.num_segments:
-        raise ValueError(f"segment must be an index below {layout.num_segments}, got {segment}")
+    if not isinstance(patch_size, int) or not 1 <= patch_size <= LARGEST_PATCH:
+        raise ValueError(f"patch_size must be an integer from 1 to {LARGEST_PATCH}, got {patch_size!r}")
+    if not isinstance(segment, int) or not 0 <= segment < layout.num_segments:
+        raise ValueError(f"segment must be an index below {layout.num_segments}, got {segment!r}")
     allowed = checks.FLOATING_DTYPES if images.dtype == torch.uint8 else (images.dtype,)
     if dtype is not None and dtype not in allowed:
         names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
@@ -138,6 +141,8 @@ def _check_statistics(channels: int, mean: Sequence[float] | None, std: Sequence
     if (mean is None) != (std is None):
         raise ValueError("mean and std must be given together")
     for name, values in (("mean", mean), ("std", std)):
+        if values is not None and not isinstance(values, (tuple, list)):
+            raise ValueError(f"{name} must be a tuple or list of floats, got a {type(values).__name__}")
         if values is not None and len(values) != channels:
             raise ValueError(f"{name} must have one value per channel = {channels}, got {len(values)}")
     if std is not None and any(s == 0 for s in std):
