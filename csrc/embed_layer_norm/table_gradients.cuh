@@ -112,6 +112,19 @@ __global__ void __launch_bounds__(table_warps* warp_threads)
     write_table_row<T, V>(sums, own, column, sum);
 }
 
+// V floats, by as few accesses as they take.
+template <int V>
+__device__ __forceinline__ void store_floats(float* to, const float (&values)[V]) {
+    constexpr int width = V < 4 ? V : 4;
+#pragma unroll
+    for (int first = 0; first < V; first += width) {
+        Vector<float, width> stored;
+#pragma unroll
+        for (int i = 0; i < width; ++i) stored.at[i] = values[first + i];
+        store_vector(to + first, stored);
+    }
+}
+
 // What chunk c holds of one long row.
 template <typename T, int V>
 __device__ __forceinline__ void write_piece(const TableSums& sums, int64_t c, int row, int first, int last) {

@@ -142,19 +142,6 @@ __device__ __forceinline__ void store_vector(T* to, const Vector<T, V>& stored) 
     }
 }
 
-// V floats, by as few accesses as they take.
-template <int V>
-__device__ __forceinline__ void store_floats(float* to, const float (&values)[V]) {
-    constexpr int width = V < 4 ? V : 4;
-#pragma unroll
-    for (int first = 0; first < V; first += width) {
-        Vector<float, width> stored;
-#pragma unroll
-        for (int i = 0; i < width; ++i) stored.at[i] = values[first + i];
-        store_vector(to + first, stored);
-    }
-}
-
 // On the host: calls work with a value of the type that `dtype` names.
 template <typename Work>
 void visit_element(Dtype dtype, const Work& work) {
