@@ -14,6 +14,7 @@ from vlkernels.core.spec import InputMaker
 from vlkernels.ops.embed_layer_norm import benchmarks as embedding
 from vlkernels.ops.layer_norm import benchmarks as norms
 from vlkernels.ops.packing import benchmarks as packing
+from vlkernels.ops.patchify import benchmarks as patchify
 
 SHRINK = 512
 SPECS = {spec.name: spec for spec in ops.specs()}
@@ -24,6 +25,7 @@ ROWS = {
     "pack": packing.pack,
     "unpack": packing.unpack,
     "take_rows": packing.take_rows,
+    "patchify": patchify.patchify,
 }
 CARD = [(op, name) for op, rows in ROWS.items() for name, row in rows().items() if "cuda" in row.devices]
 NEED_A_LIBRARY = {
@@ -100,6 +102,7 @@ def test_names_say_what_is_timed(monkeypatch):
             "take_rows": f"15% of {rows} rows, D{width}",
             "pack": f"{samples} x 12..60 + 39..196, D{width}",
             "unpack": f"{samples} x 12..60 + 39..196, D{width}",
+            "patchify": f"{samples} images, {'native' if 'sizes' in made else 'equal'} sizes",
             "embed_layer_norm": f"UNITER, {samples} x 8..32 + 10..62, D{width}, dropout 0.1"
             if samples
             else f"BERT {rows}x{width}, dropout 0.1",
@@ -109,7 +112,7 @@ def test_names_say_what_is_timed(monkeypatch):
 
 
 def shared_width(made):
-    tensors = [made["x"]] if "x" in made else [*made.get("tensors", ()), *made.get("tables", ())]
+    tensors = [made[name] for name in ("x", "images") if name in made] or [*made.get("tensors", ()), *made.get("tables", ())]
     (width,) = {t.shape[-1] for t in tensors}
     return width
 
