@@ -10,6 +10,7 @@ import vlkernels as vk
 from torch import nn
 
 from vlkernels.ops.sigmoid_loss import torch_kernels as sigmoid_kernels
+from vlkernels.ops.triplet_loss import torch_kernels as triplet_kernels
 
 COUNTS = {2: ((5, 5), (9, 2)), 3: ((4, 4, 4), (6, 0, 5))}
 WIDTH = 6
@@ -18,7 +19,14 @@ LOSSES = {
     "sigmoid_labels": lambda images, texts, scale, bias, labels, **o: vk.sigmoid_loss(
         images, texts, scale, logit_bias=bias, labels=labels, **o
     ),
+    "hardest": lambda images, texts, scale, bias, labels, **o: vk.triplet_loss(images, texts, **o),
+    "hardest_labels": lambda images, texts, scale, bias, labels, **o: vk.triplet_loss(images, texts, labels=labels, **o),
+    "summed_labels": lambda images, texts, scale, bias, labels, **o: vk.triplet_loss(
+        images, texts, labels=labels, hardest=False, **o
+    ),
 }
+# Bytes of a number; of every row's and column's hardest negative, its similarity and its place; of a number and every count.
+STATISTICS = {"sigmoid": lambda total: 8, "hardest": lambda total: 2 * total * 16, "summed": lambda total: 8 + 8 * total}
 REDUCTIONS, IMPLEMENTATIONS = ("mean", "sum"), ("torch", "reference")
 SCENARIOS = list(product(LOSSES, REDUCTIONS, IMPLEMENTATIONS))
 
@@ -77,7 +85,7 @@ class SentBytes:
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    sigmoid_kernels.TILE = 4
+    sigmoid_kernels.TILE = triplet_kernels.TILE = 4
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     group, sent = dist.new_group(), SentBytes()
     results = {"losses": {}, "gradients": {}, "bytes": {}}
@@ -139,13 +147,14 @@ def test_reduced_parameter_gradients_are_those_of_one_process(ranks):
 
 
 def test_a_rank_sends_its_features_once(ranks):
-    """Both features and the labels, padded to the longest rank, their count where it is not known, and one number."""
+    """Features and labels, padded to the longest rank, their count where it is not known, and the statistics of the loss."""
     for counts, name in product(COUNTS[len(ranks)], LOSSES):
         rows = max(counts) * 8 * (2 * WIDTH + name.endswith("labels"))
         count = 8 if len(set(counts)) == 1 else 0
+        statistics = STATISTICS[name.removesuffix("_labels")](sum(counts))
         for result, reduction in product(ranks, REDUCTIONS):
             sent = result["bytes"][str((counts, name, reduction, "torch"))]
-            assert sent == rows + count + 8, (counts, name)
+            assert sent == rows + count + statistics, (counts, name)
             print(f"{name} on {counts} ranks: {sent} bytes sent by each")
 
 

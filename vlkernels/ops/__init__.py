@@ -16,6 +16,7 @@ from vlkernels.ops.optimal_transport import optimal_transport
 from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
 from vlkernels.ops.patchify import patchify
 from vlkernels.ops.sigmoid_loss import sigmoid_loss
+from vlkernels.ops.triplet_loss import triplet_loss
 
 FOLDERS: tuple[str, ...] = (
     "attention",
@@ -29,6 +30,7 @@ FOLDERS: tuple[str, ...] = (
     "packing",
     "patchify",
     "sigmoid_loss",
+    "triplet_loss",
 )
 
 __all__: list[str] = [
@@ -52,6 +54,7 @@ __all__: list[str] = [
     "sigmoid_loss",
     "take_rows",
     "take_segments",
+    "triplet_loss",
     "unpack",
 ]
 

@@ -1,0 +1,41 @@
+"""The definition of the triplet loss: the similarity of every pair, plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlkernels.core import pairs
+from vlkernels.core.collectives import ProcessGroup, gather_rows, locate_rows
+
+
+def triplet_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    margin: float = 0.2,
+    *,
+    hardest: bool = True,
+    labels: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    rank_counts: Sequence[int] | None = None,
+    rank_reduction: str = "mean",
+) -> Tensor:
+    rows = locate_rows(image_features, group, rank_counts)
+    images = pairs.of_all_ranks(image_features, rows, rank_reduction)
+    texts = pairs.of_all_ranks(text_features, rows, rank_reduction)
+    products = images @ texts.T
+    similarities = products.to(pairs.wide(products))
+    if labels is None:
+        positive = torch.eye(rows.total, dtype=torch.bool, device=products.device)
+    else:
+        every = gather_rows(labels, rows)
+        positive = every[:, None] == every
+    partners = similarities.diagonal()
+    negatives = similarities.masked_fill(positive, -torch.inf)
+    if hardest and rows.total:
+        of_images, of_texts = negatives.max(1).values, negatives.max(0).values
+    else:
+        of_images, of_texts = negatives.T, negatives
+    return ((of_images - partners + margin).relu() + (of_texts - partners + margin).relu()).sum()
