@@ -17,7 +17,7 @@ from vlkernels.ops.late_interaction_loss import reference, torch_kernels
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
 # Below so many similarities of tokens a CPU is faster with all of them at once: tiles cost more than they save.
-FEW_PRODUCTS = 2**16
+FEW_PRODUCTS = {8: 2**17, 4: 2**17, 2: 2**19}  # by the bytes of a feature
 
 
 def late_interaction_loss(
@@ -90,7 +90,7 @@ def late_interaction_loss(
     _check_options(similarity, label_smoothing)
     collectives.check_group(image_layout.num_samples, group, rank_counts)
     collectives.check_rank_reduction(rank_reduction)
-    few = image_layout.num_tokens * text_layout.num_tokens < FEW_PRODUCTS
+    few = image_layout.num_tokens * text_layout.num_tokens < FEW_PRODUCTS[image_tokens.element_size()]
     order = IMPLEMENTATIONS[::-1] if few and image_tokens.device.type == "cpu" else IMPLEMENTATIONS
     chosen = dispatch.resolve("late_interaction_loss", impl, order, image_tokens.device)
     if chosen == "reference":
