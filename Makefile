@@ -69,11 +69,13 @@ test-gpu: setup
 
 bench: setup
 	$(RUN) -m benchmarks.run --device cpu
+	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart
 	$(RUN) -m benchmarks.uniter_step
 
 bench-gpu: setup
 	$(RUN) -m benchmarks.run --device cuda $(BENCH)
+	$(RUN) -m benchmarks.host_cost --device cuda
 
 static: setup
 	$(RUN) -m benchmarks.static

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -61,8 +62,34 @@ inline const void* data_or_null(const std::optional<Tensor>& tensor) {
     return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-inline Tensor new_float(const Tensor& like, const std::vector<int64_t>& sizes) {
-    return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Float));
+// A new contiguous tensor on the device of `like`. Straight from the allocator: through the dispatcher, as new_empty of the
+// stable ABI goes, every tensor costs microseconds of host time.
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+    constexpr size_t most_dims = 64;
+    const size_t dims = sizes.size();
+    STD_TORCH_CHECK(dims <= most_dims, "tensors have at most ", most_dims, " dimensions, got ", dims);
+    std::array<int64_t, most_dims> strides;
+    int64_t stride = 1;
+    for (size_t d = dims; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+    int32_t device_type = 0;
+    STD_TORCH_CHECK(aoti_torch_get_device_type(like.get(), &device_type) == 0, "a tensor without a device");
+    AtenTensorHandle made = nullptr;
+    const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dims), sizes.data(), strides.data(), code, device_type,
+                                             like.get_device_index(), &made) == 0,
+                    "out of memory");
+    return Tensor(made);
+}
+
+inline Tensor new_like(const Tensor& like) { return new_tensor(like, like.sizes(), like.scalar_type()); }
+
+inline Tensor new_float(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+    return new_tensor(like, sizes, ScalarType::Float);
+}
+
+// What stands for an output that a call does not have.
+inline Tensor no_tensor(const Tensor& like) {
+    return new_tensor(like, {int64_t{0}}, like.scalar_type());
 }
 
 // Whether rows begin and end where cache lines do, as stream() wants.

@@ -13,11 +13,13 @@
 namespace vlk {
 namespace {
 
-// A tensor larger than the caches can be written past them.
-bool can_stream(const Tensor& tensor) {
-    constexpr int64_t larger_than_caches = 16 << 20;
-    return rows_fill_cache_lines(tensor) &&
-           tensor.numel() * static_cast<int64_t>(tensor.element_size()) >= larger_than_caches;
+// Outputs like `data` are written past the caches where they would not stay there, if their rows are whole cache lines.
+bool pass_caches(const Tensor& data, std::initializer_list<const void*> outputs) {
+    constexpr int64_t larger_than_caches = 16 << 20, line = 64;
+    const int64_t element = static_cast<int64_t>(data.element_size());
+    if (data.numel() * element < larger_than_caches || data.size(data.dim() - 1) * element % line) return false;
+    return std::all_of(outputs.begin(), outputs.end(),
+                       [](const void* output) { return reinterpret_cast<uintptr_t>(output) % line == 0; });
 }
 
 int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
@@ -37,14 +39,15 @@ void check_bias(bool centered, const OptionalTensor& bias) {
 using ParameterGradients = std::array<Tensor, 3>;
 using Parameters = std::array<OptionalTensor, 3>;
 
-void forward_on_cpu(LayerNormForward& op, const Tensor&, const Tensor& z) {
-    op.stream_z = op.z && can_stream(z);
+void forward_on_cpu(LayerNormForward& op, const Tensor& x) {
+    op.past_caches = pass_caches(x, {op.y, op.z});
     parallel_rows(op.rows, 16 * op.width,
                   [&, kernel = VLK_CPU(layer_norm_forward)](int64_t begin, int64_t end) { kernel(op, begin, end); });
 }
 
 ParameterGradients backward_on_cpu(LayerNormBackward& op, const Tensor& z, const Parameters& parameters) {
     const ChunkSums sums(z, op.rows, 3, op.width);
+    op.past_caches = pass_caches(z, {op.dz, op.dx});
     op.num_chunks = sums.chunks;
     op.partials = sums.data();
     const int64_t chunk_bytes = 16 * op.width * std::max<int64_t>(1, op.rows / sums.chunks);
@@ -62,7 +65,7 @@ void check_served(Dtype data, int64_t width, std::initializer_list<Parameter> pa
                         "parameters must have the dtype of the data or float32");
 }
 
-void forward_on_cuda(LayerNormForward& op, const Tensor& x, const Tensor&) {
+void forward_on_cuda(LayerNormForward& op, const Tensor& x) {
     check_served(op.dtype, op.width, {op.linear_bias, op.weight, op.bias});
     const OnDeviceOf device(x);
     check_launch(layer_norm_forward_cuda(op, device.stream()), "layer_norm_forward");
@@ -74,11 +77,11 @@ ParameterGradients backward_on_cuda(LayerNormBackward& op, const Tensor& z, cons
     const Tensor partials = new_float(z, {op.num_chunks, 3, op.width});
     op.partials = static_cast<float*>(partials.mutable_data_ptr());
     PartialRows<3> sums{op.partials, op.num_chunks, op.width, {}};
-    ParameterGradients gradients{new_float(z, {0}), new_float(z, {0}), new_float(z, {0})};
+    ParameterGradients gradients{no_tensor(partials), no_tensor(partials), no_tensor(partials)};
     for (int part = 0; part < 3; ++part) {
         if (!parameters[part]) continue;
         check_numel(*parameters[part], op.width, "parameter");
-        gradients[part] = torch::stable::empty_like(*parameters[part]);
+        gradients[part] = new_like(*parameters[part]);
         check_contiguous(gradients[part], "parameter");
         sums.gradients[part] = {gradients[part].mutable_data_ptr(), dtype_of(gradients[part], "parameter")};
     }
@@ -116,14 +119,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
 
     // Not is_fused(op): a tensor without elements has no address.
     const bool kept = keep_sum && (residual || linear_bias || row_scale || op.dropout.threshold);
-    Tensor y = torch::stable::empty_like(x);
-    Tensor z = kept ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+    Tensor y = new_like(x);
+    Tensor z = kept ? new_like(x) : no_tensor(x);
     Tensor mean = new_float(x, {centered ? rows : 0}), rstd = new_float(x, {rows});
     op.y = y.mutable_data_ptr();
     op.z = kept ? z.mutable_data_ptr() : nullptr;
     op.mean = centered ? static_cast<float*>(mean.mutable_data_ptr()) : nullptr;
     op.rstd = static_cast<float*>(rstd.mutable_data_ptr());
-    run(op, x, z);
+    run(op, x);
     return {y, z, mean, rstd};
 }
 
@@ -152,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     op.sum_dx = linear_bias.has_value();
 
     const bool dx_differs = row_scale.has_value() || op.dropout.threshold;
-    Tensor dz = torch::stable::empty_like(z);
-    Tensor dx = dx_differs ? torch::stable::empty_like(z) : torch::stable::new_empty(z, {0});
+    Tensor dz = new_like(z);
+    Tensor dx = dx_differs ? new_like(z) : no_tensor(z);
     op.dz = dz.mutable_data_ptr();
     op.dx = dx_differs ? dx.mutable_data_ptr() : nullptr;
     const auto [dweight, dbias, dlinear_bias] = run(op, z, {weight, bias, linear_bias});

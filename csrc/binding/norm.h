@@ -54,10 +54,10 @@ class ChunkSums {
 
     // The gradient of `parameter`, in its dtype and shape; an empty tensor when there is no such parameter.
     Tensor sum(int64_t part, const OptionalTensor& parameter) const {
-        if (!parameter) return torch::stable::new_empty(memory_, {0});
+        if (!parameter) return no_tensor(memory_);
         check_numel(*parameter, width_, "parameter");
         check_contiguous(*parameter, "parameter");
-        Tensor gradient = torch::stable::empty_like(*parameter);
+        Tensor gradient = new_like(*parameter);
         const float* partials = data() + part * width_;
         void* out = gradient.mutable_data_ptr();
         const Dtype dtype = dtype_of(gradient, "parameter");

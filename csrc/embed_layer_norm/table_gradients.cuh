@@ -112,16 +112,26 @@ __global__ void __launch_bounds__(table_warps* warp_threads)
     write_table_row<T, V>(sums, own, column, sum);
 }
 
+// V floats, by as few accesses as they take.
+template <int V>
+__device__ __forceinline__ void store_floats(float* to, const float (&values)[V]) {
+    constexpr int width = V < 4 ? V : 4;
+#pragma unroll
+    for (int first = 0; first < V; first += width) {
+        Vector<float, width> stored;
+#pragma unroll
+        for (int i = 0; i < width; ++i) stored.at[i] = values[first + i];
+        store_vector(to + first, stored);
+    }
+}
+
 // What chunk c holds of one long row.
 template <typename T, int V>
 __device__ __forceinline__ void write_piece(const TableSums& sums, int64_t c, int row, int first, int last) {
     const int column = slab_column<V>();
     float sum[V] = {};
     add_tokens<T, V>(sums, first, last, column, sum);
-    float* to = sums.piece(c, row) + column;
-    if (column >= sums.op.width) return;
-#pragma unroll
-    for (int k = 0; k < V; ++k) to[k] = sum[k];
+    if (column < sums.op.width) store_floats<V>(sums.piece(c, row) + column, sum);
 }
 
 template <typename T, int V>

@@ -19,7 +19,7 @@ struct LayerNormForward {
     Dropout dropout;
     void* y;
     void* z;                  // null: not kept
-    bool stream_z;            // z is too large to be in a cache still when the backward reads it
+    bool past_caches;         // y and z are too large to be in a cache still when they are read
     float* mean;              // null: not centered
     float* rstd;
 };
@@ -42,6 +42,7 @@ struct LayerNormBackward {
     Dropout dropout;
     void* dz;                 // the residual's gradient
     void* dx;                 // null: the same as dz
+    bool past_caches;         // dz and dx are too large to be in a cache still when they are read
     float* partials;          // [num_chunks, 3, width]: dweight, dbias, dlinear_bias
     bool sum_dx;              // dlinear_bias is wanted
 };

@@ -5,11 +5,26 @@
 namespace vlk::VLK_ISA {
 namespace {
 
+// Asks for the row below this one: a row is worked on in passes, and memory would rest in all but the first.
+template <typename T>
+void fetch_ahead(const T* row, int64_t width) {
+    __builtin_prefetch(row + width);
+}
+
+template <typename T, typename Chunk>
+void store_result(T* to, Floats value, Chunk chunk, bool past_caches) {
+    if (past_caches) {
+        store_past_caches(to, value, chunk);
+    } else {
+        store(to, value, chunk);
+    }
+}
+
 // Writes the row of z, rounded as it is stored, and returns the sum of what was written: y is the norm of
-// exactly that z.
+// exactly that z. `kept`, if any, is a second copy that nobody reads soon.
 template <typename T>
 float write_sum_row(const LayerNormForward& op, const float* linear_bias, const DropoutRow& dropped,
-                    int64_t row, T* z) {
+                    int64_t row, T* z, T* kept) {
     const T* x = static_cast<const T*>(op.x) + row * op.width;
     const T* residual = op.residual ? static_cast<const T*>(op.residual) + row * op.width : nullptr;
     const float scale = keep_scale(op.dropout) * (op.row_scale ? op.row_scale[row] : 1.0f);
@@ -18,9 +33,10 @@ float write_sum_row(const LayerNormForward& op, const float* linear_bias, const 
         Floats value = load(x + column, chunk);
         if (linear_bias) value += load(linear_bias + column, chunk);
         if (op.dropout.threshold) value = dropped.apply(value, column);
-        value *= scale;
+        if (scale != 1.0f) value *= scale;
         if (residual) value += load(residual + column, chunk);
         sum.partial[k] += store(z + column, value, chunk);
+        if (kept) store_past_caches(kept + column, value, chunk);
     });
     return sum.total();
 }
@@ -31,17 +47,18 @@ void forward_rows(const LayerNormForward& op, int64_t first_row, int64_t last_ro
         linear_bias(op.linear_bias, op.width);
     DropoutRow dropped(op.dropout, op.width);
     const bool fused = is_fused(op);
-    const bool in_place = op.z && !op.stream_z;
+    const bool in_place = op.z && !op.past_caches;
     Scratch<T> apart(fused && !in_place ? op.width : 0);
     for (int64_t row = first_row; row < last_row; ++row) {
-        const T* z = static_cast<const T*>(op.x) + row * op.width;
+        const T* x = static_cast<const T*>(op.x) + row * op.width;
+        const T* residual = op.residual ? static_cast<const T*>(op.residual) + row * op.width : x;
+        const T* z = x;
         float sum = 0.0f;
         if (fused) {
             if (op.dropout.threshold) dropped.draw(row);
             T* kept = op.z ? static_cast<T*>(op.z) + row * op.width : nullptr;
             T* written = in_place ? kept : apart.get();
-            sum = write_sum_row(op, linear_bias.get(), dropped, row, written);
-            if (op.stream_z) stream(kept, written, op.width * sizeof(T));
+            sum = write_sum_row(op, linear_bias.get(), dropped, row, written, in_place ? nullptr : kept);
             z = written;
         } else if (op.mean) {
             sum = row_sum(z, op.width);
@@ -51,11 +68,13 @@ void forward_rows(const LayerNormForward& op, int64_t first_row, int64_t last_ro
         op.rstd[row] = m.rstd;
         T* y = static_cast<T*>(op.y) + row * op.width;
         for_chunks(op.width, [&](int64_t column, auto chunk, int) {
-            store(y + column, normalised(load(z + column, chunk), m, weight.get(), bias.get(), column, chunk),
-                  chunk);
+            const Floats value = normalised(load(z + column, chunk), m, weight.get(), bias.get(), column, chunk);
+            store_result(y + column, value, chunk, op.past_caches);
+            fetch_ahead(x + column, op.width);
+            fetch_ahead(residual + column, op.width);
         });
     }
-    if (op.stream_z) finish_streams();
+    if (op.past_caches) finish_streams();
 }
 
 Moments moments_of(const LayerNormBackward& op, int64_t row) {
@@ -78,13 +97,15 @@ void write_gradient_row(const LayerNormBackward& op, const float* weight, const 
         Floats gradient =
             norm_gradient(load(dy + column, chunk), load(z + column, chunk), m, p, weight, column, chunk);
         if (dsum) gradient += load(dsum + column, chunk);
-        store(dz + column, gradient, chunk);
+        store_result(dz + column, gradient, chunk, op.past_caches);
         if (dx) {
             if (op.dropout.threshold) gradient = dropped.apply(gradient, column);
             gradient *= scale;
-            store(dx + column, gradient, chunk);
+            store_result(dx + column, gradient, chunk, op.past_caches);
         }
         if (op.sum_dx) store(dlinear_bias + column, load(dlinear_bias + column, chunk) + gradient, chunk);
+        fetch_ahead(dy + column, op.width);
+        fetch_ahead(z + column, op.width);
     });
 }
 
@@ -108,6 +129,7 @@ void backward_chunks(const LayerNormBackward& op, int64_t first_chunk, int64_t l
             write_gradient_row<T>(op, weight.get(), dropped, row, p, dlinear_bias);
         }
     }
+    if (op.past_caches) finish_streams();
 }
 
 }  // namespace

@@ -62,6 +62,19 @@ inline Words widen(Bytes from) {
 inline Shorts narrow(Words from) {
     return cast_bits<Shorts>(_mm512_maskz_cvtepi32_epi16(all_lanes, cast_bits<__m512i>(from)));
 }
+typedef uint16_t HalfWords __attribute__((vector_size(64)));
+// The upper halves of words, and words with nothing below them: one instruction each instead of two.
+inline Shorts upper_halves(Words from) {
+    constexpr HalfWords upper = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+    return cast_bits<Shorts>(_mm512_castsi512_si256(_mm512_maskz_permutexvar_epi16(
+        0xffff, cast_bits<__m512i>(upper), cast_bits<__m512i>(from))));
+}
+inline Words raise(Shorts from) {
+    constexpr HalfWords doubled = {0, 0, 1, 1, 2,  2,  3,  3,  4,  4,  5,  5,  6,  6,  7,  7,
+                                   8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+    return cast_bits<Words>(_mm512_maskz_permutexvar_epi16(
+        0xaaaaaaaa, cast_bits<__m512i>(doubled), _mm512_castsi256_si512(cast_bits<__m256i>(from))));
+}
 inline Floats float_of_half(Shorts from) {
     return cast_bits<Floats>(_mm512_maskz_cvtph_ps(all_lanes, cast_bits<__m256i>(from)));
 }
@@ -101,17 +114,22 @@ inline Shorts half_of_float(Floats from) {
 }
 #endif
 
+#if !defined(__AVX512F__)
+inline Shorts upper_halves(Words from) { return narrow(from >> 16); }
+inline Words raise(Shorts from) { return widen(from) << 16; }
+#endif
+
 // A register of floats as T holds it in memory, and back. T is named by a value, as in visit().
 inline Floats pack_as(float, Floats value) { return value; }
 inline Shorts pack_as(float16, Floats value) { return half_of_float(value); }
 inline Shorts pack_as(bfloat16, Floats value) {
     const Words bits = cast_bits<Words>(value);
-    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return narrow(value == value ? rounded : (Words{} + 0x7fc0));
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return upper_halves(value == value ? rounded : (Words{} + 0x7fc00000));
 }
 inline Floats unpack(float, Floats packed) { return packed; }
 inline Floats unpack(float16, Shorts packed) { return float_of_half(packed); }
-inline Floats unpack(bfloat16, Shorts packed) { return cast_bits<Floats>(widen(packed) << 16); }
+inline Floats unpack(bfloat16, Shorts packed) { return cast_bits<Floats>(raise(packed)); }
 
 template <typename T>
 inline Floats load(const T* from, Whole) {
@@ -176,28 +194,50 @@ struct RowSum {
     }
 };
 
-constexpr int64_t stream_alignment = 64;
-
-// Copies past the caches, which saves reading the target first. Both sides are aligned to `stream_alignment`,
-// bytes is a multiple of it; finish_streams() makes the copies visible to other threads.
-inline void stream(void* to, const void* from, int64_t bytes) {
-#if defined(__x86_64__)
+// Stores past the caches, which saves reading the target first. The row it belongs to begins and ends on a
+// boundary of 64 bytes; finish_streams() makes what was stored visible to other threads.
 #if defined(__AVX512F__)
-    typedef __m512i Line;
-    const auto write = [](Line* target, Line value) { _mm512_stream_si512(target, value); };
+inline void stream_packed(void* to, Floats packed) {
+    _mm512_stream_ps(static_cast<float*>(to), cast_bits<__m512>(packed));
+}
+inline void stream_packed(void* to, Shorts packed) {
+    _mm256_stream_si256(static_cast<__m256i*>(to), cast_bits<__m256i>(packed));
+}
 #elif defined(__AVX2__)
-    typedef __m256i Line;
-    const auto write = [](Line* target, Line value) { _mm256_stream_si256(target, value); };
+inline void stream_packed(void* to, Floats packed) {
+    _mm256_stream_ps(static_cast<float*>(to), cast_bits<__m256>(packed));
+}
+inline void stream_packed(void* to, Shorts packed) {
+    _mm_stream_si128(static_cast<__m128i*>(to), cast_bits<__m128i>(packed));
+}
+#elif defined(__x86_64__)
+inline void stream_packed(void* to, Floats packed) {
+    _mm_stream_ps(static_cast<float*>(to), cast_bits<__m128>(packed));
+}
+inline void stream_packed(void* to, Shorts packed) {
+    _mm_stream_si64(static_cast<long long*>(to), cast_bits<long long>(packed));
+}
 #else
-    typedef __m128i Line;
-    const auto write = [](Line* target, Line value) { _mm_stream_si128(target, value); };
+template <typename Packed>
+inline void stream_packed(void* to, Packed packed) {
+    std::memcpy(to, &packed, sizeof packed);
+}
 #endif
-    for (int64_t line = 0; line < bytes / static_cast<int64_t>(sizeof(Line)); ++line) {
-        write(static_cast<Line*>(to) + line, static_cast<const Line*>(from)[line]);
-    }
-#else
-    std::memcpy(to, from, bytes);
-#endif
+
+template <typename T>
+inline void store_past_caches(T* to, Floats value, Whole) {
+    stream_packed(to, pack_as(T{}, value));
+}
+
+template <typename T>
+inline void store_past_caches(T* to, Floats value, Part part) {
+    store(to, value, part);
+}
+
+// Copies a row past the caches; bytes is a multiple of 64.
+inline void stream(void* to, const void* from, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += sizeof(Floats))
+        stream_packed(static_cast<char*>(to) + byte, load_as<Floats>(static_cast<const char*>(from) + byte));
 }
 
 inline void finish_streams() {

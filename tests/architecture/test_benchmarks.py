@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import provenance, roof, run, timing, uniter_step
+from benchmarks import host_cost, provenance, roof, run, timing, uniter_step
 from benchmarks.plain_uniter import Sizes, bert
 from benchmarks.provenance import CardLog
 from vlkernels import ops
@@ -288,3 +288,11 @@ def test_the_uniter_step_is_not_timed_when_losses_differ(monkeypatch):
     monkeypatch.setattr(uniter_step, "measure", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="mlm: packed loss"):
         uniter_step.run(TINY_UNITER, 2)
+
+
+def test_host_cost_of_every_call(tmp_path, capsys):
+    assert host_cost.main([*ARGUMENTS, "--results", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in next(tmp_path.rglob("host_cost.jsonl")).read_text().splitlines()]
+    assert [row["op"] for row in rows] == ["layer_norm", "rms_norm", "take_rows", "pack", "attention"]
+    assert all(row[part][who]["median"] > 0 for row in rows for part in ("forward", "backward") for who in ("vlkernels", "plain"))
+    assert all(row["commit"] for row in rows)

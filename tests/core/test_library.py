@@ -62,3 +62,44 @@ def test_kernels_know_an_eager_call_from_a_compiled_graph():
     found.clear()
     torch.compile(lambda x: call(x, "torch"), fullgraph=True, backend="aot_eager")(x).sum().backward()
     assert found == [False] * 2
+
+
+def two_outputs():
+    """An op that doubles, and an output beside it that only its backward wants."""
+
+    def double(x):
+        return 2 * x, torch.full_like(x, 2.0)
+
+    op = library.define(
+        "test_double(Tensor x, str impl) -> (Tensor, Tensor)", fake=lambda x, impl: (x.clone(), x.clone()), kernels={"torch": double}
+    )
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(output[1])
+
+    def backward(ctx, grad, *others):
+        return grad * ctx.saved_tensors[0], None
+
+    return library.differentiable(op, setup_context=keep, backward=backward, returned=1)
+
+
+def test_an_eager_call_returns_the_outputs_it_says_and_a_graph_all():
+    call, x = two_outputs(), torch.ones(3, requires_grad=True)
+    (eager,) = call(x, "torch")
+    compiled, _ = torch.compile(lambda x: call(x, "torch"), fullgraph=True, backend="aot_eager")(x)
+    with torch.no_grad():
+        (alone,) = call(x, "torch")
+    for output in (eager, compiled):
+        assert torch.equal(torch.autograd.grad(output.sum(), x)[0], torch.full((3,), 2.0))
+    assert torch.equal(alone, eager) and not alone.requires_grad
+
+
+def test_transforms_of_functions_are_refused():
+    """An eager call skips PyTorch's preparation for them: without this they would pass unseen."""
+    hidden = torch.randn(4, 8)
+
+    def loss(hidden):
+        return vk.linear_cross_entropy(hidden, torch.ones(5, 8), torch.arange(4), impl="torch")
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(hidden)

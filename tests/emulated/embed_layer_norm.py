@@ -1,4 +1,4 @@
-"""The CUDA kernels of embed_layer_norm in the emulator, called as ``csrc/binding/embed_layer_norm.cpp`` calls them on a card."""
+"""The CUDA kernels of embed_layer_norm in the emulator, called as ``csrc/binding/embed_layer_norm.cpp`` calls them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ def kernels() -> ModuleType:
 
 
 def _sum(
-    rows: int, width: int, ids: Tensor | None, tables: list[Tensor], dense: Tensor | None, weight: Tensor | None, norm_ids: Tensor | None
+    rows: int,
+    width: int,
+    ids: Tensor | None,
+    tables: list[Tensor],
+    dense: Tensor | None,
+    weight: Tensor | None,
+    norm_ids: Tensor | None,
 ) -> dict[str, Any]:
     return fields(
         dtype=(tables[0] if dense is None else dense).dtype, width=width, rows=rows, ids=ids,

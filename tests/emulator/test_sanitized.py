@@ -22,12 +22,19 @@ def assert_clean(file, chosen):
 
 def test_layer_norm_is_clean():
     """Every kind of kernel: rows of one warp, of several and not held; with and without vectors."""
-    assert_clean("test_layer_norm_cuda.py", "contract or 768-dtype1 or 770-dtype0 or 4100-dtype1 or boundary")
+    chosen = "contract and not dtype2 or 768-dtype1 or 770-dtype0 or 4100-dtype1 or boundary and dtype1"
+    assert_clean("test_layer_norm_cuda.py", chosen)
 
 
 def test_packing_is_clean():
     """Every width of an access, rows of less than a warp and of more, repeated positions, and layouts that lie."""
     assert_clean("test_packing_cuda.py", "(any_dtype and trailing4) or boundary or any_layout or repeated or means_of or lies")
+
+
+def test_embed_layer_norm_is_clean():
+    """Rows of one warp, of several and not held; with and without vectors; ids that fill chunks and that do not."""
+    chosen = "(contract and uniter) or 768-dtype1 or 770-dtype0 or 4100-dtype1 or boundary or (sum_of_its and 700)"
+    assert_clean("test_embed_layer_norm_cuda.py", chosen)
 
 
 SCRIPT = """

@@ -120,12 +120,35 @@ def test_half_rounding_is_pytorchs(dtype):
 
 
 @needs_kernel
-def test_a_sum_larger_than_the_caches():
-    """Such a sum is written past the caches, by another road."""
-    x, residual = torch.randn(66_000, 64), torch.randn(66_000, 64)
-    y, z = vk.layer_norm(x, None, None, residual=residual, return_sum=True, impl="cpp")
-    torch.testing.assert_close(z, x + residual, rtol=0, atol=0)
-    torch.testing.assert_close(y, F.layer_norm(z, (64,)))
+@pytest.mark.parametrize("isa", native.CPU_ISA_LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_larger_than_the_caches(dtype, isa):
+    """They are written past the caches, by other instructions: the bits are those of a call on half the rows."""
+    rows, width = (2**24 + 2**20) // 64 // dtype.itemsize, 64
+    x, residual, weight, bias = leaves((rows, width), (rows, width), (width,), (width,), dtype=dtype)
+    row_scale = torch.arange(rows) % 3 / 2
+
+    def results(part):
+        options = {"residual": residual[part], "row_scale": row_scale[part], "return_sum": True, "impl": "cpp"}
+        y, z = vk.layer_norm(x[part], weight, bias, **options)
+        return y, z, *torch.autograd.grad(y, (x, residual), residual[part])
+
+    try:
+        torch.ops.vlkernels.limit_cpu_isa(isa)
+        whole, half = results(slice(None)), results(slice(rows // 2))
+    finally:
+        torch.ops.vlkernels.limit_cpu_isa("avx512")
+    for large, small in zip(whole, half, strict=True):
+        assert torch.equal(large[: rows // 2], small[: rows // 2])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_rows_have_gradients_too(impl):
+    x, residual, weight, bias = leaves((0, 8), (0, 8), (8,), (8,))
+    y = vk.layer_norm(x, weight, bias, residual=residual, impl=impl)
+    found = grads(y, x, residual, weight, bias)
+    assert [tuple(gradient.shape) for gradient in found] == [(0, 8), (0, 8), (8,), (8,)]
+    assert not any(gradient.any() for gradient in found)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

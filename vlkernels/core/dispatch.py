@@ -62,7 +62,7 @@ def resolve(
 ) -> str:
     """The name of the implementation that serves: the first of ``implementations`` that can, or the one asked for."""
     chosen = _choose(op, impl, implementations, _device_type(device), facts or {})
-    if not torch.compiler.is_compiling():  # a graph that wrote to a recorder would be traced again for the next one
+    if _recorders and not torch.compiler.is_compiling():  # a graph that wrote to a recorder would be traced again for the next one
         for served in _recorders:
             served.append((op, chosen))
     return chosen

@@ -13,7 +13,7 @@ _LIBRARY = torch.library.Library("vlkernels", "FRAGMENT")
 
 Kernels = Mapping[str, Callable[..., Any]]
 Op = torch._ops.OpOverload
-Spans = tuple[int | None, ...]  # per argument the length of a list of tensors, None for anything else; no spans: no lists
+Spans = tuple[int | None, ...]  # per argument the length of a list of tensors, None for anything else
 
 
 class _EagerCall(threading.local):
@@ -70,35 +70,51 @@ def define_backward(schema: str, *, fake: Callable[..., Any], kernels: Kernels |
     return op
 
 
-def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+def differentiable(
+    op: Op, *, setup_context: Callable[..., None], backward: Callable[..., Any], returned: int | None = None
+) -> Callable[..., Any]:
     """A callable over ``op`` with one backward for both roads.
 
     Eager calls go through a plain ``autograd.Function`` below the dispatcher's autograd (half the host time);
     ``torch.compile`` traces the op itself, whose autograd is registered with the same functions.
     ``backward(ctx, *grads)`` returns one gradient per argument of the op, a list for a ``Tensor[]`` argument; an op that
-    returns ``Tensor[]`` gets one list of gradients.
+    returns ``Tensor[]`` gets one list of gradients. Of an op with several outputs an eager call returns the first
+    ``returned`` ones, if it says so; the others are there for the backward, which gets no gradients for them.
     """
     torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
+    lists = frozenset(i for i, argument in enumerate(op._schema.arguments) if str(argument.type) == "List[Tensor]")
+    returns_list = [str(output.type) for output in op._schema.returns] == ["List[Tensor]"]
+
+    def run(arguments: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd(), eager_call:
+            return op(*arguments)
+
+    def outputs(output: Any) -> Any:
+        return tuple(output) if returns_list else output if returned is None else output[:returned]
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, spans: Spans | None, *flat: Any) -> Any:
-            arguments = _nest(flat, spans)
-            with torch._C._AutoDispatchBelowAutograd(), eager_call:
-                output = op(*arguments)
+            arguments = flat if spans is None else _nest(flat, spans)
+            output = run(arguments)
             ctx.spans = spans
-            ctx.returns_list = isinstance(output, list)
-            setup_context(_NestedContext(ctx), arguments, output)
-            return tuple(output) if isinstance(output, list) else output
+            setup_context(ctx, arguments, output)
+            return outputs(output)
 
         @staticmethod
         @refuse_twice
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            # Unpacked outside the guard: under activation checkpointing this runs the forward again, with autograd.
-            context = _NestedContext(ctx, ctx.saved_tensors)
+            context = _BackwardContext(ctx)
             with torch._C._AutoDispatchBelowAutograd(), eager_call:
-                nested = backward(context, *((list(grads),) if ctx.returns_list else grads))
-            return (None, *_flatten(nested if isinstance(nested, tuple) else (nested,), ctx.spans))
+                nested = backward(context, *((list(grads),) if returns_list else grads))
+            gradients = nested if isinstance(nested, tuple) else (nested,)
+            return (None, *(gradients if ctx.spans is None else _flatten(gradients, ctx.spans)))
+
+    # Function.apply walks through all arguments, for functorch, before it calls this: 3 us of a layer's call.
+    bare_apply = super(torch.autograd.Function, Eager).apply
+
+    def apply(*arguments: Any) -> Any:
+        return (Eager.apply if torch._C._are_functorch_transforms_active() else bare_apply)(*arguments)
 
     Eager.__name__ = f"{op.name().partition('::')[2].partition('.')[0]}_eager"
 
@@ -106,13 +122,11 @@ def differentiable(op: Op, *, setup_context: Callable[..., None], backward: Call
         if torch.compiler.is_compiling():
             return op(*arguments)
         if not torch.is_grad_enabled():
-            with torch._C._AutoDispatchBelowAutograd(), eager_call:
-                output = op(*arguments)
-            return tuple(output) if isinstance(output, list) else output
-        spans = tuple([len(a) if _is_tensor_list(a) else None for a in arguments])
-        if not any(spans):
-            return Eager.apply(None, *arguments)
-        return Eager.apply(spans, *_flatten(arguments, spans))
+            return outputs(run(arguments))
+        if not lists:
+            return apply(None, *arguments)
+        spans = tuple([len(a) if i in lists else None for i, a in enumerate(arguments)])
+        return apply(spans, *_flatten(arguments, spans))
 
     return call
 
@@ -123,10 +137,10 @@ def refuse_twice(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tupl
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             gradients = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return gradients
         refuse = torch._C._functions.DelayedError(
             'cannot differentiate twice, there is no second derivative: use impl="reference"', len(gradients)
         )
@@ -135,31 +149,25 @@ def refuse_twice(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tupl
     return guarded
 
 
-class _NestedContext:
-    """An autograd context whose ``needs_input_grad`` has the shape of the op's arguments."""
+class _BackwardContext:
+    """What a backward asks its autograd context for: ``needs_input_grad`` in the shape of the op's arguments, tensors unpacked.
 
-    __slots__ = ("_ctx", "saved_tensors")
+    They are unpacked here, above the dispatcher's autograd: under activation checkpointing this runs the forward again.
+    """
 
-    def __init__(self, ctx: Any, saved_tensors: tuple[torch.Tensor | None, ...] = ()):
-        object.__setattr__(self, "_ctx", ctx)
-        object.__setattr__(self, "saved_tensors", saved_tensors)
+    __slots__ = ("_ctx", "needs_input_grad", "saved_tensors")
+
+    def __init__(self, ctx: Any):
+        needed = ctx.needs_input_grad[1:]
+        self._ctx = ctx
+        self.needs_input_grad = needed if ctx.spans is None else _nest(needed, ctx.spans)
+        self.saved_tensors = ctx.saved_tensors
 
     def __getattr__(self, name: str) -> Any:
-        if name == "needs_input_grad":
-            return _nest(self._ctx.needs_input_grad[1:], self._ctx.spans)
         return getattr(self._ctx, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._ctx, name, value)
 
-
-def _is_tensor_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], torch.Tensor)
-
-
-def _flatten(values: Sequence[Any], spans: Spans | None) -> Sequence[Any]:
-    if spans is None:
-        return values
+def _flatten(values: Sequence[Any], spans: Spans) -> list[Any]:
     flat: list[Any] = []
     for value, span in zip(values, spans, strict=True):
         if span is None:
@@ -169,9 +177,7 @@ def _flatten(values: Sequence[Any], spans: Spans | None) -> Sequence[Any]:
     return flat
 
 
-def _nest(flat: tuple[Any, ...], spans: Spans | None) -> tuple[Any, ...]:
-    if spans is None:
-        return flat
+def _nest(flat: tuple[Any, ...], spans: Spans) -> tuple[Any, ...]:
     nested: list[Any] = []
     position = 0
     for span in spans:

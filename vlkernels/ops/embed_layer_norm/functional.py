@@ -126,7 +126,8 @@ def embed_layer_norm(
     Numerics: the sum, the statistics (two-pass variance), the norm and the tables' sums in float32.
     Memory: the backward keeps two floats per row and sums the embeddings again; dropout keeps nothing.
     Errors: ``ValueError`` where shapes, dtypes or devices disagree; on the CPU for an id outside [-1, V_c) or
-        [-1, N), on a card a device-side assertion by the kernel; for ``norm_ids`` without ``weight`` ``[N, D]``, and the reverse.
+        [-1, N), on a card a device-side assertion by the kernel; for ``norm_ids`` without ``weight`` ``[N, D]``, and
+        the reverse.
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018.
     """
     tables = list(tables)

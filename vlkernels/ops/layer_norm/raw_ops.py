@@ -119,4 +119,4 @@ def _differentiate(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) ->
     )
 
 
-normalise = library.differentiable(_forward, setup_context=_setup_context, backward=_differentiate)
+normalise = library.differentiable(_forward, setup_context=_setup_context, backward=_differentiate, returned=2)
