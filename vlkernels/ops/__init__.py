@@ -16,6 +16,7 @@ from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlkernels.ops.optimal_transport import optimal_transport
 from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
 from vlkernels.ops.patchify import patchify
+from vlkernels.ops.sigmoid_loss import sigmoid_loss
 
 FOLDERS: tuple[str, ...] = (
     "attention",
@@ -29,6 +30,7 @@ FOLDERS: tuple[str, ...] = (
     "optimal_transport",
     "packing",
     "patchify",
+    "sigmoid_loss",
 )
 
 __all__: list[str] = [
@@ -50,6 +52,7 @@ __all__: list[str] = [
     "put_segments",
     "rms_norm",
     "segment_mean",
+    "sigmoid_loss",
     "take_rows",
     "take_segments",
     "unpack",
