@@ -112,25 +112,26 @@ def test_results_do_not_depend_on_threads_or_instruction_set(level):
 
 def test_more_channels_than_the_kernels_normalize():
     """Hyperspectral images: the reference serves, and copies without normalization are the kernel's."""
-    images, layout, sizes = torch.randn(1, 20, 4, 4), vk.SegmentLayout([[4]]), torch.full((1, 2), 4)
+    images, layout = torch.randn(1, 20, 4, 4), vk.SegmentLayout([[4]])
     with vk.recorded() as served:
-        patches = vk.patchify(images, layout, 2, sizes=sizes)
-        vk.patchify(images, layout, 2, sizes=sizes, mean=[0.0] * 20, std=[1.0] * 20)
+        patches = vk.patchify(images, layout, 2)
+        vk.patchify(images, layout, 2, mean=[0.0] * 20, std=[1.0] * 20)
     assert [impl for _, impl in served] == [HERE[0], "reference"] and patches.shape == (4, 80)
 
 
-def test_what_only_permutes_on_a_cpu_is_left_to_pytorch():
-    """Images that fill their tensor; the kernels serve what is indexed or normalized, and whoever asks for them."""
-    images, layout, sizes = torch.randn(2, 3, 4, 4), vk.SegmentLayout([[4], [4]]), torch.full((2, 2), 4)
+def test_long_lines_that_are_only_permuted_on_a_cpu_are_left_to_pytorch():
+    """The kernels serve what is indexed or normalized, short lines, and whoever asks for them."""
+    images, layout, sizes = torch.randn(2, 3, 64, 64), vk.SegmentLayout([[4], [4]]), torch.full((2, 2), 64)
     taken = vk.SegmentLayout([[4], [9]]).take(torch.tensor([0, 0]))  # 18 rows, ten of nobody
     with vk.recorded() as served:
-        vk.patchify(images, layout, 2)
-        vk.patchify(images, layout, 2, sizes=sizes)
-        vk.patchify(images, layout, 2, mean=[0.0] * 3, std=[1.0] * 3)
-        vk.patchify(images.byte(), layout, 2)
-        vk.patchify(images, taken, 2)
-        vk.patchify(images, layout, 2, impl=HERE[0])
-    assert [impl for _, impl in served] == ["reference", *[HERE[0]] * 5]
+        vk.patchify(images, layout, 32)
+        vk.patchify(images, layout, 32, sizes=sizes)
+        vk.patchify(images, layout, 32, mean=[0.0] * 3, std=[1.0] * 3)
+        vk.patchify(images.byte(), layout, 32)
+        vk.patchify(images, taken, 32)
+        vk.patchify(images[..., :32, :32], layout, 16)
+        vk.patchify(images, layout, 32, impl=HERE[0])
+    assert [impl for _, impl in served] == ["reference", *[HERE[0]] * 6]
 
 
 @pytest.mark.parametrize("make", [benchmarks._equal(3), benchmarks._native(3)], ids=["equal", "native"])
