@@ -51,7 +51,8 @@ struct TermRows {
         for (int j = 0; j < AtOnce; ++j) {
             const int term = first + j;
             const int64_t id = term_id(terms, row, term);
-            at[j].load(terms.data[term], id * width, id < 0 ? 0 : width);  // what is absent has no columns
+            const bool there = id >= 0;  // what is absent has no columns
+            at[j].load(terms.data[term], there ? id * width : 0, there ? width : 0);
         }
     }
 

@@ -9,24 +9,28 @@ from vlkernels.ops.attention import RelativeBias, attention, attention_qkvpacked
 from vlkernels.ops.contrastive_loss import contrastive_loss
 from vlkernels.ops.embed_layer_norm import embed_layer_norm
 from vlkernels.ops.hard_negatives import hard_negatives
+from vlkernels.ops.late_interaction_loss import late_interaction_loss
 from vlkernels.ops.layer_norm import FusedLayerNorm, FusedRMSNorm, layer_norm, rms_norm
 from vlkernels.ops.linear import linear
 from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlkernels.ops.optimal_transport import optimal_transport
 from vlkernels.ops.packing import pack, put_segments, segment_mean, take_rows, take_segments, unpack
 from vlkernels.ops.patchify import patchify
+from vlkernels.ops.sigmoid_loss import sigmoid_loss
 
 FOLDERS: tuple[str, ...] = (
     "attention",
     "contrastive_loss",
     "embed_layer_norm",
     "hard_negatives",
+    "late_interaction_loss",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
     "optimal_transport",
     "packing",
     "patchify",
+    "sigmoid_loss",
 )
 
 __all__: list[str] = [
@@ -38,6 +42,7 @@ __all__: list[str] = [
     "contrastive_loss",
     "embed_layer_norm",
     "hard_negatives",
+    "late_interaction_loss",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -47,6 +52,7 @@ __all__: list[str] = [
     "put_segments",
     "rms_norm",
     "segment_mean",
+    "sigmoid_loss",
     "take_rows",
     "take_segments",
     "unpack",

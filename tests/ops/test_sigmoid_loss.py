@@ -1,0 +1,226 @@
+"""What is special to the sigmoid loss: tiles, shapes, half types, memory, who serves, errors, faults."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+import vlkernels as vk
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.mutants import load_mutant
+from vlkernels.core import dispatch
+from vlkernels.core.spec import Case, InputMaker
+from vlkernels.ops.sigmoid_loss import torch_kernels
+from vlkernels.ops.sigmoid_loss.spec import SPECS, features
+from vlkernels.testing import contract
+
+TENSORS = ("image_features", "text_features", "logit_scale", "logit_bias")
+COUNTS, WIDTHS, SCALES = (1, 2, 63, 64, 65, 257, 1000), (8, 64, 256, 512, 768, 1024), (1.0, 10.0, 100.0)
+# Every count, width and scale, each beside several of the others.
+SHAPES = [(n, WIDTHS[k % 6], SCALES[k % 3]) for k, n in enumerate(2 * COUNTS)] + [(65, d, 30.0) for d in WIDTHS]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that little inputs have many."""
+    monkeypatch.setattr(torch_kernels, "TILE", 8)
+
+
+def inputs(labels=False, count=37, width=6, dtype=torch.float64):
+    fill = InputMaker(dtype)
+    arguments = features(fill, count, width, scale=2.5, bias=-1.0)
+    return arguments | ({"labels": fill.integers(0, 5, (count,))} if labels else {})
+
+
+def value_and_gradients(arguments, loss_function=vk.sigmoid_loss, **options):
+    loss = loss_function(**arguments, **options)
+    return loss.detach(), *torch.autograd.grad(loss * 3, [arguments[name] for name in TENSORS])
+
+
+@pytest.mark.parametrize("count, width, scale", SHAPES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_every_shape_obeys_the_error_rule(count, width, scale, dtype):
+    case = Case(f"n{count}_d{width}_s{scale}", lambda fill: features(fill, count, width, scale))
+    contract.verify(SPECS[0], case, dtype, "torch")
+
+
+@pytest.mark.parametrize("labels", (False, True))
+def test_many_tiles_give_what_the_whole_matrix_gives(labels, small_tiles):
+    mine = value_and_gradients(inputs(labels), impl="torch")
+    for tensor, true in zip(mine, value_and_gradients(inputs(labels), impl="reference"), strict=True):
+        torch.testing.assert_close(tensor, true, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("labels", (False, True))
+def test_value_without_gradients_is_the_same(labels, small_tiles):
+    arguments = inputs(labels)
+    with torch.no_grad():
+        alone = vk.sigmoid_loss(**arguments, impl="torch")
+    assert torch.equal(alone, value_and_gradients(arguments, impl="torch")[0])
+
+
+def test_equal_labels_are_positives():
+    labels = torch.tensor([3, 1, 3, 3, 1])
+    fill = InputMaker(torch.float64)
+    images, texts = fill.normal(5, 4), fill.normal(5, 4)
+    true = 0.0
+    for i, j in product(range(5), range(5)):
+        sign = 1 if labels[i] == labels[j] else -1
+        true = true - F.logsigmoid(sign * (2.0 * images[i] @ texts[j] - 0.5)) / 5
+    for impl in ("torch", "reference"):
+        loss = vk.sigmoid_loss(images, texts, 2.0, logit_bias=-0.5, labels=labels, impl=impl)
+        torch.testing.assert_close(loss, true, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("impl", ("torch", "reference"))
+def test_logits_of_any_size_stay_finite(impl):
+    images = torch.tensor([[300.0, 0.0], [-300.0, 0.0]], requires_grad=True)
+    texts = torch.tensor([[300.0, 0.0], [300.0, 0.0]], requires_grad=True)
+    loss = vk.sigmoid_loss(images, texts, 100.0, impl=impl)
+    loss.backward()
+    # One partner and one stranger are 9e6 on the wrong side.
+    torch.testing.assert_close(loss.detach(), torch.tensor(9e6))
+    assert images.grad.isfinite().all() and texts.grad.isfinite().all() and texts.grad.any()
+
+
+def test_gradients_of_scale_and_bias_are_float32_beside_bfloat16():
+    half, exact = (features(InputMaker(dtype), 300, 64) for dtype in (torch.bfloat16, torch.float64))
+    mine = value_and_gradients(half, impl="torch")[3:]
+    logits = (exact["image_features"] @ exact["text_features"].T).detach()
+    signs = 2 * torch.eye(300, dtype=torch.float64) - 1
+    derivatives = -signs * torch.sigmoid(-signs * (10 * logits - 10)) * 3 / 300
+    for gradient, terms in zip(mine, (derivatives * logits, derivatives), strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - terms.sum()).abs() <= 1e-6 * terms.abs().sum()
+
+
+def test_autocast_changes_nothing():
+    arguments = inputs(dtype=torch.float32)
+    outside = value_and_gradients(arguments, impl="torch")
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = value_and_gradients(arguments, impl="torch")
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_float16_gradients_survive_until_the_loss_scale():
+    spread = [(0.01 * x).half().requires_grad_() for x in torch.randn(2, 600, 64)]
+    (vk.sigmoid_loss(*spread, 1.0, logit_bias=-10.0, impl="torch") * 2.0**16).backward()
+    exact = [x.detach().double().requires_grad_() for x in spread]
+    (vk.sigmoid_loss(*exact, 1.0, logit_bias=-10.0, impl="reference") * 2.0**16).backward()
+    for mine, true in zip(spread, exact):
+        assert (mine.grad.double() - true.grad).abs().max() < 2e-3 * true.grad.abs().max()
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("labels", (False, True))
+def test_no_tensor_is_larger_than_the_features(labels, small_tiles):
+    arguments = inputs(labels, count=150)
+    tensors = [arguments[name].detach() for name in TENSORS]
+    with LargestTensor() as largest:
+        torch_kernels.sigmoid_loss(*tensors, arguments.get("labels"), "", None, "mean", True)
+    assert largest.numel == 150 * 6
+
+
+@pytest.mark.parametrize(
+    "dtype, few, many", [(torch.float32, 1000, 1024), (torch.bfloat16, 2048, 4096), (torch.float16, 31, 32)], ids=str
+)
+def test_auto_takes_tiles_for_many_pairs_and_the_matrix_for_few(dtype, few, many):
+    for count, expected in ((few, "reference"), (many, "torch")):
+        rows = torch.zeros(count, 1, dtype=dtype)
+        with dispatch.recorded() as served:
+            vk.sigmoid_loss(rows, rows, 1.0)
+        assert served == [("sigmoid_loss", expected)]
+
+
+def test_one_graph_serves_every_number_of_pairs():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda *a: vk.sigmoid_loss(*a, impl="torch"), fullgraph=True, backend=backend)
+    for count in (5, 9, 13, 30):
+        image, text = torch.randn(2, count, 4)
+        torch.testing.assert_close(compiled(image, text, 3.0), vk.sigmoid_loss(image, text, 3.0))
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("impl", ("torch", "reference"))
+def test_no_pairs_lose_nothing(impl):
+    arguments = features(InputMaker(torch.float32), 0, 8)
+    loss, *gradients = value_and_gradients(arguments, impl=impl)
+    assert loss == 0 and not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text_features": torch.zeros(5, 3)}, r"text_features must be \[N, D\] = \[4, 3\], got \[5, 3\]"),
+        ({"text_features": torch.zeros(4, 2)}, r"text_features must be \[N, D\] = \[4, 3\], got \[4, 2\]"),
+        ({"image_features": torch.zeros(4)}, r"image_features must be \[N, D\] = \[any, any\], got \[4\]"),
+        ({"text_features": torch.zeros(4, 3).half()}, "text_features must be one of float32, got float16"),
+        ({"logit_scale": torch.ones(2)}, r"logit_scale must be a number or have shape \(\) or \(1,\), got \[2\]"),
+        ({"logit_bias": torch.ones(1, 1)}, r"logit_bias must be a number or have shape \(\) or \(1,\), got \[1, 1\]"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be \[N\] = \[4\], got \[3\]"),
+        ({"labels": torch.zeros(4)}, "labels must be one of int64, int32, got float32"),
+        ({"rank_counts": (2, 2)}, r"rank_counts must hold one count for each of 1 ranks, got \[2, 2\]"),
+        ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
+        ({"group": "world"}, "group must be a torch.distributed process group that holds this rank, got 'world'"),
+        ({"impl": "triton"}, 'impl must be "auto" or one of .* for sigmoid_loss, got "triton"'),
+    ],
+)
+def test_mistakes_are_one_clear_line(change, message):
+    arguments = {"image_features": torch.zeros(4, 3), "text_features": torch.zeros(4, 3), "logit_scale": 1.0}
+    with pytest.raises(ValueError, match=message):
+        vk.sigmoid_loss(**arguments | change)
+
+
+def test_benchmarks_and_peer_compute_the_same():
+    arguments = SPECS[0].benchmarks["quickstart_n128_d64"](InputMaker(torch.float32))
+    torch.testing.assert_close(SPECS[0].peers["torch"](**arguments), vk.sigmoid_loss(**arguments, impl="torch"))
+
+
+MUTANTS = {
+    "tiles of other texts left out": ("for j in own + others:", "for j in own[:1]:"),
+    "partners that count as strangers": ("tile.diagonal().neg_()", "pass"),
+    "a diagonal in every tile": ("if i == j:", "if True:"),
+    "labels that repel": ("self.labels[i, None] != ", "self.labels[i, None] == "),
+    "a bias left out": (".add_(self.bias)", ""),
+    "a scale that aligns with its own product": ("self._similarities, out=self._other", "self._logits, out=self._other"),
+    "text gradients of the last tile alone": ("if j in own:", "if i == j:"),
+    "a scale missing from the gradients": ("of_features = tiles.scale * factor", "of_features = factor"),
+    "a sum for a mean": ("mean = 1 / max(rows.total, 1)", "mean = 1"),
+}
+
+
+def is_right(module):
+    module.TILE = 8
+    for labels in (False, True):
+        arguments = inputs(labels, count=21)
+        tensors = [arguments[name].detach() for name in TENSORS]
+        found = module.sigmoid_loss(*tensors, arguments.get("labels"), "", None, "mean", True)
+        loss, *gradients = value_and_gradients(arguments, impl="reference")
+        expected = (loss, *(gradient / 3 for gradient in gradients))
+        if not all(torch.allclose(f, e, rtol=1e-10, atol=1e-12) for f, e in zip(found, expected, strict=True)):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("fault", [None, *MUTANTS])
+def test_a_fault_is_seen(fault, tmp_path):
+    changed = MUTANTS.get(fault, ("", ""))
+    assert is_right(load_mutant(torch_kernels, *changed, tmp_path)) == (fault is None)

@@ -1,0 +1,112 @@
+"""The sigmoid loss as users call it: checks, the choice of the implementation, the differentiable op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlkernels.core import collectives, dispatch, library, pairs
+from vlkernels.core.collectives import ProcessGroup
+from vlkernels.core.dispatch import Implementation
+from vlkernels.ops.sigmoid_loss import reference, torch_kernels
+
+IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+
+# Below so many pairs a CPU is faster with the whole matrix: tiles cost more than they save.
+FEW_PAIRS = {torch.float64: 2**20, torch.float32: 2**20, torch.bfloat16: 2**24, torch.float16: 2**10}
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    logit_bias: Tensor | float = 0.0,
+    labels: Tensor | None = None,
+    group: ProcessGroup | None = None,
+    rank_counts: Sequence[int] | None = None,
+    rank_reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """SigLIP's loss in nats: ``-1/N sum_ij log sigmoid(z_ij (s I_i T_j^t + b))``, z = 1 for partners, -1 for others.
+
+    Example:
+        >>> import torch, torch.nn.functional as F, vlkernels as vk
+        >>> images, texts = (F.normalize(torch.randn(8, 16), dim=1) for _ in range(2))
+        >>> loss = vk.sigmoid_loss(images, texts, 10.0, logit_bias=-10.0)
+        >>> logits, signs = 10.0 * images @ texts.T - 10.0, 2 * torch.eye(8) - 1
+        >>> torch.allclose(loss, -F.logsigmoid(signs * logits).sum() / 8, atol=1e-5)
+        True
+
+    Args:
+        image_features: [N, D] floating; row i is the partner of row i of ``text_features``. Need not be normalised.
+        text_features: [N, D], same dtype and device.
+        logit_scale: number, or tensor of shape () or (1,); it multiplies (SigLIP's parameter after ``exp``).
+        logit_bias: likewise; it is added (SigLIP begins with -10).
+        labels: integers [N]; all pairs of equal label are positive, with weight 1 each (captions or images that occur
+            twice). Without labels the partners alone are.
+        group: process group; every rank passes its own rows. Collectives run in the forward alone. A group of its own
+            (``torch.distributed.new_group()``) keeps them out of the way of the parameters'.
+        rank_counts: N of every rank, known to all; without it all must be equal, which the first exchange checks.
+        rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks afterwards.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 inputs); 0 for N = 0. With a group it is that of one process
+        on the rows of all ranks, the same on every rank.
+
+    Gradients: to both features, the scale and the bias. With a group and "mean" a feature's gradient is W times the
+    single process's, so that averaged parameter gradients equal it; the scale's and the bias's average (or add up) to it.
+    Numerics: similarities, losses and the gradients of scale and bias are float32 (float64 for float64), also for half
+    types; products of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
+    "auto" takes for few pairs on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
+    Memory: O(N D) and 3 tiles of 1024 x 1024 (13 MB). Gradients are computed in the forward, when anything requires them.
+    Errors: ``ValueError`` for shapes, dtypes, counts that differ.
+    Source: Zhai et al. 2023 (SigLIP).
+    """
+    pairs.check_features(image_features, text_features, labels, logit_scale=logit_scale, logit_bias=logit_bias)
+    collectives.check_group(image_features.shape[0], group, rank_counts)
+    collectives.check_rank_reduction(rank_reduction)
+    few = image_features.shape[0] ** 2 < FEW_PAIRS[image_features.dtype]
+    order = IMPLEMENTATIONS[::-1] if few and image_features.device.type == "cpu" else IMPLEMENTATIONS
+    chosen = dispatch.resolve("sigmoid_loss", impl, order, image_features.device)
+    if chosen == "reference":
+        return reference.sigmoid_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias=logit_bias,
+            labels=labels,
+            group=group,
+            rank_counts=rank_counts,
+            rank_reduction=rank_reduction,
+        )
+    scale, bias = (pairs.as_tensor(number, image_features) for number in (logit_scale, logit_bias))
+    differentiated = (image_features, text_features, scale, bias)
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
+    counts = None if rank_counts is None else list(rank_counts)
+    return _loss(*differentiated, labels, collectives.group_name(group), counts, rank_reduction, gradient, chosen)[0]
+
+
+def _fake(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    gradient = rest[-2]
+    loss = image_features.new_empty((), dtype=pairs.wide(image_features))
+    if not gradient:
+        return loss, *(loss.new_empty(0) for _ in range(4))
+    return loss, *(loss.new_empty(t.shape) for t in (image_features, text_features, logit_scale, logit_bias))
+
+
+_forward = library.define(
+    "sigmoid_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor logit_bias, Tensor? labels, "
+    "str group, SymInt[]? rank_counts, str rank_reduction, bool gradient, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    kernels={"torch": torch_kernels.sigmoid_loss},
+)
+
+_loss = library.differentiable(_forward, setup_context=pairs.keep_gradients, backward=pairs.scale_gradients)

@@ -1,0 +1,93 @@
+"""What the sigmoid loss declares about itself."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec
+from vlkernels.ops.sigmoid_loss import functional, reference
+
+
+def features(fill: InputMaker, count: int, width: int, scale: float = 10.0, bias: float = -10.0) -> Arguments:
+    """Unit rows scaled off the unit sphere: the op must not count on normalised features."""
+    spread = 1.25 / width**0.5
+    return {
+        "image_features": fill.normal(count, width, scale=spread),
+        "text_features": fill.normal(count, width, scale=spread),
+        "logit_scale": _number(fill, scale),
+        "logit_bias": _number(fill, bias),
+    }
+
+
+def _number(fill: InputMaker, value: float) -> Tensor:
+    """A parameter in float32, whatever the features are: the master copy of mixed precision."""
+    return (fill.normal(scale=0.0, grad=False, dtype=torch.float32) + value).requires_grad_()
+
+
+def _aligned(fill: InputMaker) -> Arguments:
+    """A trained model: partners nearly equal and others far, a loss near zero."""
+    near = features(fill, 40, 24, scale=100.0, bias=-50.0)
+    images = near["image_features"].detach()
+    texts = (images.double() + fill.normal(40, 24, scale=0.01, grad=False)).to(torch.bfloat16).to(images.dtype)
+    return near | {"text_features": texts.requires_grad_()}
+
+
+def _duplicates(fill: InputMaker) -> Arguments:
+    """Equal rows, once with equal labels and once without."""
+    rows = features(fill, 24, 16)
+    again = torch.arange(24) % 17
+    for name in ("image_features", "text_features"):
+        rows[name] = rows[name].detach()[again.to(fill.device)].requires_grad_()
+    return rows
+
+
+CASES = (
+    Case("pairs", lambda fill: features(fill, 32, 24)),
+    Case("peaked", lambda fill: features(fill, 17, 8, scale=100.0, bias=0.0)),
+    Case("extreme", lambda fill: features(fill, 13, 8, scale=1e4, bias=1e3)),
+    Case("aligned", _aligned),
+    Case("single_pair", lambda fill: features(fill, 1, 8)),
+    Case("empty", lambda fill: features(fill, 0, 8)),
+    Case("vectors", lambda fill: features(fill, 9, 8) | {n: fill.normal(1) for n in ("logit_scale", "logit_bias")}),
+    Case("numbers", lambda fill: features(fill, 9, 8) | {"logit_scale": 20.0, "logit_bias": -2.5}),
+    Case("scale_of_zero", lambda fill: features(fill, 9, 8, scale=0.0)),
+    Case("labels", lambda fill: features(fill, 24, 16, bias=-2.0) | {"labels": fill.integers(0, 7, (24,))}),
+    Case("duplicates", _duplicates),
+)
+
+
+def _cost(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, **options: object) -> Cost:
+    """Each similarity once and one product per gradient."""
+    count, width = image_features.shape
+    product = 2 * count * count * width
+    moved = 2 * image_features.numel() * image_features.element_size()
+    return Cost(forward_bytes=moved, backward_bytes=2 * moved, forward_flops=product, backward_flops=2 * product)
+
+
+def _dense(
+    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
+) -> Tensor:
+    """Plain PyTorch as open_clip writes it, with the whole matrix of logits."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - torch.ones_like(logits)
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
+SPECS = (
+    OpSpec(
+        name="sigmoid_loss",
+        functional=functional.sigmoid_loss,
+        reference=reference.sigmoid_loss,
+        implementations=functional.IMPLEMENTATIONS,
+        cases=CASES,
+        benchmarks={
+            "quickstart_n128_d64": lambda fill: features(fill, 128, 64),
+            "n4096_d512": lambda fill: features(fill, 4096, 512),
+            "n65536_d768": Benchmark(lambda fill: features(fill, 65536, 768), devices=("cuda",)),
+        },
+        peers={"torch": _dense},
+        cost=_cost,
+    ),
+)
