@@ -13,7 +13,8 @@ PUBLIC = {
     "pack", "unpack", "take_rows", "take_segments", "put_segments", "segment_mean", "patchify",
     "layer_norm", "rms_norm", "FusedLayerNorm", "FusedRMSNorm", "embed_layer_norm",
     "attention", "attention_qkvpacked", "RelativeBias",
-    "contrastive_loss", "hard_negatives", "linear", "linear_cross_entropy", "optimal_transport", "sigmoid_loss", "triplet_loss",
+    "contrastive_loss", "hard_negatives", "late_interaction_loss", "linear", "linear_cross_entropy", "optimal_transport",
+    "sigmoid_loss", "triplet_loss",
 }  # fmt: skip
 
 FUNCTIONS = sorted(name for name in vk.ops.__all__ if inspect.isfunction(getattr(vk, name)))

@@ -9,6 +9,7 @@ from vlkernels.ops.attention import RelativeBias, attention, attention_qkvpacked
 from vlkernels.ops.contrastive_loss import contrastive_loss
 from vlkernels.ops.embed_layer_norm import embed_layer_norm
 from vlkernels.ops.hard_negatives import hard_negatives
+from vlkernels.ops.late_interaction_loss import late_interaction_loss
 from vlkernels.ops.layer_norm import FusedLayerNorm, FusedRMSNorm, layer_norm, rms_norm
 from vlkernels.ops.linear import linear
 from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
@@ -23,6 +24,7 @@ FOLDERS: tuple[str, ...] = (
     "contrastive_loss",
     "embed_layer_norm",
     "hard_negatives",
+    "late_interaction_loss",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -42,6 +44,7 @@ __all__: list[str] = [
     "contrastive_loss",
     "embed_layer_norm",
     "hard_negatives",
+    "late_interaction_loss",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

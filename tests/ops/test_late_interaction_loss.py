@@ -1,0 +1,349 @@
+"""What is special to the late-interaction loss: tiles, ties, published forms, memory, who serves, errors."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import vlkernels as vk
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlkernels.core import dispatch
+from vlkernels.core.spec import InputMaker
+from vlkernels.ops.late_interaction_loss import reference, torch_kernels
+from vlkernels.ops.late_interaction_loss.spec import SPECS
+
+BOTH = pytest.mark.parametrize("similarity", ["mean_max", "max"])
+IMAGES, TEXTS = [5, 1, 9, 3, 3, 7, 2, 11, 4, 6, 1], [2, 6, 1, 4, 3, 1, 8, 2, 5, 1, 3]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that little inputs have many, some of which are kept and some made again."""
+    monkeypatch.setattr(torch_kernels, "TILE", 12)
+    monkeypatch.setattr(torch_kernels, "KEPT_BYTES", 700)
+
+
+def inputs(similarity="mean_max", images=IMAGES, texts=TEXTS, width=6, dtype=torch.float64, **options):
+    fill = InputMaker(dtype)
+    return {
+        "image_tokens": fill.normal(sum(images), width),
+        "text_tokens": fill.normal(sum(texts), width),
+        "logit_scale": torch.tensor([2.5], dtype=dtype, requires_grad=True),
+        "image_layout": vk.SegmentLayout([[n] for n in images]),
+        "text_layout": vk.SegmentLayout([[n] for n in texts]),
+        "similarity": similarity,
+        "label_smoothing": 0.1,
+    } | options
+
+
+def value_and_gradients(arguments, impl):
+    tensors = [arguments[name] for name in ("image_tokens", "text_tokens", "logit_scale")]
+    loss = vk.late_interaction_loss(**arguments, impl=impl)
+    return loss.detach(), *torch.autograd.grad(loss * 3, tensors)
+
+
+def assert_both_agree(arguments, **tolerance):
+    mine, true = (value_and_gradients(arguments, impl) for impl in ("torch", "reference"))
+    for tensor, expected in zip(mine, true, strict=True):
+        torch.testing.assert_close(tensor, expected, **(tolerance or {"rtol": 1e-11, "atol": 1e-12}))
+
+
+@BOTH
+def test_many_tiles_give_what_all_products_give(similarity, small_tiles):
+    assert_both_agree(inputs(similarity))
+
+
+@BOTH
+def test_lengths_that_only_a_device_knows(similarity, small_tiles, monkeypatch):
+    """There blocks are as wide as the longest sample may be, in the order of the batch."""
+    monkeypatch.setattr(torch_kernels, "_known_to_host", lambda lengths: False)
+    arguments = inputs(similarity, images=[5, 1, 2], texts=[3, 3, 1])
+    arguments["image_layout"] = arguments["image_layout"].take(torch.tensor([1, 0, 2, 2]))
+    arguments["text_layout"] = arguments["text_layout"].take(torch.tensor([1, 2, 0, 1]))
+    fill = InputMaker(torch.float64)
+    arguments["image_tokens"], arguments["text_tokens"] = fill.normal(20, 6), fill.normal(12, 6)
+    assert_both_agree(arguments)
+
+
+@BOTH
+def test_value_without_gradients_is_the_same(similarity, small_tiles):
+    arguments = inputs(similarity)
+    with torch.no_grad():
+        alone = vk.late_interaction_loss(**arguments, impl="torch")
+    torch.testing.assert_close(alone, value_and_gradients(arguments, "torch")[0], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@BOTH
+def test_the_definition_pair_by_pair(similarity, impl):
+    arguments = inputs(similarity, label_smoothing=0.0)
+    images = arguments["image_tokens"].detach().split(IMAGES)
+    texts = arguments["text_tokens"].detach().split(TEXTS)
+    of_images, of_texts = torch.empty(2, len(IMAGES), len(TEXTS), dtype=torch.float64)
+    for i, image in enumerate(images):
+        for j, text in enumerate(texts):
+            products = image @ text.T
+            of_images[i, j] = products.max(1).values.mean() if similarity == "mean_max" else products.max()
+            of_texts[j, i] = products.max(0).values.mean() if similarity == "mean_max" else products.max()
+    pairs = torch.arange(len(images))
+    expected = (F.cross_entropy(2.5 * of_images, pairs) + F.cross_entropy(2.5 * of_texts, pairs)) / 2
+    loss = vk.late_interaction_loss(**arguments, impl=impl)
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_queries_against_one_text_token_are_blip_2_s(impl):
+    pairs, queries, width = 7, 5, 8
+    fill = InputMaker(torch.float64)
+    image_feats, text_feat = fill.normal(pairs, queries, width), fill.normal(pairs, width)
+    sim_q2t = torch.matmul(image_feats.unsqueeze(1), text_feat.unsqueeze(-1)).squeeze(-1)
+    sim_t2q = torch.matmul(text_feat.unsqueeze(1).unsqueeze(1), image_feats.permute(0, 2, 1)).squeeze(2)
+    targets = torch.arange(pairs)
+    expected = (
+        F.cross_entropy(sim_q2t.max(-1).values / 0.07, targets, label_smoothing=0.1)
+        + F.cross_entropy(sim_t2q.max(-1).values / 0.07, targets, label_smoothing=0.1)
+    ) / 2
+    loss = vk.late_interaction_loss(
+        image_feats.flatten(0, 1),
+        text_feat,
+        1 / 0.07,
+        image_layout=vk.SegmentLayout([[queries]] * pairs),
+        text_layout=vk.SegmentLayout([[1]] * pairs),
+        similarity="max",
+        label_smoothing=0.1,
+        impl=impl,
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    mine, true = (torch.autograd.grad(value, (image_feats, text_feat)) for value in (loss, expected))
+    torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("similarity, width", [("mean_max", 1), ("mean_max", 2), ("max", 1), ("max", 2)])
+def test_the_first_of_equal_maxima_takes_the_gradient(similarity, width, small_tiles):
+    """Small integers: products are exact whatever the order, and most maxima are met several times."""
+    arguments = inputs(similarity, width=width, dtype=torch.float32, logit_scale=0.5)
+    for name in ("image_tokens", "text_tokens"):
+        arguments[name] = arguments[name].detach().round().clamp(-1, 1).requires_grad_()
+    mine, true = (
+        torch.autograd.grad(
+            vk.late_interaction_loss(**arguments, impl=impl), (arguments["image_tokens"], arguments["text_tokens"])
+        )
+        for impl in ("torch", "reference")
+    )
+    torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@BOTH
+def test_an_equal_token_later_gets_nothing(similarity, impl):
+    images = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    texts = torch.tensor([[1.0, 0.2], [0.1, 1.0]], requires_grad=True)
+    layouts = {"image_layout": vk.SegmentLayout([[2], [1]]), "text_layout": vk.SegmentLayout([[1], [1]])}
+    options = {"similarity": similarity, "impl": impl}
+    vk.late_interaction_loss(images, texts, 1.0, **layouts, **options).backward()
+    if similarity == "max":
+        assert images.grad[0].abs().max() > 0.1 and images.grad[1].abs().max() == 0
+    else:  # each has a mean of its own, the maximum of the texts is the first one's
+        assert images.grad[0].abs().max() > 2 * images.grad[1].abs().max() > 0.05
+
+
+@BOTH
+def test_rows_of_nobody_are_not_read(similarity):
+    arguments = inputs(similarity)
+    expected = value_and_gradients(arguments, "torch")
+    arguments["text_layout"] = vk.SegmentLayout([[n] for n in TEXTS], capacity=sum(TEXTS) + 3)
+    spare = torch.full((3, 6), torch.nan, dtype=torch.float64)
+    arguments["text_tokens"] = torch.cat((arguments["text_tokens"].detach(), spare)).requires_grad_()
+    for impl in ("torch", "reference"):
+        loss, _, toward_texts, _ = value_and_gradients(arguments, impl)
+        torch.testing.assert_close(loss, expected[0])
+        assert torch.equal(toward_texts[-3:], torch.zeros(3, 6, dtype=torch.float64))
+        torch.testing.assert_close(toward_texts[:-3], expected[2])
+
+
+@BOTH
+def test_places_are_bytes_up_to_256_tokens(similarity):
+    for longest, dtype in ((256, torch.uint8), (257, torch.int16)):
+        arguments = inputs(similarity, images=[longest, 2], texts=[3, longest])
+        assert_both_agree(arguments)
+        block = torch_kernels._Block(*(torch.tensor([longest]),) * 2, *(torch.zeros(1, longest),) * 3, own=True)
+        assert block.narrow(torch.tensor([longest - 1, longest])).tolist() == [longest - 1] * 2
+        assert block.narrow(torch.tensor([0])).dtype == dtype
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def raw_arguments(arguments, gradient=True):
+    images, texts = arguments["image_layout"], arguments["text_layout"]
+    tensors = [arguments[name].detach() for name in ("image_tokens", "text_tokens", "logit_scale")]
+    bounds = (*reference.sample_bounds(images), *reference.sample_bounds(texts))
+    longest = (images.max_seqlen, texts.max_seqlen)
+    return *tensors, *bounds, *longest, arguments["similarity"], 0.1, "", None, "mean", gradient
+
+
+@BOTH
+def test_no_tensor_is_larger_than_the_tokens(similarity, small_tiles):
+    arguments = inputs(similarity, images=IMAGES * 4, texts=TEXTS * 4)
+    with LargestTensor() as largest:
+        torch_kernels.late_interaction_loss(*raw_arguments(arguments))
+    assert largest.numel <= 4 * sum(IMAGES) * 6 < (4 * len(IMAGES)) ** 2
+
+
+@BOTH
+def test_what_is_kept_between_the_visits_is_bounded(similarity, small_tiles, monkeypatch):
+    kept = []
+    make = torch_kernels._Tiles.__init__
+    monkeypatch.setattr(torch_kernels._Tiles, "__init__", lambda self, *a, **k: (make(self, *a, **k), kept.append(self))[0])
+    torch_kernels.late_interaction_loss(*raw_arguments(inputs(similarity)))
+    tiles = kept[0]._kept.values()
+    assert 0 < len(tiles) < len(list(kept[0].pairs()))
+    assert sum(tile.num_bytes for tile in tiles) <= torch_kernels.KEPT_BYTES
+    torch_kernels.late_interaction_loss(*raw_arguments(inputs(similarity), gradient=False))
+    assert not kept[1]._kept
+
+
+def test_float16_gradients_survive_until_the_loss_scale():
+    arguments = inputs(dtype=torch.float16, images=[4] * 60, texts=[3] * 60, width=32, logit_scale=1.0)
+    exact = inputs(images=[4] * 60, texts=[3] * 60, width=32, logit_scale=1.0)
+    for given, impl in ((arguments, "torch"), (exact, "reference")):
+        (vk.late_interaction_loss(**given, impl=impl) * 2.0**16).backward()
+    for name in ("image_tokens", "text_tokens"):
+        mine, true = arguments[name].grad.double(), exact[name].grad
+        assert (mine - true).abs().max() < 2e-3 * true.abs().max()
+
+
+def test_auto_takes_tiles_for_many_products_and_all_at_once_for_few():
+    for pairs, expected in ((4, "reference"), (400, "torch")):
+        tokens, layout = torch.randn(3 * pairs, 2), vk.SegmentLayout([[3]] * pairs)
+        with dispatch.recorded() as served:
+            vk.late_interaction_loss(tokens, tokens, 1.0, image_layout=layout, text_layout=layout)
+        assert served == [("late_interaction_loss", expected)]
+
+
+def test_one_graph_serves_every_number_of_tokens():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def call(images, texts, scale, image_layout, text_layout):
+        layouts = {"image_layout": image_layout, "text_layout": text_layout}
+        return vk.late_interaction_loss(images, texts, scale, **layouts, impl="torch")
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for pairs in (5, 9, 13, 30):
+        image_layout, text_layout = (vk.SegmentLayout([[k * pairs]] + [[k]] * (pairs - 1)) for k in (2, 3))
+        images, texts = (torch.randn(layout.num_tokens, 4) for layout in (image_layout, text_layout))
+        given = images, texts, 3.0, image_layout, text_layout
+        torch.testing.assert_close(compiled(*given), call(*given))
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_tokens": torch.zeros(4, 3)}, r"image_tokens must be \[num_tokens, D\] = \[5, any\], got \[4, 3\]"),
+        ({"text_tokens": torch.zeros(3, 4)}, r"text_tokens must be \[num_tokens, D\] = \[3, 3\], got \[3, 4\]"),
+        ({"text_tokens": torch.zeros(3, 3).half()}, "text_tokens must be one of float32, got float16"),
+        ({"image_tokens": torch.zeros(5, 3).long()}, "image_tokens must be one of .*, got int64"),
+        ({"logit_scale": torch.ones(2)}, r"logit_scale must be a number or have shape \(\) or \(1,\), got \[2\]"),
+        ({"image_layout": [2, 3]}, "image_layout must be a SegmentLayout, got a list"),
+        ({"text_layout": vk.SegmentLayout([[3]])}, "text_layout must have the samples of image_layout = 2, got 1"),
+        ({"text_layout": vk.SegmentLayout([[3], [0]])}, "text_layout must give every sample a token, sample 1 has none"),
+        ({"image_layout": vk.SegmentLayout([[0], [5]])}, "image_layout must give every sample a token, sample 0 has none"),
+        ({"similarity": "mean"}, "similarity must be \"mean_max\" or \"max\", got 'mean'"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"rank_counts": (1, 1)}, r"rank_counts must hold one count for each of 1 ranks, got \[1, 1\]"),
+        ({"rank_counts": (5,)}, r"rank_counts must be 2 at rank 0, the rows it has, got \[5\]"),
+        ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
+        ({"group": "world"}, "group must be a torch.distributed process group that holds this rank, got 'world'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(change, message):
+    arguments = {
+        "image_tokens": torch.zeros(5, 3),
+        "text_tokens": torch.zeros(3, 3),
+        "logit_scale": 1.0,
+        "image_layout": vk.SegmentLayout([[2], [3]]),
+        "text_layout": vk.SegmentLayout([[1], [2]]),
+    }
+    with pytest.raises(ValueError, match=message):
+        vk.late_interaction_loss(**arguments | change)
+
+
+@pytest.mark.parametrize("case", ["queries", "pairs", "duplicates, any two"])
+def test_the_peer_computes_the_same(case):
+    arguments = next(c for c in SPECS[0].cases if c.name == case).make(InputMaker(torch.float64))
+    dense, _ = SPECS[0].peers["dense"].prepare(**arguments)
+    torch.testing.assert_close(dense(), vk.late_interaction_loss(**arguments, impl="torch"))
+
+
+MUTANTS = {
+    "the last of equal maxima": ("products.view(*own.shape, *other.shape).max(3)", "_last_max(products.view(*own.shape, *other.shape))"),
+    "padding that counts": (").reciprocal(), 0)", ").reciprocal(), 0.1)"),
+    "padding that is another's token": ("rows = side.starts[samples, None] + torch.minimum(place, lengths[:, None] - 1)",
+                                        "rows = (side.starts[samples, None] + place).clamp(max=len(side.tokens) - 1)"),
+    "a tile that is left out": ("for j in self.texts.blocks if i.own or j.own", "for j in self.texts.blocks[1:] if i.own or j.own"),
+    "statistics of the first tile": ("shrunk = self.total[samples] *", "shrunk = 0 * self.total[samples] *"),
+    "sums that do not shrink": (" * (self.largest[samples] - largest).exp_()", ""),
+    "a direction without its gather": ("return gathered + _owned_sum(", "return 0 * gathered + _owned_sum("),
+    "a direction without its scatter": ("return gathered + _owned_sum(", "return gathered + 0 * _owned_sum("),
+    "owners that share entries": ("firsts += entries *", "firsts += 0 *"),
+    "weights in another order than their rows": ("per_sample_weights=weights.gather(1, order)", "per_sample_weights=weights"),
+    "targets of the other side": ("tile.of_texts) - targets.between(j, i)", "tile.of_texts) - targets.between(i, j).T.flip(0)"),
+    "smoothing over the wrong number": ("self.label_smoothing / self.total", "self.label_smoothing / (self.total - 1)"),
+    "a scale without the texts": ("alignment += (of_texts * tile.of_texts).sum()", "alignment += 0"),
+}  # fmt: skip
+LAST_MAX = """
+def _last_max(x):
+    best, places = x.flip(3).max(3)
+    return best, x.shape[3] - 1 - places
+"""
+
+
+def mutant(before, after, monkeypatch):
+    source = Path(torch_kernels.__file__).read_text()
+    assert before in source, f"torch_kernels.py no longer reads {before!r}: renew the mutant"
+    module = types.ModuleType("mutant")
+    monkeypatch.setitem(sys.modules, "mutant", module)
+    exec(source.replace(before, after) + LAST_MAX, module.__dict__)
+    module.TILE, module.KEPT_BYTES = 12, 700
+    return module
+
+
+def is_right(module):
+    integers = inputs(dtype=torch.float64, width=2, logit_scale=torch.tensor(0.5, dtype=torch.float64))
+    for name in ("image_tokens", "text_tokens"):
+        integers[name] = integers[name].detach().round().clamp(-1, 1).requires_grad_()
+    for arguments in (inputs("mean_max"), inputs("max"), integers):
+        found = module.late_interaction_loss(*raw_arguments(arguments))
+        tensors = [arguments[name].requires_grad_() for name in ("image_tokens", "text_tokens", "logit_scale")]
+        loss = vk.late_interaction_loss(**arguments, impl="reference")
+        expected = (loss, *torch.autograd.grad(loss, tensors))
+        if not all(torch.allclose(f, e, rtol=1e-9, atol=1e-11) for f, e in zip(found, expected, strict=True)):
+            return False
+    return True
+
+
+def test_the_kernels_are_right_as_they_are(monkeypatch):
+    assert is_right(mutant("", "", monkeypatch))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_fault_in_the_kernels_shows(name, monkeypatch):
+    assert not is_right(mutant(*MUTANTS[name], monkeypatch))

@@ -1,0 +1,213 @@
+"""The late-interaction loss as users call it: checks, the choice of the implementation, the differentiable op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlkernels.core import checks, collectives, dispatch, library
+from vlkernels.core.collectives import ProcessGroup
+from vlkernels.core.dispatch import Implementation
+from vlkernels.core.layout import SegmentLayout
+from vlkernels.ops.late_interaction_loss import reference, torch_kernels
+
+IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+
+# Below so many similarities of tokens a CPU is faster with all of them at once: tiles cost more than they save.
+FEW_PRODUCTS = {8: 2**17, 4: 2**17, 2: 2**19}  # by the bytes of a feature
+
+
+def late_interaction_loss(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    image_layout: SegmentLayout,
+    text_layout: SegmentLayout,
+    similarity: str = "mean_max",
+    label_smoothing: float = 0.0,
+    group: ProcessGroup | None = None,
+    rank_counts: Sequence[int] | None = None,
+    rank_reduction: str = "mean",
+    impl: str = "auto",
+) -> Tensor:
+    """FILIP's symmetric InfoNCE in nats over similarities that are made of tokens; BLIP-2's is a case of it.
+
+    With ``A[i, j]`` the mean over the tokens of image i of the largest product with a token of text j, and
+    ``B[j, i]`` the mean over the tokens of text j of the largest product with a token of image i, the loss is
+    ``(mean_i CE(s A[i], i) + mean_j CE(s B[j], j)) / 2``.
+
+    Example:
+        >>> import torch, torch.nn.functional as F, vlkernels as vk
+        >>> images, texts = torch.randn(4, 9, 16), torch.randn(4, 5, 16)
+        >>> loss = vk.late_interaction_loss(images.flatten(0, 1), texts.flatten(0, 1), 3.0,
+        ...     image_layout=vk.SegmentLayout([[9]] * 4), text_layout=vk.SegmentLayout([[5]] * 4))
+        >>> products, pairs = torch.einsum("ipd,jtd->ijpt", images, texts), torch.arange(4)
+        >>> of_images = F.cross_entropy(3 * products.amax(3).mean(2), pairs)
+        >>> of_texts = F.cross_entropy(3 * products.amax(2).mean(2).T, pairs)
+        >>> torch.allclose(loss, (of_images + of_texts) / 2, atol=1e-5)
+        True
+
+    Args:
+        image_tokens: [num_tokens of image_layout, D] floating; sample i is the partner of sample i of the
+            texts. Need not be normalised.
+        text_tokens: [num_tokens of text_layout, D], same dtype and device.
+        logit_scale: number, or tensor of shape () or (1,); it multiplies (CLIP's parameter after ``exp``).
+        image_layout: which rows are an image's: all of its segments (``layout.select`` chooses some). Every
+            sample has a token; rows of nobody are allowed, as is ``SegmentLayout.padded``.
+        text_layout: as many samples as ``image_layout``.
+        similarity: ``"mean_max"`` (FILIP), or ``"max"``: A and B are the largest product of any two tokens
+            (BLIP-2's contrastive loss, whose texts have one token each: the largest over the queries).
+        label_smoothing: e in [0, 1): targets become ``(1 - e) targets + e / N``.
+        group: process group; every rank passes its own samples. Collectives run in the forward alone. A group
+            of its own (``torch.distributed.new_group()``) keeps them out of the way of the parameters'.
+        rank_counts: N, the samples, of every rank, known to all; without it all must be equal, which the
+            first exchange checks. Tokens may differ either way.
+        rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks
+            afterwards.
+        impl: "auto", "torch" or "reference".
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 inputs); 0 for N = 0. With a group it is that of
+        one process on the samples of all ranks, the same on every rank.
+
+    Gradients: to both tokens, through the first of equal maxima, and to the scale; zero in rows of nobody.
+        With a group and "mean" a token's gradient is W times the single process's, so that averaged parameter
+        gradients equal it; the scale's averages (or adds up) to it.
+    Numerics: products, maxima and normalisers are float32 (float64 for float64), also for half types. The
+        reference, which "auto" takes for few products on a CPU, rounds the products of half types to their
+        dtype, as PyTorch. Two runs give the same bits.
+    Memory: O(tokens D), tiles of 1024 x 1024 products, and at most 256 MB of maxima and their places, a byte
+        each up to 256 tokens; what does not fit is computed twice. Gradients are computed in the forward,
+        when anything requires them. With a group the tokens of all ranks.
+    Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ.
+    Source: Yao et al. 2021 (FILIP); Li et al. 2023 (BLIP-2).
+    """
+    _check(image_tokens, text_tokens, logit_scale, image_layout, text_layout)
+    _check_options(similarity, label_smoothing)
+    collectives.check_group(image_layout.num_samples, group, rank_counts)
+    collectives.check_rank_reduction(rank_reduction)
+    few = image_layout.num_tokens * text_layout.num_tokens < FEW_PRODUCTS[image_tokens.element_size()]
+    order = IMPLEMENTATIONS[::-1] if few and image_tokens.device.type == "cpu" else IMPLEMENTATIONS
+    chosen = dispatch.resolve("late_interaction_loss", impl, order, image_tokens.device)
+    if chosen == "reference":
+        return reference.late_interaction_loss(
+            image_tokens,
+            text_tokens,
+            logit_scale,
+            image_layout=image_layout,
+            text_layout=text_layout,
+            similarity=similarity,
+            label_smoothing=label_smoothing,
+            group=group,
+            rank_counts=rank_counts,
+            rank_reduction=rank_reduction,
+        )
+    differentiated = (image_tokens, text_tokens, _as_tensor(logit_scale, image_tokens))
+    bounds = (*reference.sample_bounds(image_layout), *reference.sample_bounds(text_layout))
+    longest = (image_layout.max_seqlen, text_layout.max_seqlen)
+    counts = None if rank_counts is None else list(rank_counts)
+    over_ranks = (collectives.group_name(group), counts, rank_reduction)
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
+    options = (similarity, float(label_smoothing), *over_ranks, gradient, chosen)
+    return _loss(*differentiated, *bounds, *longest, *options)[0]
+
+
+def _check(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    logit_scale: Tensor | float,
+    image_layout: SegmentLayout,
+    text_layout: SegmentLayout,
+) -> None:
+    for name, layout in (("image_layout", image_layout), ("text_layout", text_layout)):
+        if not isinstance(layout, SegmentLayout):
+            raise ValueError(f"{name} must be a SegmentLayout, got a {type(layout).__name__}")
+    checks.check_floating("image_tokens", image_tokens)
+    checks.check_dtype("text_tokens", text_tokens, (image_tokens.dtype,))
+    checks.check_shape("image_tokens", image_tokens, "[num_tokens, D]", (image_layout.num_tokens, None))
+    width = image_tokens.shape[1]
+    checks.check_shape("text_tokens", text_tokens, "[num_tokens, D]", (text_layout.num_tokens, width))
+    scale = logit_scale if isinstance(logit_scale, Tensor) else None
+    if scale is not None and tuple(scale.shape) not in ((), (1,)):
+        raise ValueError(f"logit_scale must be a number or have shape () or (1,), got {list(scale.shape)}")
+    checks.check_same_device(
+        image_tokens=image_tokens,
+        text_tokens=text_tokens,
+        logit_scale=scale,
+        image_layout=image_layout.starts,
+        text_layout=text_layout.starts,
+    )
+    if text_layout.num_samples != image_layout.num_samples:
+        raise ValueError(
+            f"text_layout must have the samples of image_layout = {image_layout.num_samples}, "
+            f"got {text_layout.num_samples}"
+        )
+    _check_no_sample_is_empty("image_layout", image_layout)
+    _check_no_sample_is_empty("text_layout", text_layout)
+
+
+def _check_no_sample_is_empty(name: str, layout: SegmentLayout) -> None:
+    """Nothing has a largest product with no token, nor no token a mean."""
+    if torch.compiler.is_compiling() or layout.num_samples == 0:
+        return
+    filled = layout.lengths.sum(1) > 0
+    if layout.device.type != "cpu":
+        torch._assert_async(filled.all())
+    elif not filled.all():
+        raise ValueError(f"{name} must give every sample a token, sample {int((~filled).nonzero()[0])} has none")
+
+
+def _check_options(similarity: str, label_smoothing: float) -> None:
+    if similarity not in torch_kernels.SIMILARITIES:
+        raise ValueError(f'similarity must be "mean_max" or "max", got {similarity!r}')
+    checks.check_probability("label_smoothing", label_smoothing)
+
+
+def _as_tensor(logit_scale: Tensor | float, like: Tensor) -> Tensor:
+    if isinstance(logit_scale, Tensor):
+        return logit_scale
+    return torch.full((), logit_scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _fake(image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    gradient = rest[-2]
+    wide = torch.promote_types(image_tokens.dtype, torch.float32)
+    loss = image_tokens.new_empty((), dtype=wide)
+    if not gradient:
+        return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
+    of_tokens = (
+        torch.empty_like(tokens, dtype=wide, memory_format=torch.contiguous_format)
+        for tokens in (image_tokens, text_tokens)
+    )
+    return loss, *of_tokens, torch.empty_like(logit_scale)
+
+
+_forward = library.define(
+    "late_interaction_loss(Tensor image_tokens, Tensor text_tokens, Tensor logit_scale, Tensor image_starts, "
+    "Tensor image_lengths, Tensor text_starts, Tensor text_lengths, SymInt longest_image, SymInt longest_text, "
+    "str similarity, float label_smoothing, str group, SymInt[]? rank_counts, str rank_reduction, bool gradient, "
+    "str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    kernels={"torch": torch_kernels.late_interaction_loss},
+)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = tuple(tensor.dtype for tensor in inputs[:3])
+
+
+def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 16
+    wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+    return *((grad_loss * saved).to(dtype) if needed else None for saved, dtype, needed in wanted), *(None,) * 13
+
+
+_loss = library.differentiable(_forward, setup_context=_keep_gradients, backward=_scale_gradients)
