@@ -21,11 +21,13 @@ Ids ids_of(const Tensor& tensor, int64_t numel, const char* name) {
     return {tensor.const_data_ptr(), wide};
 }
 
-// The largest of `rows` ids that lie `stride` apart.
-int64_t largest_id(Ids ids, int64_t rows, int64_t stride, int64_t column) {
-    int64_t largest = -1;
-    for (int64_t row = 0; row < rows; ++row) largest = std::max(largest, id_at(ids, row * stride + column));
-    return largest;
+// Of `rows` ids that lie `stride` apart, all must be -1 or below `count`.
+template <typename... Name>
+void check_ids_below(int64_t count, Ids ids, int64_t rows, int64_t stride, int64_t column, const Name&... name) {
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t id = id_at(ids, row * stride + column);
+        STD_TORCH_CHECK(-1 <= id && id < count, name..., " must be -1 or below ", count, ", got ", id);
+    }
 }
 
 // Checked views of the arguments that make z; owns the lists that `sum` shows.
@@ -71,14 +73,9 @@ RowNorms row_norms(const OptionalTensor& norm_ids, const OptionalTensor& weight,
 
 // A kernel reads no foreign memory: on a CPU ids are looked at here, on a card by the kernels themselves.
 void check_ids(const EmbeddingSum& sum, const RowNorms& norms) {
-    for (int64_t table = 0; table < sum.num_tables; ++table) {
-        const int64_t largest = largest_id(sum.ids, sum.rows, sum.num_tables, table);
-        STD_TORCH_CHECK(largest < sum.table_rows[table], "ids[:, ", table, "] must be below ",
-                        sum.table_rows[table], ", got ", largest);
-    }
-    if (!norms.ids.data) return;
-    const int64_t largest = largest_id(norms.ids, sum.rows, 1, 0);
-    STD_TORCH_CHECK(largest < norms.count, "norm_ids must be below ", norms.count, ", got ", largest);
+    for (int64_t table = 0; table < sum.num_tables; ++table)
+        check_ids_below(sum.table_rows[table], sum.ids, sum.rows, sum.num_tables, table, "ids[:, ", table, "]");
+    if (norms.ids.data) check_ids_below(norms.count, norms.ids, sum.rows, 1, 0, "norm_ids");
 }
 
 // The gradients of weight and bias; empty where there is no such parameter.
@@ -244,15 +241,16 @@ void sum_large_table(const TableGradient& op, TokenIds tokens, int64_t parts, bo
 // What a column of ids scatters into a table.
 Tensor scatter_to_table(const Tensor& gradient, TokenIds tokens, int64_t table_rows) {
     const int64_t rows = gradient.size(0), width = gradient.size(1);
-    const int64_t largest = largest_id(tokens.ids, rows, tokens.stride, tokens.column);
-    STD_TORCH_CHECK(largest < table_rows, "ids must be below ", table_rows, ", got ", largest);
+    constexpr int64_t stays_in_cache = (2 << 20) / sizeof(float);
+    const bool small = table_rows * width <= stays_in_cache;
+    STD_TORCH_CHECK(small || rows <= INT32_MAX, "ids must be at most ", INT32_MAX, ", got ", rows);  // they are sorted as int32
+    check_ids_below(table_rows, tokens.ids, rows, tokens.stride, tokens.column, "ids");
     Tensor table = torch::stable::new_empty(gradient, {table_rows, width});
     const int64_t part_columns = columns_per_part(width);
     const TableGradient op{dtype_of(gradient, "gradient"), rows, width, table_rows, part_columns,
                            gradient.const_data_ptr(), table.mutable_data_ptr()};
     const int64_t parts = (width + part_columns - 1) / part_columns;
-    constexpr int64_t stays_in_cache = (2 << 20) / sizeof(float);
-    if (table_rows * width <= stays_in_cache) {
+    if (small) {
         sum_small_table(op, tokens, parts);
     } else {
         sum_large_table(op, tokens, parts, rows_fill_cache_lines(table) && rows_fill_cache_lines(gradient));
@@ -288,7 +286,7 @@ std::vector<Tensor> tables_on_cuda(const Tensor& gradient, Ids ids, int64_t stri
         op.table[k] = tables[k].mutable_data_ptr();
         op.column[k] = columns[k];
         rows += table_rows[k];
-        STD_TORCH_CHECK(rows < most, "the tables must have fewer than ", most, " rows in all");
+        STD_TORCH_CHECK(rows <= most, "the tables must have at most ", most, " rows in all, got ", rows);
         op.first_row[k + 1] = static_cast<int32_t>(rows);
     }
     const TablePlan plan = plan_table_gradients(op);

@@ -70,7 +70,7 @@ Tensor forward(const Tensor& images, const OptionalTensor& sizes, const Tensor& 
     op.normalize = scale_of(scale, shift, op.grid.channels);
     op.images_are_bytes = images.scalar_type() == ScalarType::Byte;
     if (!op.images_are_bytes) check_type(images, dtype, "images");
-    STD_TORCH_CHECK(op.normalize.is_given || !op.images_are_bytes, "images of bytes need a scale");
+    STD_TORCH_CHECK(op.normalize.is_given || !op.images_are_bytes || op.grid.channels == 0, "images of bytes need a scale");
     Tensor patches = torch::stable::new_empty(images, {num_rows, patch_elements(op.grid)}, std::make_optional(dtype));
     op.dtype = dtype_of(patches, "patches");
     op.images = images.const_data_ptr();

@@ -13,7 +13,7 @@ __device__ __forceinline__ Parameter row_of(const Parameter& parameter, int64_t 
 
 __device__ __forceinline__ int64_t checked_norm(const RowNorms& norms, int64_t row) {
     const int64_t norm = norm_of(norms, row);
-    VLK_REQUIRE(norm < norms.count, "norm_ids of embed_layer_norm must be below the number of norms");
+    VLK_REQUIRE(-1 <= norm && norm < norms.count, "norm_ids of embed_layer_norm must be -1 or rows of weight");
     return norm;
 }
 

@@ -163,6 +163,7 @@ __global__ void __launch_bounds__(piece_warps* warp_threads)
     const int64_t last_chunk = (sums.first[row + 1] - 1) / sums.chunk;
     float sum[V] = {};
     if (column < sums.op.width)
+#pragma unroll 2  // of more, single columns spill on sm_100
         for (int64_t c = blockIdx.x + threadIdx.y; c <= last_chunk; c += piece_warps) {
             float piece[V];
             load_floats<float, V>(sums.piece(c, row) + column, piece);

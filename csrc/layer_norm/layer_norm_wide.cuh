@@ -7,7 +7,6 @@
 #include "layer_norm/layer_norm_plan.h"
 #include "primitives/device_dropout.cuh"
 #include "primitives/moments.cuh"
-#include "primitives/moments.cuh"
 
 namespace vlk {
 

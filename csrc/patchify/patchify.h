@@ -43,10 +43,10 @@ struct PatchifyBackward {
 
 static inline VLK_HOST_DEVICE int64_t patch_elements(const PatchGrid& grid) { return grid.channels * grid.patch * grid.patch; }
 
-// How many patches stand in a row of an image's grid, and in a column.
+// How many patches stand in a row of an image's grid, and in a column: none where a size is negative.
 static inline VLK_HOST_DEVICE int64_t patches_along(const PatchGrid& grid, int64_t image, int axis, int64_t longest) {
     const int64_t own = grid.sizes ? grid.sizes[2 * image + axis] : longest;
-    return (own < longest ? own : longest) / grid.patch;
+    return own < 0 ? 0 : (own < longest ? own : longest) / grid.patch;
 }
 static inline VLK_HOST_DEVICE int64_t rows_of(const PatchGrid& grid, int64_t image) { return patches_along(grid, image, 0, grid.height); }
 static inline VLK_HOST_DEVICE int64_t columns_of(const PatchGrid& grid, int64_t image) { return patches_along(grid, image, 1, grid.width); }

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import vlkernels as vk
-from vlkernels.core import library
+from vlkernels.core import library, native
 from vlkernels.ops.linear_cross_entropy import torch_kernels
 
 
@@ -94,12 +96,62 @@ def test_an_eager_call_returns_the_outputs_it_says_and_a_graph_all():
     assert torch.equal(alone, eager) and not alone.requires_grad
 
 
-def test_transforms_of_functions_are_refused():
+def classifier_loss(hidden):
+    return vk.linear_cross_entropy(hidden, torch.ones(5, 8), torch.arange(4), impl="torch")
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacrev, torch.func.hessian])
+def test_transforms_of_functions_are_refused(transform):
     """An eager call skips PyTorch's preparation for them: without this they would pass unseen."""
-    hidden = torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match='has no .*: use impl="reference"'):
+        transform(classifier_loss)(torch.randn(4, 8) if transform is not torch.func.vmap else torch.randn(2, 4, 8))
 
-    def loss(hidden):
-        return vk.linear_cross_entropy(hidden, torch.ones(5, 8), torch.arange(4), impl="torch")
 
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(loss)(hidden)
+@pytest.mark.parametrize("is_grad_enabled", [True, False])
+def test_tangents_are_refused(is_grad_enabled):
+    """Also where nobody asked for gradients, and of tensors in a list."""
+    x, table = torch.randn(4, 8), torch.randn(4, 8)
+    with torch.set_grad_enabled(is_grad_enabled):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            torch.func.jvp(classifier_loss, (x,), (x,))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x)
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                classifier_loss(dual)
+            if native.missing("embed_layer_norm_forward", "CPU") is None:
+                with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                    vk.embed_layer_norm(torch.zeros(4, 2, dtype=torch.int64), [table, dual], None, impl="cpp")
+            assert classifier_loss(x).isfinite()  # it has none
+
+
+def contrastive(features):
+    return vk.contrastive_loss(features, features.detach(), 2.0, impl="torch")
+
+
+@pytest.mark.parametrize("loss", [classifier_loss, contrastive])
+def test_products_with_derivatives_of_second_order_are_refused(loss):
+    """They ask the graph of a gradient for its inputs and its cotangent, and took nothing for 0."""
+    x = torch.randn(4, 8)
+    for product in (torch.autograd.functional.hvp, torch.autograd.functional.vhp, torch.autograd.functional.jvp):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            product(loss, x, torch.randn(4, 8))
+
+
+def test_a_checkpoint_runs_again_once_where_a_graph_of_gradients_is_made():
+    x, runs = torch.randn(4, 8, requires_grad=True), []
+
+    def loss(x):
+        runs.append(1)
+        return classifier_loss(x)
+
+    expected = torch.autograd.grad(loss(x), x)[0]
+    runs.clear()
+    (found,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x, create_graph=True)
+    assert torch.equal(found, expected) and len(runs) == 2
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(found.sum(), x)
+
+
+def test_a_graph_names_the_op():
+    loss = classifier_loss(torch.randn(4, 8, requires_grad=True))
+    assert loss.grad_fn.name() == "linear_cross_entropy_backward"

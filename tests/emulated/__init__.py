@@ -16,7 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,6 +61,16 @@ def module(source: Path, include: Path = CSRC, flags: tuple[str, ...] = ()) -> M
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def mutant(op: str, folder: Path, changes: Iterable[tuple[str, str, str]]) -> ModuleType:
+    """The module of ``op`` from a copy of the sources in ``folder``, changed: (file, what it holds, what it holds instead)."""
+    shutil.copytree(CSRC, folder)
+    for name, before, after in changes:
+        text = (folder / name).read_text()
+        assert before in text, f"{name} does not hold {before!r} any more: renew the mutant"
+        (folder / name).write_text(text.replace(before, after, 1))
+    return module(folder / "emulator" / f"{op}.cpp", folder, ("-O0",))
 
 
 def sanitized_environment() -> dict[str, str]:

@@ -6,6 +6,8 @@ import torch
 import vlkernels as vk
 from tests import emulated
 from tests.emulated import embed_layer_norm as emulated_op
+from tests.norm_cases import WIDTHS
+from tests.norm_cases import normed_embedding as whole
 from vlkernels.core import dispatch
 from vlkernels.core.random import dropout_scale, keep_mask
 from vlkernels.core.spec import Case
@@ -32,28 +34,8 @@ def test_contract(case, dtype):
     contract.verify(SPEC, case, dtype, "cuda")
 
 
-def whole(rows, width, weight_dtype=torch.float32, sizes=(9, 4), num_norms=2):
-    """Tables, a dense term, several norms and dropout, on so many rows."""
-
-    def make(fill):
-        return {
-            "ids": torch.stack([fill.integers(-1, size, (rows,)) for size in sizes], dim=1),
-            "tables": [fill.normal(size, width) for size in sizes],
-            "weight": fill.normal(num_norms, width, dtype=weight_dtype),
-            "bias": fill.normal(num_norms, width),
-            "dense": fill.normal(rows, width),
-            "norm_ids": fill.integers(-1, num_norms, (rows,)),
-            "dropout_p": 0.1,
-            "rng": fill.rng(),
-            "stream": 2,
-            "eps": 1e-5,
-        }
-
-    return Case(f"{rows} rows of {width}", make)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 7, 64, 768, 770, 1024, 2056, 4096, 4100, 8192, 16383, 16384])
+@pytest.mark.parametrize("width", [*WIDTHS, 2056, 4100, 8192, 16383])
 def test_every_width(width, dtype):
     contract.verify(SPEC, whole(2 if width > 1024 else 13, width), dtype, "cuda")
 
@@ -187,7 +169,8 @@ def test_backward_twice():
     [
         ([[0, 4]], [0], "ids of embed_layer_norm must be -1 or rows of their tables"),
         ([[-2, 0]], [0], "ids of embed_layer_norm must be -1 or rows of their tables"),
-        ([[0, 0]], [2], "norm_ids of embed_layer_norm must be below the number of norms"),
+        ([[0, 0]], [2], "norm_ids of embed_layer_norm must be -1 or rows of weight"),
+        ([[0, 0]], [-2], "norm_ids of embed_layer_norm must be -1 or rows of weight"),
     ],
 )
 def test_the_kernels_read_no_foreign_memory(ids, norm_ids, message):

@@ -1,7 +1,5 @@
 """Faults put into the CUDA sources of embed_layer_norm, each of which a run in the emulator must show."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -26,15 +24,6 @@ MUTANTS = {
     "pieces added before they are there": (TABLES, "    __syncthreads();\n    if (threadIdx.y", "    if (threadIdx.y"),
     "rows summed for every norm behind theirs": ("embed_layer_norm/row_norms.cuh", "taken == norm ||", "taken <= norm ||"),
 }  # fmt: skip
-
-
-def copy_with(folder, changes):
-    shutil.copytree(emulated.CSRC, folder)
-    for name, before, after in changes:
-        text = (folder / name).read_text()
-        assert before in text, f"{name} does not hold {before!r} any more: renew the mutant"
-        (folder / name).write_text(text.replace(before, after, 1))
-    return emulated.module(folder / "emulator" / "embed_layer_norm.cpp", folder, ("-O0",))
 
 
 def backward_is_right(module):
@@ -100,9 +89,9 @@ def is_right(module):
 
 
 def test_the_sources_are_right_as_they_are(tmp_path):
-    assert is_right(copy_with(tmp_path / "csrc", THINNER))
+    assert is_right(emulated.mutant("embed_layer_norm", tmp_path / "csrc", THINNER))
 
 
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_a_fault_is_seen(fault, tmp_path):
-    assert not is_right(copy_with(tmp_path / "csrc", [*THINNER, MUTANTS[fault]]))
+    assert not is_right(emulated.mutant("embed_layer_norm", tmp_path / "csrc", [*THINNER, MUTANTS[fault]]))

@@ -8,6 +8,8 @@ import torch
 import vlkernels as vk
 from tests import emulated
 from tests.emulated import layer_norm as emulated_layer_norm
+from tests.norm_cases import WIDTHS, of
+from tests.norm_cases import fused_norm as whole
 from vlkernels.core import dispatch
 from vlkernels.core.random import dropout_scale, keep_mask
 from vlkernels.core.spec import Case
@@ -32,11 +34,6 @@ def spec(request):
     return request.param
 
 
-def of(spec, case):
-    """A case of layer_norm for either op."""
-    return case if spec.name == "layer_norm" else without_bias(case)
-
-
 def verify(spec, case, dtype):
     contract.verify(spec, of(spec, case), dtype, "cuda")
 
@@ -58,29 +55,8 @@ def test_contract(spec, case, dtype):
     verify(spec, case, dtype)
 
 
-def whole(rows, width, weight_dtype=torch.float32):
-    """Everything that can be fused, on so many rows."""
-
-    def make(fill):
-        return {
-            "x": fill.normal(rows, width),
-            "weight": fill.normal(width, dtype=weight_dtype),
-            "bias": fill.normal(width),
-            "residual": fill.normal(rows, width),
-            "linear_bias": fill.normal(width, dtype=weight_dtype),
-            "dropout_p": 0.1,
-            "row_scale": fill.normal(rows, grad=False, dtype=torch.float32),
-            "rng": fill.rng(),
-            "stream": 2,
-            "eps": 0.1 if width == 1 else 1e-5,  # the RMSNorm of one column is its sign, which leaps at 0
-            "return_sum": True,
-        }
-
-    return Case(f"{rows} rows of {width}", make)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 7, 64, 768, 770, 1024, 2056, 4096, 4100, 8192, 16383, 16384])
+@pytest.mark.parametrize("width", [*WIDTHS, 2056, 4100, 8192, 16383])
 def test_every_width(spec, width, dtype):
     verify(spec, whole(3 if width > 1024 else 13, width), dtype)
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import shutil
 
 import pytest
 import torch
@@ -29,15 +28,6 @@ MUTANTS = {
     "an RMSNorm's gradient that is centered": ("layer_norm/layer_norm.cuh", "means[0] = op.mean ?", "means[0] = true ?"),
     "a partial row left out": ("primitives/partial_rows.cuh", "row < op.count;", "row < op.count - 1;"),
 }  # fmt: skip
-
-
-def copy_with(folder, changes):
-    shutil.copytree(emulated.CSRC, folder)
-    for name, before, after in changes:
-        text = (folder / name).read_text()
-        assert before in text, f"{name} does not hold {before!r} any more: renew the mutant"
-        (folder / name).write_text(text.replace(before, after, 1))
-    return emulated.module(folder / "emulator" / "layer_norm.cpp", folder, ("-O0",))
 
 
 def results(module, width, seed, centered):
@@ -76,9 +66,9 @@ def is_right(module):
 
 
 def test_the_sources_are_right_as_they_are(tmp_path):
-    assert is_right(copy_with(tmp_path / "csrc", THINNER))
+    assert is_right(emulated.mutant("layer_norm", tmp_path / "csrc", THINNER))
 
 
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_a_fault_is_seen(fault, tmp_path):
-    assert not is_right(copy_with(tmp_path / "csrc", [*THINNER, MUTANTS[fault]]))
+    assert not is_right(emulated.mutant("layer_norm", tmp_path / "csrc", [*THINNER, MUTANTS[fault]]))

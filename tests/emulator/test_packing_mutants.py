@@ -1,7 +1,5 @@
 """Faults put into the CUDA sources of packing, each of which a run in the emulator must show."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -29,15 +27,6 @@ MUTANTS = {
     "a repeated position left out": (SUMS, "last_at_most(sorted.count, row, at) + 1, to", "last_at_most(sorted.count, row, at), to"),
     "a dropped barrier": (SUMS, "= sum[k];\n        __syncthreads();", "= sum[k];"),
 }  # fmt: skip
-
-
-def copy_with(folder, changes):
-    shutil.copytree(emulated.CSRC, folder)
-    for name, before, after in changes:
-        text = (folder / name).read_text()
-        assert before in text, f"{name} does not hold {before!r} any more: renew the mutant"
-        (folder / name).write_text(text.replace(before, after, 1))
-    return emulated.module(folder / "emulator" / "packing.cpp", folder, ("-O0",))
 
 
 def results(width, impl):
@@ -72,9 +61,9 @@ def is_right(module, monkeypatch):
 
 
 def test_the_sources_are_right_as_they_are(tmp_path, monkeypatch):
-    assert is_right(copy_with(tmp_path / "csrc", THINNER), monkeypatch)
+    assert is_right(emulated.mutant("packing", tmp_path / "csrc", THINNER), monkeypatch)
 
 
 @pytest.mark.parametrize("fault", MUTANTS)
 def test_a_fault_is_seen(fault, tmp_path, monkeypatch):
-    assert not is_right(copy_with(tmp_path / "csrc", [*THINNER, MUTANTS[fault]]), monkeypatch)
+    assert not is_right(emulated.mutant("packing", tmp_path / "csrc", [*THINNER, MUTANTS[fault]]), monkeypatch)

@@ -83,6 +83,7 @@ def test_sizes_that_lie_are_not_read():
     starts, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.full((1, 1), 16, dtype=torch.int32)
     patches = emulated_patchify.patchify(images, sizes, starts, lengths, 2, [], [], torch.float32, 16)
     assert torch.equal(patches[:, 0], torch.tensor([1.0] * 4 + [0.0] * 12))
+    assert not emulated_patchify.patchify(images, -sizes, starts, lengths, 2, [], [], torch.float32, 16).any()
     gradient = emulated_patchify.patchify_backward(torch.ones(3, 4), sizes, starts, lengths, 2, [], [1, 1, 4, 4])
     assert torch.equal(gradient[0, 0, ::2, ::2], torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
 

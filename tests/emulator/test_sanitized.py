@@ -31,6 +31,11 @@ def test_packing_is_clean():
     assert_clean("test_packing_cuda.py", "(any_dtype and trailing4) or boundary or any_layout or repeated or means_of or lies")
 
 
+def test_patchify_is_clean():
+    """Every width of an access, of pixels and of bytes, off their boundaries too; sizes that lie."""
+    assert_clean("test_patchify_cuda.py", "(every_width and dtype1) or (contract and dtype0) or lie")
+
+
 def test_embed_layer_norm_is_clean():
     """Rows of one warp, of several and not held; with and without vectors; ids that fill chunks and that do not."""
     chosen = "(contract and uniter) or 768-dtype1 or 770-dtype0 or 4100-dtype1 or boundary or (sum_of_its and 700)"

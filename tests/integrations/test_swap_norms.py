@@ -11,8 +11,8 @@ from torch import nn
 
 import vlkernels as vk
 from tests.integrations.comparing import cast, floats
-from tests.integrations.test_curves import STEPS, bert, masked_words
-from tests.integrations.tiny_models import CASES, IMAGE, T, redrawn
+from tests.integrations.test_curves import STEPS, bert, masked_words, words
+from tests.integrations.tiny_models import CASES, IMAGE, VOCABULARY, T, redrawn
 from vlkernels.core import native
 from vlkernels.integrations.swap import unswap
 from vlkernels.ops.layer_norm import functional
@@ -118,6 +118,16 @@ def pictures(generator):
     return {"pixel_values": phase.sin()[:, None, None, :] + 0.3 * noise, "labels": labels}
 
 
+def llama():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+    return T.LlamaForCausalLM(T.LlamaConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=40, pad_token_id=0))
+
+
+def sentences(generator):
+    tokens, real = words(generator)
+    return {"input_ids": tokens, "attention_mask": real, "labels": tokens.masked_fill(real == 0, -100)}
+
+
 def curve(build, batch, swapped):
     torch.manual_seed(0)
     model = build().train()
@@ -133,13 +143,17 @@ def curve(build, batch, swapped):
         yield loss.item()
 
 
+CURVES = [(bert, masked_words, {"layer_norm": 6}), (vit, pictures, {"layer_norm": 5}), (llama, sentences, {"rms_norm": 5})]
+
+
 @needs_kernel
-@pytest.mark.parametrize(("build", "batch", "norms"), [(bert, masked_words, 6), (vit, pictures, 5)], ids=["bert", "vit"])
+@pytest.mark.parametrize(("build", "batch", "norms"), CURVES, ids=lambda value: getattr(value, "__name__", ""))
 def test_the_loss_falls_as_with_pytorchs_norms(build, batch, norms, monkeypatch):
-    monkeypatch.setattr(functional, "FEWEST_ELEMENTS_TO_TRAIN", 0)  # else so small a model trains on the reference
+    for fewest in ("FEWEST_ELEMENTS_TO_TRAIN", "FEWEST_RMS_ELEMENTS_TO_TRAIN"):
+        monkeypatch.setattr(functional, fewest, 0)  # else so small a model trains on the reference
     expected = list(curve(build, batch, swapped=False))
     with vk.recorded() as served:
         found = list(curve(build, batch, swapped=True))
-    assert served == [("layer_norm", "cpp")] * (STEPS * norms)
+    assert served == [(op, "cpp") for op, count in norms.items() for _ in range(STEPS * count)]
     assert expected[-1] < 0.9 * expected[0]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=0)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import vlkernels as vk
+from tests.emulated import sparse
 from vlkernels.core import native
 from vlkernels.core.random import dropout_scale, keep_mask
 from vlkernels.ops.embed_layer_norm import functional
@@ -274,6 +275,7 @@ def test_compiles_without_a_graph_break(several_norms):
         ({"weight": torch.ones(8, device="meta")}, "all tensors must be on one device, got .* weight on meta"),
         ({"tables": [torch.ones(4, 8), torch.ones(2, 8).half()]}, r"tables\[1\] must be one of float32, got float16"),
         ({"layout": vk.SegmentLayout([[5]])}, "must have layout.num_tokens = 5 rows, got 2"),
+        ({"layout": vk.SegmentLayout([[2]]).to("meta")}, "layout must be on the device of the tables, cpu, got meta"),
     ],
 )
 def test_errors_name_the_argument_and_the_values(change, message):
@@ -290,8 +292,10 @@ def test_errors_name_the_argument_and_the_values(change, message):
 @pytest.mark.parametrize(
     "ids, weight, norm_ids, message",
     [
-        ([[7]], None, None, r"ids\[:, 0\] must be below 4, got 7"),
-        ([[3]], torch.ones(2, 8), [2], "norm_ids must be below 2, got 2"),
+        ([[7]], None, None, r"ids\[:, 0\] must be -1 or below 4, got 7"),
+        ([[-100]], None, None, r"ids\[:, 0\] must be -1 or below 4, got -100"),
+        ([[3]], torch.ones(2, 8), [2], "norm_ids must be -1 or below 2, got 2"),
+        ([[3]], torch.ones(2, 8), [-2], "norm_ids must be -1 or below 2, got -2"),
         ([[3]], torch.ones(2, 8), [1, 1], "norm_ids must have 1 elements, got 2"),
         ([[3]], torch.ones(8), [0], r"norm_ids need a weight \[norms, width\]"),
         ([[3]], torch.ones(2, 8), None, "weight must have 8 elements, got 16"),
@@ -319,6 +323,13 @@ def test_the_kernels_backward_refuses_to_touch_foreign_memory(dy, weight, bias, 
     where = statistics, statistics, ids, [torch.ones(4, 8)], None
     with pytest.raises(RuntimeError, match=message):
         torch.ops.vlkernels.embed_layer_norm_backward(dy, *where, weight, bias, None, None, None, 0, 0)
+
+
+@needs_kernel
+def test_more_ids_than_can_be_sorted_are_refused():
+    ids, gradient = (sparse(2**31, 1, dtype) for dtype in (torch.int32, torch.bfloat16))
+    with pytest.raises(RuntimeError, match="ids must be at most 2147483647, got 2147483648"):
+        torch.ops.vlkernels.embed_layer_norm_tables_backward(gradient, ids, [0], [600_000])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

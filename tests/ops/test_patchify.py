@@ -59,6 +59,30 @@ def test_bytes_are_normalized_as_torchvision_does(impl):
     torch.testing.assert_close(half, expected.bfloat16(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("impl", ("reference", *HERE[:-1]))
+def test_bytes_without_channels_are_rows_of_nothing(impl):
+    images = torch.zeros(2, 0, 4, 4, dtype=torch.uint8)
+    assert vk.patchify(images, vk.SegmentLayout([[4], [4]]), 2, impl=impl).shape == (8, 0)
+
+
+def test_bytes_become_float64_without_float32_between():
+    images, layout = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16), vk.SegmentLayout([[1]])
+    patches = vk.patchify(images, layout, 16, mean=(0.48,), std=(0.27,), dtype=torch.float64)
+    expected = (torch.arange(256, dtype=torch.float64) / 255 - 0.48) / 0.27
+    torch.testing.assert_close(patches[0], expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("impl", HERE)
+@pytest.mark.parametrize("shape, patch_size", [((2, 1, 4, 4), 4), ((1, 1, 3, 5), 1), ((1, 3, 8, 8), 8)])
+def test_patches_do_not_share_the_memory_of_the_images(impl, shape, patch_size):
+    """Where they lie in the order of the images too."""
+    images = torch.randn(shape)
+    kept = images.clone()
+    layout = vk.SegmentLayout([[shape[2] // patch_size * (shape[3] // patch_size)]] * shape[0])
+    vk.patchify(images, layout, patch_size, impl=impl).zero_()
+    assert torch.equal(images, kept)
+
+
 @pytest.mark.parametrize("impl", HERE)
 def test_any_strides_are_served(impl):
     images = torch.randn(2, 8, 12, 3).permute(0, 3, 1, 2)
@@ -95,6 +119,21 @@ def test_more_channels_than_the_kernels_normalize():
     assert [impl for _, impl in served] == [HERE[0], "reference"] and patches.shape == (4, 80)
 
 
+def test_long_lines_that_are_only_permuted_on_a_cpu_are_left_to_pytorch():
+    """The kernels serve what is indexed or normalized, short lines, and whoever asks for them."""
+    images, layout, sizes = torch.randn(2, 3, 64, 64), vk.SegmentLayout([[4], [4]]), torch.full((2, 2), 64)
+    taken = vk.SegmentLayout([[4], [9]]).take(torch.tensor([0, 0]))  # 18 rows, ten of nobody
+    with vk.recorded() as served:
+        vk.patchify(images, layout, 32)
+        vk.patchify(images, layout, 32, sizes=sizes)
+        vk.patchify(images, layout, 32, mean=[0.0] * 3, std=[1.0] * 3)
+        vk.patchify(images.byte(), layout, 32)
+        vk.patchify(images, taken, 32)
+        vk.patchify(images[..., :32, :32], layout, 16)
+        vk.patchify(images, layout, 32, impl=HERE[0])
+    assert [impl for _, impl in served] == ["reference", *[HERE[0]] * 6]
+
+
 @pytest.mark.parametrize("make", [benchmarks._equal(3), benchmarks._native(3)], ids=["equal", "native"])
 def test_peers_compute_the_same(make):
     """What the benchmarks compare with is the same function."""
@@ -109,6 +148,8 @@ def test_the_raw_op_reads_no_foreign_memory():
     sizes, lengths = torch.tensor([[8, 8]], dtype=torch.int32), torch.full((1, 1), 16, dtype=torch.int32)
     patches = torch.ops.vlkernels.patchify(images, sizes, starts, lengths, 2, [], [], torch.float32, 16)
     assert torch.equal(patches[:, 0], torch.tensor([1.0] * 4 + [0.0] * 12))
+    assert not torch.ops.vlkernels.patchify(images, -sizes, starts, lengths, 2, [], [], torch.float32, 16).any()
+    assert not torch.ops.vlkernels.patchify_backward(torch.ones(16, 4), -sizes, starts, lengths, 2, [], [1, 1, 4, 4]).any()
     with pytest.raises(RuntimeError, match="images of bytes need a scale"):
         torch.ops.vlkernels.patchify(images.byte(), sizes, starts, lengths, 2, [], [], torch.float32, 16)
     with pytest.raises(RuntimeError, match="grad must have 24 elements, got 8"):
@@ -133,6 +174,8 @@ def mistakes():
         (call(images.numpy()), "images must be a Tensor, got a ndarray"),
         (call(sizes=[[8, 12], [8, 12]]), "sizes must be a Tensor, got a list"),
         (call(mean=0.5, std=0.5), "mean must be a tuple or list of floats, got a float"),
+        (call(mean=(0.5, 0.5, "0.5"), std=(0.5,) * 3), r"mean must be a tuple or list of floats, got \(0.5, 0.5, '0.5'\)"),
+        (call(images[:, :, :1, :1].byte().expand(2, 3, 2**16, 2**16), patch_size=1), f"of {2**16} x {2**16} has {2**32}, the layout 6"),
         (call(segment=2), "segment must be an index below 2, got 2"),
         (call(segment=0), "image 0 of 8 x 12 has 6, the layout 2"),
         (call(patch_size=5), "image 0 of 8 x 12 has 2, the layout 6"),

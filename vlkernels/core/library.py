@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("vlkernels", "FRAGMENT")
 
@@ -92,6 +93,13 @@ def differentiable(
     def outputs(output: Any) -> Any:
         return tuple(output) if returns_list else output if returned is None else output[:returned]
 
+    @refuse_twice
+    def differentiate(context: Any, *grads: Any) -> tuple[Any, ...]:
+        with torch._C._AutoDispatchBelowAutograd(), eager_call:
+            nested = backward(context, *((list(grads),) if returns_list else grads))
+        gradients = nested if isinstance(nested, tuple) else (nested,)
+        return (None, *(gradients if context.spans is None else _flatten(gradients, context.spans)))
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, spans: Spans | None, *flat: Any) -> Any:
@@ -102,25 +110,26 @@ def differentiable(
             return outputs(output)
 
         @staticmethod
-        @refuse_twice
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            context = _BackwardContext(ctx)
-            with torch._C._AutoDispatchBelowAutograd(), eager_call:
-                nested = backward(context, *((list(grads),) if returns_list else grads))
-            gradients = nested if isinstance(nested, tuple) else (nested,)
-            return (None, *(gradients if ctx.spans is None else _flatten(gradients, ctx.spans)))
+            return differentiate(_BackwardContext(ctx), *grads)
+
+    # Its node in a graph is of a class that was made with this one: profilers and errors show that one's name.
+    Eager.__name__ = op.name().partition("::")[2].partition(".")[0]
+    Eager._backward_cls.__name__ = f"{Eager.__name__}_backward"
 
     # Function.apply walks through all arguments, for functorch, before it calls this: 3 us of a layer's call.
     bare_apply = super(torch.autograd.Function, Eager).apply
 
     def apply(*arguments: Any) -> Any:
-        return (Eager.apply if torch._C._are_functorch_transforms_active() else bare_apply)(*arguments)
-
-    Eager.__name__ = f"{op.name().partition('::')[2].partition('.')[0]}_eager"
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(f'{op.name()} has no rule for transforms of torch.func: use impl="reference" under them')
+        return bare_apply(*arguments)
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*arguments)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, arguments)
         if not torch.is_grad_enabled():
             return outputs(run(arguments))
         if not lists:
@@ -133,7 +142,8 @@ def differentiable(
 
 def refuse_twice(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Gradients that raise when differentiated. PyTorch's ``once_differentiable`` lets them pass as constants
-    where the cotangent is one (a gradient penalty), which is silently wrong."""
+    where the cotangent is one (a gradient penalty), which is silently wrong. What they are functions of comes with them:
+    without a way there, a product with a Hessian would be 0."""
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -141,12 +151,34 @@ def refuse_twice(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tupl
             return backward(ctx, *grads)
         with torch.no_grad():
             gradients = backward(ctx, *grads)
+        kept = [t for t in ctx.saved_tensors if t is not None and t.requires_grad]
+        sources = [*(kept or _leaves(ctx)), *(g for g in grads if g is not None and g.requires_grad)]
+        constants = [None if g is None else g.detach().requires_grad_() for g in gradients]
         refuse = torch._C._functions.DelayedError(
-            'cannot differentiate twice, there is no second derivative: use impl="reference"', len(gradients)
+            'cannot differentiate twice, there is no second derivative: use impl="reference"', len(constants) + len(sources)
         )
-        return refuse(*[None if g is None else g.detach().requires_grad_() for g in gradients])
+        return refuse(*constants, *sources)[: len(constants)]
 
     return guarded
+
+
+def _leaves(node: Any) -> list[torch.Tensor]:
+    """What the graph behind a node begins with: ops that keep only finished gradients keep no way to their inputs."""
+    seen, left, leaves = set(), [node], []
+    while left:
+        for behind, _ in left.pop().next_functions:
+            if behind is not None and behind not in seen:
+                seen.add(behind)
+                left.append(behind)
+                leaves += [behind.variable] if hasattr(behind, "variable") else []
+    return leaves
+
+
+def _refuse_tangents(op: Op, arguments: Sequence[Any]) -> None:
+    """Below the dispatcher's autograd tangents would be dropped without a word."""
+    for value in torch.utils._pytree.tree_leaves(arguments):
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(f'{op.name()} has no forward-mode derivative: use impl="reference" for jvp')
 
 
 class _BackwardContext:

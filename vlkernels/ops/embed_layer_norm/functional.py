@@ -208,6 +208,8 @@ def _check(
     checks.check_probability("dropout_p", dropout_p)
     if layout is not None and rows != layout.num_tokens:
         raise ValueError(f"ids and dense must have layout.num_tokens = {layout.num_tokens} rows, got {rows}")
+    if layout is not None and layout.starts.device != like.device:
+        raise ValueError(f"layout must be on the device of the tables, {like.device}, got {layout.starts.device}")
 
 
 def _check_values(ids: Tensor | None, tables: list[Tensor], weight: Tensor | None, norm_ids: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from vlkernels.ops.patchify.reference import output_dtype
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_NORMALIZED_CHANNELS = 16
 LARGEST_PATCH = 4096
+LONG_LINE = 32  # pixels: from here on PyTorch's strided copy is the faster one on a CPU; MATH.md has the numbers
 
 
 def _kernel_supports(facts: Facts) -> str | None:
@@ -24,6 +26,8 @@ def _kernel_supports(facts: Facts) -> str | None:
         return f"it writes float32, bfloat16 and float16, asked for {facts['dtype']}"
     if facts["is_normalized"] and facts["channels"] > MOST_NORMALIZED_CHANNELS:
         return f"it normalizes up to {MOST_NORMALIZED_CHANNELS} channels, the images have {facts['channels']}"
+    if facts["only_permuted"]:
+        return f"on a CPU PyTorch permutes lines of {LONG_LINE} pixels faster where nothing is indexed or normalized"
     return None
 
 
@@ -97,9 +101,11 @@ def patchify(
     out_dtype = _check_images(images, layout, patch_size, segment, dtype)
     _check_statistics(images.shape[1], mean, std)
     packed = layout.select((segment,))
-    _check_sizes(images, sizes, packed.lengths, patch_size)
+    _check_sizes(images, sizes, layout, segment, patch_size)
     is_normalized = mean is not None or images.dtype == torch.uint8
-    facts = {"dtype": out_dtype, "channels": images.shape[1], "is_normalized": is_normalized}
+    may_permute = impl == "auto" and not is_normalized and sizes is None and patch_size >= LONG_LINE
+    only_permuted = may_permute and _fill_the_rows(images, packed, patch_size)
+    facts = {"dtype": out_dtype, "channels": images.shape[1], "is_normalized": is_normalized, "only_permuted": only_permuted}
     options = {"sizes": sizes, "segment": segment, "mean": mean, "std": std, "dtype": out_dtype}
     if dispatch.resolve("patchify", impl, IMPLEMENTATIONS, images.device, facts) == "reference":
         return reference.patchify(images, layout, patch_size, **options)
@@ -108,6 +114,18 @@ def patchify(
     return raw_ops.patchify(
         images.contiguous(), sizes, packed.starts, packed.lengths, patch_size, scale, shift, out_dtype, packed.num_tokens
     )
+
+
+def _fill_the_rows(images: Tensor, packed: SegmentLayout, patch_size: int) -> bool:
+    """Whether images that fill their tensor, on a CPU, leave no row to nobody: then nothing is indexed."""
+    if torch.compiler.is_compiling() or images.device.type != "cpu":
+        return False
+    return packed.num_tokens == len(images) * _patches_of(images, patch_size)
+
+
+def _patches_of(images: Tensor, patch_size: int) -> int:
+    """Of each image that fills its tensor."""
+    return (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
 
 
 def _affine(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> tuple[list[float], list[float]]:
@@ -143,26 +161,30 @@ def _check_statistics(channels: int, mean: Sequence[float] | None, std: Sequence
     for name, values in (("mean", mean), ("std", std)):
         if values is not None and not isinstance(values, (tuple, list)):
             raise ValueError(f"{name} must be a tuple or list of floats, got a {type(values).__name__}")
+        if values is not None and not all(isinstance(v, numbers.Real) for v in values):
+            raise ValueError(f"{name} must be a tuple or list of floats, got {values!r}")
         if values is not None and len(values) != channels:
             raise ValueError(f"{name} must have one value per channel = {channels}, got {len(values)}")
     if std is not None and any(s == 0 for s in std):
         raise ValueError(f"std must not be 0, got {list(std)}")
 
 
-def _check_sizes(images: Tensor, sizes: Tensor | None, lengths: Tensor, patch_size: int) -> None:
+def _check_sizes(images: Tensor, sizes: Tensor | None, layout: SegmentLayout, segment: int, patch_size: int) -> None:
     height, width = images.shape[2:]
-    if sizes is None:
-        expected = torch.full_like(lengths[:, 0], (height // patch_size) * (width // patch_size))
-    else:
+    if sizes is not None:
         checks.check_integer("sizes", sizes)
         checks.check_shape("sizes", sizes, "[B, 2]", (len(images), 2))
         checks.check_same_device(images=images, sizes=sizes)
         checks.check_values_between("heights", sizes[:, 0], 0, height + 1)
         checks.check_values_between("widths", sizes[:, 1], 0, width + 1)
-        expected = (sizes // patch_size).prod(1)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (sizes is None and _all_have(layout, segment, _patches_of(images, patch_size))):
         return
-    agree = expected == lengths[:, 0]
+    lengths = layout.lengths[:, segment]
+    if sizes is None:
+        expected = torch.full_like(lengths, _patches_of(images, patch_size), dtype=torch.int64)
+    else:
+        expected = (sizes // patch_size).prod(1)
+    agree = expected == lengths
     if lengths.device.type != "cpu":
         torch._assert_async(agree.all())
     elif not agree.all():
@@ -170,5 +192,11 @@ def _check_sizes(images: Tensor, sizes: Tensor | None, lengths: Tensor, patch_si
         size = [height, width] if sizes is None else sizes[b].tolist()
         raise ValueError(
             f"the segment must have as many rows as an image has patches: image {b} of {size[0]} x {size[1]} has "
-            f"{int(expected[b])}, the layout {int(lengths[b, 0])}"
+            f"{int(expected[b])}, the layout {int(lengths[b])}"
         )
+
+
+def _all_have(layout: SegmentLayout, segment: int, rows: int) -> bool:
+    """Whether the host knows that every sample has so many rows of the segment."""
+    total, longest = layout.segment_totals[segment], layout.max_segment_lengths[segment]
+    return layout.exact and total == layout.num_samples * rows and longest == rows

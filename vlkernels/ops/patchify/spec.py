@@ -40,6 +40,14 @@ def _native(name: str, sizes: Sequence[Sequence[int]], patch_size: int, is_byte:
     return Case(name, make)
 
 
+def _taken(fill: InputMaker) -> Arguments:
+    """Samples drawn on the device, which alone knows their lengths: rows of nobody at the end, which stay zero."""
+    index = torch.tensor([1, 1, 3, 2], device=fill.device)
+    sizes = torch.tensor(SIZES, device=fill.device)[index]
+    layout = fill.layout([[n] for n in patch_counts(SIZES, 4)]).take(index)
+    return {"images": fill.normal(4, 3, 30, 41), "layout": layout, "patch_size": 4, "sizes": sizes, "mean": MEAN, "std": STD}
+
+
 def _nobody(fill: InputMaker) -> Arguments:
     return {"images": fill.normal(0, 3, 8, 8), "layout": fill.layout(torch.zeros(0, 1, dtype=torch.int64)), "patch_size": 4}
 
@@ -55,6 +63,7 @@ CASES = (
     _native("native sizes, normalized", SIZES, 4, mean=MEAN, std=STD),
     _native("bytes", SIZES, 4, is_byte=True),
     _native("bytes, normalized", SIZES, 7, is_byte=True, mean=MEAN, std=STD),
+    Case("taken, normalized", _taken),
     Case("no image", _nobody),
 )
 
