@@ -294,11 +294,13 @@ def test_the_peer_computes_the_same(case):
 
 
 MUTANTS = {
-    "the last of equal maxima": ("products.view(*own.shape, *other.shape).max(3)", "_last_max(products.view(*own.shape, *other.shape))"),
+    "the last of equal maxima": ("products.view(*own.shape, *other.shape).max(3)",
+                                 "_last_max(products.view(*own.shape, *other.shape))"),
     "padding that counts": (").reciprocal(), 0)", ").reciprocal(), 0.1)"),
     "padding that is another's token": ("rows = side.starts[samples, None] + torch.minimum(place, lengths[:, None] - 1)",
                                         "rows = (side.starts[samples, None] + place).clamp(max=len(side.tokens) - 1)"),
-    "a tile that is left out": ("for j in self.texts.blocks if i.own or j.own", "for j in self.texts.blocks[1:] if i.own or j.own"),
+    "a tile that is left out": ("for j in self.texts.blocks if i.own or j.own",
+                                "for j in self.texts.blocks[1:] if i.own or j.own"),
     "statistics of the first tile": ("shrunk = self.total[samples] *", "shrunk = 0 * self.total[samples] *"),
     "sums that do not shrink": (" * (self.largest[samples] - largest).exp_()", ""),
     "a direction without its gather": ("return gathered + _owned_sum(", "return 0 * gathered + _owned_sum("),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlkernels.core import checks, collectives, dispatch, library
+from vlkernels.core import checks, collectives, dispatch, library, pairs
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.layout import SegmentLayout
@@ -106,7 +106,7 @@ def late_interaction_loss(
             rank_counts=rank_counts,
             rank_reduction=rank_reduction,
         )
-    differentiated = (image_tokens, text_tokens, _as_tensor(logit_scale, image_tokens))
+    differentiated = (image_tokens, text_tokens, pairs.as_tensor(logit_scale, image_tokens))
     bounds = (*reference.sample_bounds(image_layout), *reference.sample_bounds(text_layout))
     longest = (image_layout.max_seqlen, text_layout.max_seqlen)
     counts = None if rank_counts is None else list(rank_counts)
@@ -167,15 +167,9 @@ def _check_options(similarity: str, label_smoothing: float) -> None:
     checks.check_probability("label_smoothing", label_smoothing)
 
 
-def _as_tensor(logit_scale: Tensor | float, like: Tensor) -> Tensor:
-    if isinstance(logit_scale, Tensor):
-        return logit_scale
-    return torch.full((), logit_scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-
-
 def _fake(image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     gradient = rest[-2]
-    wide = torch.promote_types(image_tokens.dtype, torch.float32)
+    wide = pairs.wide(image_tokens)
     loss = image_tokens.new_empty((), dtype=wide)
     if not gradient:
         return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
@@ -196,18 +190,4 @@ _forward = library.define(
 )
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.dtypes = tuple(tensor.dtype for tensor in inputs[:3])
-
-
-def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 16
-    wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-    return *((grad_loss * saved).to(dtype) if needed else None for saved, dtype, needed in wanted), *(None,) * 13
-
-
-_loss = library.differentiable(_forward, setup_context=_keep_gradients, backward=_scale_gradients)
+_loss = library.differentiable(_forward, setup_context=pairs.keep_gradients, backward=pairs.scale_gradients)

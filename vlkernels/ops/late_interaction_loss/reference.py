@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows, scale_gradient
+from vlkernels.core import pairs
+from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows
 from vlkernels.core.layout import SegmentLayout
 
 
@@ -38,9 +39,13 @@ def late_interaction_loss(
     rank_reduction: str = "mean",
 ) -> Tensor:
     rows = locate_rows(image_layout.lengths, group, rank_counts)
-    images = _differentiated(image_tokens, image_layout, rows, rank_reduction)
-    texts = _differentiated(text_tokens, text_layout, rows, rank_reduction)
-    scale = _scale(logit_scale, images.tokens, rows, rank_reduction)
+
+    def join(own: Tensor, token_rows: Rows) -> Tensor:
+        return pairs.of_all_ranks(own, token_rows, rank_reduction)
+
+    images = gather_side(image_tokens, *sample_bounds(image_layout), image_layout.max_seqlen, rows, join)
+    texts = gather_side(text_tokens, *sample_bounds(text_layout), text_layout.max_seqlen, rows, join)
+    scale = pairs.held_by_all_ranks(logit_scale, image_tokens, rows, rank_reduction)
     targets = torch.arange(rows.total, device=image_tokens.device)
     losses = [
         F.cross_entropy(scale * similarities, targets, reduction="sum", label_smoothing=label_smoothing)
@@ -54,25 +59,24 @@ def sample_bounds(layout: SegmentLayout) -> tuple[Tensor, Tensor]:
     return layout.starts[:, 0], layout.lengths.sum(1, dtype=torch.int32)
 
 
-def gather_side(tokens: Tensor, starts: Tensor, lengths: Tensor, longest: int, rows: Rows) -> Side:
-    """The samples of all ranks, without gradient. How many tokens each rank holds is read by every host."""
+def gather_side(
+    tokens: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    longest: int,
+    rows: Rows,
+    join: Callable[[Tensor, Rows], Tensor] = gather_rows,
+) -> Side:
+    """The samples of all ranks, their tokens joined by ``join``. How many each rank holds is read by every host."""
     if rows.group is None:
-        return Side(tokens.detach(), starts, lengths, longest, slice(0, len(tokens)))
+        alone = Rows((len(tokens),))
+        return Side(join(tokens, alone), starts, lengths, longest, alone.own)
     one_row_each = Rows((1,) * rows.world_size, rows.rank, rows.group)
     mine = torch.tensor([[len(tokens), longest]], device=tokens.device)
     counts, longests = gather_rows(mine, one_row_each).T.tolist()
     token_rows = Rows(tuple(counts), rows.rank, rows.group)
     bounds = gather_rows(torch.stack((starts + token_rows.start, lengths), dim=1), rows)
-    return Side(gather_rows(tokens, token_rows), bounds[:, 0], bounds[:, 1], max(longests), token_rows.own)
-
-
-def _differentiated(tokens: Tensor, layout: SegmentLayout, rows: Rows, rank_reduction: str) -> Side:
-    """The samples of all ranks, through which this rank's own tokens get their gradient."""
-    side = gather_side(tokens, *sample_bounds(layout), layout.max_seqlen, rows)
-    factor = rows.world_size if rank_reduction == "mean" else 1
-    own = scale_gradient(tokens, factor)
-    joined = torch.cat((side.tokens[: side.own.start], own, side.tokens[side.own.stop :]))
-    return Side(joined, side.starts, side.lengths, side.longest, side.own)
+    return Side(join(tokens, token_rows), bounds[:, 0], bounds[:, 1], max(longests), token_rows.own)
 
 
 def _similarities(images: Side, texts: Side, similarity: str) -> tuple[Tensor, Tensor]:
@@ -99,10 +103,3 @@ def _padded(side: Side) -> tuple[Tensor, Tensor]:
     place = torch.arange(max(side.longest, 1), device=side.tokens.device)
     lengths = side.lengths[:, None]
     return side.tokens[(side.starts[:, None] + torch.minimum(place, lengths - 1)).long()], place < lengths
-
-
-def _scale(logit_scale: Tensor | float, like: Tensor, rows: Rows, rank_reduction: str) -> Tensor:
-    """Every rank holds the whole gradient of the scale, which a mean leaves alone and a sum multiplies."""
-    if not isinstance(logit_scale, Tensor):
-        return torch.full((), logit_scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    return scale_gradient(logit_scale.reshape(()), 1 if rank_reduction == "mean" else 1 / rows.world_size)

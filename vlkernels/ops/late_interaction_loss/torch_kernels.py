@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkernels.core import collectives
+from vlkernels.core import collectives, pairs
 from vlkernels.core.collectives import Rows
 from vlkernels.ops.late_interaction_loss.reference import Side, gather_side
 
@@ -39,7 +39,7 @@ def late_interaction_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of image_tokens, text_tokens and logit_scale), gradients empty when not wanted."""
     rows = collectives.locate_rows(image_lengths, collectives.named_group(group), rank_counts)
-    scale = logit_scale.reshape(()).to(torch.promote_types(image_tokens.dtype, torch.float32))
+    scale = logit_scale.reshape(()).to(pairs.wide(image_tokens))
     images = _Blocks(gather_side(image_tokens, image_starts, image_lengths, longest_image, rows), rows, scale)
     texts = _Blocks(gather_side(text_tokens, text_starts, text_lengths, longest_text, rows), rows, scale)
     tiles = _Tiles(images, texts, similarity, keep=gradient)
@@ -51,7 +51,7 @@ def late_interaction_loss(
     if not gradient:
         return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
     toward_images, toward_texts, alignment = _directions(tiles, scale, targets, statistics)
-    factor = mean * (rows.world_size if rank_reduction == "mean" else 1)
+    factor = mean * pairs.gradient_factor(rows, rank_reduction)
     of_scale = (alignment * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
     return loss, toward_images.mul_(scale * factor), toward_texts.mul_(scale * factor), of_scale
 
