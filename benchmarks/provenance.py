@@ -24,7 +24,7 @@ PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "liger-ke
 
 
 def provenance(device: str) -> dict[str, Any]:
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")  # rows of this very run
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),

@@ -1,6 +1,7 @@
 """The runner stores what it measured with its provenance, and times nothing that is wrong."""
 
 import json
+import subprocess
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -240,6 +241,25 @@ def test_clocks_and_power_are_read_while_numbers_are_taken():
     assert card._process.returncode is not None
     with CardLog(("no-such-program",)) as card:
         assert card.take() is None
+
+
+def test_rows_of_this_run_do_not_make_the_source_modified(tmp_path, monkeypatch):
+    def git(*arguments):
+        author = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", str(tmp_path), *author, *arguments], check=True, capture_output=True)
+
+    source, results = tmp_path / "kernel.py", tmp_path / "benchmarks" / "results" / "op.jsonl"
+    results.parent.mkdir(parents=True)
+    for file in (source, results):
+        file.write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    results.write_text("1\n2\n")
+    assert provenance.provenance("cpu")["modified"] is False
+    source.write_text("2\n")
+    assert provenance.provenance("cpu")["modified"] is True
 
 
 def test_the_provenance_of_a_card(monkeypatch):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkernels.core.layout import SegmentLayout
-from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec, Peer
+from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec, Peer
 from vlkernels.ops.late_interaction_loss import functional, reference
 
 
@@ -178,6 +178,8 @@ def _prepare_dense(
     return loss, inputs
 
 
+TIMED = (torch.float32, torch.bfloat16)  # the dense loss in float16 takes minutes on a CPU
+
 SPECS = (
     OpSpec(
         name="late_interaction_loss",
@@ -187,9 +189,9 @@ SPECS = (
         cases=CASES,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         benchmarks={
-            "filip n64 p49 t5-32 d256": lambda fill: _captioned(fill, 64, 49, 256),
-            "filip n256 p49 t5-32 d256": lambda fill: _captioned(fill, 256, 49, 256),
-            "blip-2 n512 q32 d256": lambda fill: _queries(fill, 512, 32, 256),
+            "filip n64 p49 t5-32 d256": Benchmark(lambda fill: _captioned(fill, 64, 49, 256), dtypes=TIMED),
+            "filip n256 p49 t5-32 d256": Benchmark(lambda fill: _captioned(fill, 256, 49, 256), dtypes=TIMED),
+            "blip-2 n512 q32 d256": Benchmark(lambda fill: _queries(fill, 512, 32, 256), dtypes=TIMED),
         },
         peers={"dense": Peer(_prepare_dense)},
         cost=_cost,
