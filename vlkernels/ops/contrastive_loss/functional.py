@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlkernels.core import checks, collectives, dispatch, library
+from vlkernels.core import checks, collectives, dispatch, library, pairs
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
 from vlkernels.ops.contrastive_loss import reference, torch_kernels
@@ -111,7 +111,7 @@ def contrastive_loss(
             rank_counts=rank_counts,
             rank_reduction=rank_reduction,
         )
-    scale = _as_tensor(logit_scale, image_features)
+    scale = pairs.as_tensor(logit_scale, image_features)
     differentiated = (image_features, text_features, scale)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
     counts = None if rank_counts is None else list(rank_counts)
@@ -131,9 +131,9 @@ def _check(
     label_smoothing: float,
 ) -> None:
     checks.check_shape("image_features", image_features, "[N, D]", (None, None))
-    pairs, width = image_features.shape
+    rows, width = image_features.shape
     checks.check_floating("image_features", image_features)
-    checks.check_shape("text_features", text_features, "[N, D]", (pairs, width))
+    checks.check_shape("text_features", text_features, "[N, D]", (rows, width))
     checks.check_dtype("text_features", text_features, (image_features.dtype,))
     if isinstance(logit_scale, Tensor) and tuple(logit_scale.shape) not in ((), (1,)):
         raise ValueError(
@@ -146,14 +146,14 @@ def _check(
     if distillation > 0 and image_keys is None:
         raise ValueError(f"distillation = {distillation} needs image_keys and text_keys, the teacher")
     checks.check_probability("label_smoothing", label_smoothing)
-    keys = pairs
+    keys = rows
     if image_keys is not None and text_keys is not None:
         checks.check_shape("image_keys", image_keys, "[N + Q, D]", (None, width))
         keys = image_keys.shape[0]
         checks.check_shape("text_keys", text_keys, "[N + Q, D]", (keys, width))
-        if keys < pairs:
+        if keys < rows:
             raise ValueError(
-                f"image_keys must begin with the keys of the batch: at least N = {pairs} rows, got {keys}"
+                f"image_keys must begin with the keys of the batch: at least N = {rows} rows, got {keys}"
             )
         checks.check_dtype("image_keys", image_keys, (image_features.dtype,))
         checks.check_dtype("text_keys", text_keys, (image_features.dtype,))
@@ -171,19 +171,11 @@ def _check(
     )
 
 
-def _as_tensor(logit_scale: Tensor | float, like: Tensor) -> Tensor:
-    if isinstance(logit_scale, Tensor):
-        return logit_scale
-    return torch.full(
-        (), logit_scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device
-    )
-
-
 def _fake(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gradient = rest[-2]
-    wide = torch.promote_types(image_features.dtype, torch.float32)
+    wide = pairs.wide(image_features)
     loss = image_features.new_empty((), dtype=wide)
     if not gradient:
         return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
@@ -203,20 +195,4 @@ _forward = library.define(
 )
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.dtypes = tuple(tensor.dtype for tensor in inputs[:3])
-
-
-def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * 13
-    wanted = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-    return *((grad_loss * saved).to(dtype) if needed else None for saved, dtype, needed in wanted), *(
-        None,
-    ) * 10
-
-
-_loss = library.differentiable(_forward, setup_context=_keep_gradients, backward=_scale_gradients)
+_loss = library.differentiable(_forward, setup_context=pairs.keep_gradients, backward=pairs.scale_gradients)
