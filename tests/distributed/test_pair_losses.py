@@ -102,16 +102,20 @@ def worker(rank, world, folder):
                 gradient /= world if reduction == "mean" else 1
             key = str((counts, *scenario))
             results["losses"][key], results["gradients"][key], results["bytes"][key] = loss, gradients, nbytes
-    results["errors"] = [uneven_error(name, rank, group, impl) for name in LOSSES for impl in IMPLEMENTATIONS]
+    calls = list(product(LOSSES, IMPLEMENTATIONS))
+    results["uneven"] = [error(name, 2 + rank, group=group, impl=impl) for name, impl in calls]
+    results["empty"] = [error(name, 0, group=group, impl=impl) for name, impl in calls]
+    nothing = [0] * world
+    results["empty"] += [error(name, 0, group=group, impl=impl, rank_counts=nothing) for name, impl in calls]
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.barrier()
     os._exit(0)  # a gloo thread that still holds a tensor would abort the shutdown
 
 
-def uneven_error(name, rank, group, impl):
-    features, labels = torch.randn(2 + rank, 3), torch.arange(2 + rank)
+def error(name, count, **over_ranks):
+    features, labels = torch.randn(count, 3), torch.arange(count)
     try:
-        LOSSES[name](features, features, 1.0, 0.0, labels, group=group, impl=impl)
+        LOSSES[name](features, features, 1.0, 0.0, labels, **over_ranks)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -161,4 +165,9 @@ def test_a_rank_sends_its_features_once(ranks):
 def test_unequal_ranks_without_counts_are_told(ranks):
     sizes = [2 + rank for rank in range(len(ranks))]
     for result in ranks:
-        assert set(result["errors"]) == {f"ranks hold {sizes} rows: pass rank_counts when they differ"}
+        assert set(result["uneven"]) == {f"ranks hold {sizes} rows: pass rank_counts when they differ"}
+
+
+def test_a_batch_without_a_pair_is_refused_on_every_rank(ranks):
+    for result in ranks:
+        assert set(result["empty"]) == {"a batch must hold at least one pair, got N = 0 on every rank"}

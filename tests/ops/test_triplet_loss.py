@@ -210,6 +210,13 @@ def test_mistakes_are_one_clear_line(change, message):
         vk.triplet_loss(**arguments | change)
 
 
+@pytest.mark.parametrize("hardest", (True, False))
+@pytest.mark.parametrize("impl", ("auto", "torch", "reference"))
+def test_a_batch_without_a_pair_is_refused(impl, hardest):
+    with pytest.raises(ValueError, match="a batch must hold at least one pair, got N = 0 on one process"):
+        vk.triplet_loss(**features(InputMaker(torch.float32), 0, 8, hardest=hardest), impl=impl)
+
+
 MUTANTS = {
     "tiles of other texts left out": ("for j in own + others:", "for j in own[:1]:"),
     "partners that count as negatives": ("out.diagonal().fill_(-torch.inf)", "pass"),

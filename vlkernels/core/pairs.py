@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlkernels.core import checks
-from vlkernels.core.collectives import Rows, gather_rows, scale_gradient
+from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows, scale_gradient
 
 Spans = list[slice]
 
@@ -27,6 +28,14 @@ def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor
         if tuple(tensor.shape) not in ((), (1,)):
             raise ValueError(f"{name} must be a number or have shape () or (1,), got {list(tensor.shape)}")
     checks.check_same_device(image_features=image_features, text_features=text_features, labels=labels, **tensors)
+
+
+def locate_pairs(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
+    """Where this rank's pairs lie in the concatenated batch, which holds one at least; a rank may have none."""
+    rows = locate_rows(own, group, rank_counts)
+    if rows.total == 0:
+        raise ValueError(f"a batch must hold at least one pair, got N = 0 on {'every rank' if group else 'one process'}")
+    return rows
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -24,7 +24,7 @@ def sigmoid_loss(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of features, logit_scale and logit_bias), gradients empty when not wanted."""
-    rows = collectives.locate_rows(image_features, collectives.named_group(group), rank_counts)
+    rows = pairs.locate_pairs(image_features, collectives.named_group(group), rank_counts)
     images, texts = (collectives.gather_rows(features, rows) for features in (image_features, text_features))
     every_label = None if labels is None else collectives.gather_rows(labels, rows)
     tiles = _Tiles(images, texts, logit_scale, logit_bias, every_label)
@@ -41,7 +41,7 @@ def sigmoid_loss(
                 pairs.add_product(toward_image[pairs.within(i, rows)], weights, texts[j])
                 if j in own:
                     pairs.add_product(toward_text[pairs.within(j, rows)], weights.T, images[i])
-    mean = 1 / max(rows.total, 1)
+    mean = 1 / rows.total
     loss = collectives.sum_over_ranks(value, rows) * mean
     if not gradient:
         return loss, *(loss.new_empty(0) for _ in range(4))

@@ -28,7 +28,7 @@ def triplet_loss(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradients of image_features and text_features), gradients empty when not wanted."""
-    rows = collectives.locate_rows(image_features, collectives.named_group(group), rank_counts)
+    rows = pairs.locate_pairs(image_features, collectives.named_group(group), rank_counts)
     images, texts = (collectives.gather_rows(features, rows) for features in (image_features, text_features))
     tiles = _Tiles(images, texts, None if labels is None else collectives.gather_rows(labels, rows))
     loss, *toward = (_hardest if hardest else _summed)(tiles, margin, rows, gradient)
