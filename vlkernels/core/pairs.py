@@ -12,6 +12,7 @@ from vlkernels.core import checks
 from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows, scale_gradient
 from vlkernels.core.exchange import Block
 
+
 def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor | None, **numbers: Tensor | float) -> None:
     """Raise unless the features are pairs of rows, ``labels`` one integer per pair and ``numbers`` single numbers."""
     checks.check_shape("image_features", image_features, "[N, D]", (None, None))
@@ -29,10 +30,10 @@ def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor
 
 
 def locate_pairs(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
-    """Where this rank's pairs lie in the batch of all ranks, which is not empty."""
+    """Where this rank's pairs lie in the concatenated batch, which holds one at least; a rank may have none."""
     rows = locate_rows(own, group, rank_counts)
     if rows.total == 0:
-        raise ValueError("a loss over pairs needs one at least over all ranks, got N = 0")
+        raise ValueError(f"a batch must hold at least one pair, got N = 0 on {'every rank' if group else 'one process'}")
     return rows
 
 

@@ -69,7 +69,7 @@ def sigmoid_loss(
     types; products of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
     "auto" takes for few pairs on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
     Memory: O(N D) and 3 tiles of 1024 x 1024 (13 MB). Gradients are computed in the forward, when anything requires them.
-    Errors: ``ValueError`` for shapes, dtypes, counts that differ.
+    Errors: ``ValueError`` for shapes, dtypes, counts that differ, and for a batch without a pair.
     Source: Zhai et al. 2023 (SigLIP).
     """
     pairs.check_features(image_features, text_features, labels, logit_scale=logit_scale, logit_bias=logit_bias)

@@ -66,8 +66,8 @@ def triplet_loss(
         impl: "auto", "torch" or "reference".
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 inputs), summed over pairs as VSE++ does; a
-        row without a negative adds 0. With a group it is that of one process on the rows of all ranks, the same on
+        The loss, a scalar in float32 (float64 for float64 inputs), summed over pairs as VSE++ does; a row
+        without a negative adds 0. With a group it is that of one process on the rows of all ranks, the same on
         every rank.
 
     Gradients: to both features. Of equally hard negatives the first takes the gradient; a hinge at 0 has none. With a
@@ -76,7 +76,7 @@ def triplet_loss(
     products of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
     "auto" takes for few pairs on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
     Memory: O(N D) and 3 tiles of 1024 x 1024 (13 MB). Gradients are computed in the forward, when anything requires them.
-    Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ.
+    Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ, and for a batch without a pair.
     Source: Faghri et al. 2018 (VSE++).
     """
     pairs.check_features(image_features, text_features, labels)
