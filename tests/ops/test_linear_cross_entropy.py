@@ -7,9 +7,10 @@ import vlkernels as vk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlkernels.core import dispatch
-from vlkernels.core.spec import InputMaker
+from vlkernels.core.spec import Case, InputMaker
 from vlkernels.ops.linear_cross_entropy import torch_kernels
 from vlkernels.ops.linear_cross_entropy.spec import SPECS
+from vlkernels.testing import contract
 
 SPEC = SPECS[0]
 ROWS, WIDTH, ENTRIES = 25, 8, 60
@@ -33,6 +34,36 @@ OPTIONS = {
     "smoothed": {"label_smoothing": 0.2, "z_loss": 1e-2},
     "taught": {"distillation": 0.4, "temperature": 2.0},
 }
+
+
+# Rows, width, entries: beside whole tiles and cache lines, and BERT's vocabulary, which is no multiple of 8.
+RAGGED = ((1, 8, 5), (2, 64, 1000), (63, 768, 5), (65, 64, 1000), (257, 8, 1000), (2, 64, 30522))
+
+
+def ragged_case(rows, width, entries):
+    def make(fill):
+        targets = fill.integers(0, entries, (rows,))
+        targets[1::3] = -100
+        weight = fill.normal(entries, width, scale=width**-0.5)
+        return {"hidden": fill.normal(rows, width), "weight": weight, "targets": targets, "bias": fill.normal(entries)}
+
+    return Case(f"{rows}x{width}x{entries}", make)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", RAGGED)
+def test_ragged_sizes(sizes, dtype):
+    contract.verify(SPEC, ragged_case(*sizes), dtype, "torch")
+
+
+def test_an_evaluation_keeps_nothing():
+    hidden, weight, targets, bias = problem()
+    with torch.no_grad():
+        loss = vk.linear_cross_entropy(hidden, weight, targets, bias=bias, impl="torch")
+    found = torch.ops.vlkernels.linear_cross_entropy(
+        hidden.detach(), weight.detach(), bias.detach(), targets, None, None, None, -100, 0.0, 0.0, 0.0, 1.0, "mean", False, "torch"
+    )  # fmt: skip
+    assert torch.equal(found[0], loss) and not any(t.numel() for t in found[1:4])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -42,6 +42,18 @@ def _confident(fill: InputMaker) -> Arguments:
     }
 
 
+def _extreme(fill: InputMaker) -> Arguments:
+    """Logits of some thousands, a few of them level, and an entry that nothing can reach."""
+    arguments = _rows(fill, 19, 16, 90, label_smoothing=0.0)
+    with torch.no_grad():
+        arguments["hidden"] *= 2048
+        arguments["weight"][40:44] = arguments["weight"][40]
+        arguments["bias"][40:44] = 0
+        arguments["bias"][7] = -1e30
+    arguments["targets"][arguments["targets"] == 7] = 8
+    return arguments
+
+
 def _taught(fill: InputMaker, **options: Any) -> Arguments:
     teacher = (
         fill.normal(24, 12, grad=False),
@@ -57,6 +69,8 @@ CASES = (
     Case("none", lambda fill: _rows(fill, 23, 16, 66, reduction="none")),
     Case("without_bias", _without_bias),
     Case("confident", _confident),
+    Case("extreme", _extreme),
+    Case("longer_than_a_tile", lambda fill: _rows(fill, 67, 24, 1100, label_smoothing=0.1, z_loss=1e-2)),
     Case("smoothed", lambda fill: _rows(fill, 30, 16, 70, label_smoothing=0.1)),
     Case("z_loss", lambda fill: _rows(fill, 30, 16, 70, z_loss=1e-2, label_smoothing=0.05)),
     Case("z_loss_none", lambda fill: _rows(fill, 30, 16, 70, z_loss=1e-2, reduction="none")),
