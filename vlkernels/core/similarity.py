@@ -41,6 +41,8 @@ def tile_sizes(dtype: torch.dtype, width: int, architecture: int) -> TileSizes:
     depth = min(64, max(16, 1 << (width - 1).bit_length()))
     if dtype == torch.float32:  # products without tensor cores keep both factors in registers
         return TileSizes(64, 64, min(depth, 32), 8, 2)
+    if family(architecture) == 100:
+        return TileSizes(64, 128, depth, 4, 3)
     return TileSizes(128, 128, depth, 8, 2 if family(architecture) == 86 else 3)
 
 
