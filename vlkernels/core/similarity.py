@@ -6,7 +6,7 @@ into a workspace that the next wave takes over; the library's products ``G Y`` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,13 @@ class TileSizes(NamedTuple):
     depth: int
     warps: int
     stages: int
+
+
+def refusal(facts: Mapping[str, Any]) -> str | None:
+    """Why Triton kernels cannot serve a loss over pairs of features in ``facts["dtype"]``; ``None`` when they can."""
+    if facts["dtype"] not in DTYPES:
+        return f"it computes in float32, the inputs are {str(facts['dtype']).removeprefix('torch.')}"
+    return None
 
 
 def tile_sizes(dtype: torch.dtype, width: int, architecture: int) -> TileSizes:

@@ -15,6 +15,7 @@ FIELDS = 4  # of the statistics of a row or a column
 # Splits of rows and strips of columns: so many programs keep the multiprocessors of a large card busy, and so few parts of the
 # statistics are there to join.
 MOST_SPLITS, PROGRAMS = 16, 256
+TARGET_TILE = TileSizes(32, 128, 0, 4, 1)
 # A contracted product and difference would not find the largest logit of a row equal to itself.
 EXACT = {"enable_fp_fusion": False}
 
@@ -63,13 +64,21 @@ def weights_launch(
     return _launch(_kernels().weights_kernel, wave.programs(sizes), arguments, sizes, WIDTH=x.shape[1], **flags)
 
 
-def targets_launch(row_labels: Tensor, column_labels: Tensor, shares: Tensor, wave: Wave, sizes: TileSizes) -> Launch:
+def programs_of_a_wave(x: Tensor, y: Tensor, labels: bool, architecture: int) -> int:
+    """The most programs that weigh a wave of a gradient of both sides."""
+    height, width = similarity.wave_shape(len(x), len(y), x.element_size())
+    sizes = tile_sizes(x, True, labels, False, architecture)
+    return -(-height // sizes.rows) * -(-width // sizes.columns)
+
+
+def targets_launch(row_labels: Tensor, column_labels: Tensor, shares: Tensor, wave: Wave) -> Launch:
+    sizes = TARGET_TILE
     arguments = (
         row_labels, column_labels, shares, wave.weights, wave.weights.stride(0), len(row_labels), len(column_labels),
         *_corners(wave), similarity.FACTOR[wave.weights.dtype],
     )  # fmt: skip
     constants = {"ROWS": sizes.rows, "COLUMNS": sizes.columns}
-    return Launch(_kernels().targets_kernel, (wave.programs(sizes),), arguments, constants, sizes.warps, stages=1)
+    return Launch(_kernels().targets_kernel, (wave.programs(sizes),), arguments, constants, sizes.warps, sizes.stages)
 
 
 def _share(tiles: int, most: int) -> tuple[int, int]:
