@@ -1,16 +1,16 @@
-"""What losses over all pairs of two sets of features share: checks, tiles over ranks, gradients kept by the forward."""
+"""What losses over all pairs of two sets of features share: checks, partners in tiles, gradients kept by the forward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlkernels.core import checks
-from vlkernels.core.collectives import Rows, gather_rows, scale_gradient
-
-Spans = list[slice]
+from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows, scale_gradient
+from vlkernels.core.exchange import Block
 
 
 def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor | None, **numbers: Tensor | float) -> None:
@@ -27,6 +27,14 @@ def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor
         if tuple(tensor.shape) not in ((), (1,)):
             raise ValueError(f"{name} must be a number or have shape () or (1,), got {list(tensor.shape)}")
     checks.check_same_device(image_features=image_features, text_features=text_features, labels=labels, **tensors)
+
+
+def locate_pairs(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
+    """Where this rank's pairs lie in the concatenated batch, which holds one at least; a rank may have none."""
+    rows = locate_rows(own, group, rank_counts)
+    if rows.total == 0:
+        raise ValueError(f"a batch must hold at least one pair, got N = 0 on {'every rank' if group else 'one process'}")
+    return rows
 
 
 def wide(tensor: Tensor) -> torch.dtype:
@@ -57,18 +65,21 @@ def held_by_all_ranks(number: Tensor | float, like: Tensor, rows: Rows, rank_red
     return scale_gradient(scalar, gradient_factor(rows, rank_reduction) / rows.world_size)
 
 
-def spans(rows: Rows, size: int) -> tuple[Spans, Spans]:
-    """Tiles of this rank's rows, then tiles of all others, so that partners lie on diagonals of tiles."""
-    return _cut(rows.start, rows.stop, size), _cut(0, rows.start, size) + _cut(rows.stop, rows.total, size)
+def partners(tile: Tensor, images: Block, texts: Block) -> Tensor:
+    """The entries of a tile that belong to partners; none where the blocks hold no pair."""
+    return tile.diagonal(images.start - texts.start)
 
 
-def _cut(start: int, stop: int, size: int) -> Spans:
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+def shared(images: Block, texts: Block) -> slice:
+    """The numbers of the pairs that two blocks both hold."""
+    start = max(images.start, texts.start)
+    return slice(start, max(start, min(images.span.stop, texts.span.stop)))
 
 
-def within(span: slice, rows: Rows) -> slice:
-    """Where the rows of a span lie among this rank's own."""
-    return slice(span.start - rows.start, span.stop - rows.start)
+def at_least(memory: Tensor, images: Block, texts: Block, size: int) -> Tensor:
+    """Memory ``[parts, numbers]`` for any tile of two blocks, as it is when it already suffices."""
+    needed = min(size, len(images.features)) * min(size, len(texts.features))
+    return memory if memory.shape[1] >= needed else memory.new_empty(memory.shape[0], needed)
 
 
 def add_product(total: Tensor, weights: Tensor, features: Tensor) -> None:

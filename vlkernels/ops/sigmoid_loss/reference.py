@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkernels.core import pairs
-from vlkernels.core.collectives import ProcessGroup, gather_rows, locate_rows
+from vlkernels.core.collectives import ProcessGroup, gather_rows
 
 
 def sigmoid_loss(
@@ -23,7 +23,7 @@ def sigmoid_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = locate_rows(image_features, group, rank_counts)
+    rows = pairs.locate_pairs(image_features, group, rank_counts)
     images = pairs.of_all_ranks(image_features, rows, rank_reduction)
     texts = pairs.of_all_ranks(text_features, rows, rank_reduction)
     scale = pairs.held_by_all_ranks(logit_scale, images, rows, rank_reduction)
@@ -36,4 +36,4 @@ def sigmoid_loss(
         every = gather_rows(labels, rows)
         positive = every[:, None] == every
     signs = 2 * positive.to(logits.dtype) - 1
-    return -F.logsigmoid(signs * logits).sum() / max(rows.total, 1)
+    return -F.logsigmoid(signs * logits).sum() / rows.total

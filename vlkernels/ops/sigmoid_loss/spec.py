@@ -49,7 +49,6 @@ CASES = (
     Case("extreme", lambda fill: features(fill, 13, 8, scale=1e4, bias=1e3)),
     Case("aligned", _aligned),
     Case("single_pair", lambda fill: features(fill, 1, 8)),
-    Case("empty", lambda fill: features(fill, 0, 8)),
     Case("vectors", lambda fill: features(fill, 9, 8) | {n: fill.normal(1) for n in ("logit_scale", "logit_bias")}),
     Case("numbers", lambda fill: features(fill, 9, 8) | {"logit_scale": 20.0, "logit_bias": -2.5}),
     Case("scale_of_zero", lambda fill: features(fill, 9, 8, scale=0.0)),

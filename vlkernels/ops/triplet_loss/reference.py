@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlkernels.core import pairs
-from vlkernels.core.collectives import ProcessGroup, gather_rows, locate_rows
+from vlkernels.core.collectives import ProcessGroup, gather_rows
 
 
 def triplet_loss(
@@ -22,7 +22,7 @@ def triplet_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = locate_rows(image_features, group, rank_counts)
+    rows = pairs.locate_pairs(image_features, group, rank_counts)
     images = pairs.of_all_ranks(image_features, rows, rank_reduction)
     texts = pairs.of_all_ranks(text_features, rows, rank_reduction)
     products = images @ texts.T
@@ -34,7 +34,7 @@ def triplet_loss(
         positive = every[:, None] == every
     partners = similarities.diagonal()
     negatives = similarities.masked_fill(positive, -torch.inf)
-    if hardest and rows.total:
+    if hardest:
         of_images, of_texts = negatives.max(1).values, negatives.max(0).values
     else:
         of_images, of_texts = negatives.T, negatives

@@ -31,8 +31,6 @@ CASES = (
     Case("labels_summed", lambda fill: _labelled(fill, hardest=False)),
     Case("single_pair", lambda fill: features(fill, 1, 8)),
     Case("one_label", lambda fill: features(fill, 5, 8, labels=fill.integers(3, 4, (5,)))),
-    Case("empty", lambda fill: features(fill, 0, 8)),
-    Case("empty_summed", lambda fill: features(fill, 0, 8, hardest=False)),
 )
 
 
