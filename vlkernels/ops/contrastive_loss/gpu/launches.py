@@ -23,8 +23,10 @@ EXACT = {"enable_fp_fusion": False}
 def tile_sizes(x: Tensor, by_column: bool, labels: bool, statistics: bool, architecture: int) -> TileSizes:
     """Narrower tiles where labels of both sides, or statistics of both on sm_100, would not leave the registers room."""
     sizes = similarity.tile_sizes(x.dtype, x.shape[1], architecture)
-    crowded = by_column and (labels or (statistics and family(architecture) == 100))
-    return sizes._replace(rows=128, columns=64, warps=8) if crowded and x.dtype != torch.float32 else sizes
+    narrow = statistics and family(architecture) == 100
+    if x.dtype == torch.float32 or not by_column or not (labels or narrow):
+        return sizes
+    return sizes._replace(rows=64, columns=64, warps=4) if labels and narrow else sizes._replace(rows=128, columns=64, warps=8)
 
 
 def statistics_launch(
