@@ -14,7 +14,7 @@ NO_PLACE = tl.constexpr(1 << 62)
 PLACE_BITS = tl.constexpr(32)
 
 # Numbers that differ between calls of one model: specialising on them would compile a variant for each.
-UNSPECIALIZED = ("row_samples", "column_samples", "row_count", "column_count", "row_chunks", "column_chunks", "first_row")
+UNSPECIALIZED = ("row_samples", "column_samples", "row_count", "column_count", "row_chunks", "column_chunks")
 # May be part of a larger tensor, at any place of it; they are read number by number.
 UNALIGNED = ("row_starts", "row_lengths", "row_offsets", "column_starts", "column_lengths", "column_offsets")
 
@@ -192,7 +192,7 @@ def largest_kernel(
 def gradient_kernel(
     gradient, row_starts, row_lengths, row_offsets, column_tokens, column_starts, column_lengths, column_offsets,
     by_rows, by_columns, row_places, column_places, row_samples, column_samples, row_count, column_count, row_chunks,
-    column_chunks, first_row,
+    column_chunks,
     ROW_SLOT: tl.constexpr, ROW_GROUP: tl.constexpr, COLUMN_SLOT: tl.constexpr, COLUMN_GROUP: tl.constexpr,
     WIDTH: tl.constexpr, SLICE: tl.constexpr, UNIT: tl.constexpr, ANY_TWO: tl.constexpr,
 ):  # fmt: skip
@@ -241,6 +241,6 @@ def gradient_kernel(
         columns = (c_start + tl.minimum(c_place, c_length - 1)).to(tl.int64)
         tokens = tl.load(column_tokens + columns[:, None] * WIDTH + depth[None, :], mask=(depth < WIDTH)[None, :], other=0.0)
         total = tl.dot((weights * UNIT).to(tokens.dtype), tokens, total, input_precision="ieee")
-    pointers = gradient + (r_start - first_row + r_place).to(tl.int64)[:, None] * WIDTH + depth[None, :]
+    pointers = gradient + (r_start + r_place).to(tl.int64)[:, None] * WIDTH + depth[None, :]
     written = held[:, None] & (depth < WIDTH)[None, :]
     tl.store(pointers, tl.load(pointers, mask=written, other=0.0) + total * (1.0 / UNIT), mask=written)

@@ -10,20 +10,23 @@ from torch import Tensor
 
 from vlkernels.core.triton_runtime import Launch
 from vlkernels.ops.late_interaction_loss.gpu.tile_sizes import TileSizes, slot, tile_sizes
+from vlkernels.ops.late_interaction_loss.tiles import place_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_UNIT = 2.0**14  # weights are at most two, and float16 ends at 65,504: this keeps the small ones
 
 
-class Samples(NamedTuple):
+class Block(NamedTuple):
     """Some samples of one side, as the kernels read them."""
 
-    tokens: Tensor  # [*, D] of the whole side
+    tokens: Tensor  # [*, D], theirs and others'
     starts: Tensor  # int32 [b]
     lengths: Tensor  # int32 [b]
     offsets: Tensor  # int32 [b]: where a sample's tokens lie among those of these samples
     longest: int
     count: int  # of their tokens, at most
+    samples: Tensor  # [b], their numbers in the batch of all ranks
+    place: int  # no other block of its side has it
 
 
 class Maxima(NamedTuple):
@@ -46,12 +49,7 @@ def refusal(facts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def place_dtype(longest: int) -> torch.dtype:
-    """Places of tokens in as few bytes as hold them."""
-    return torch.uint8 if longest <= 2**8 else torch.int16 if longest <= 2**15 else torch.int32
-
-
-def empty_maxima(rows: Samples, columns: Samples, any_two: bool) -> Maxima:
+def empty_maxima(rows: Block, columns: Block, any_two: bool) -> Maxima:
     numbers, like = (len(rows.starts), len(columns.starts)), rows.starts
     in_rows, in_columns = (place_dtype(samples.longest) for samples in (rows, columns))
     if any_two:
@@ -64,7 +62,7 @@ def empty_maxima(rows: Samples, columns: Samples, any_two: bool) -> Maxima:
     return Maxima(of_rows, of_columns, row_places, column_places)
 
 
-def maxima_launches(rows: Samples, columns: Samples, maxima: Maxima, any_two: bool, architecture: int) -> list[Launch]:
+def maxima_launches(rows: Block, columns: Block, maxima: Maxima, any_two: bool, architecture: int) -> list[Launch]:
     """One visit of each tile; of means, where the samples of neither side fit into a tile, one for the maxima of either."""
     if any_two:
         of_rows, _, row_places, column_places = maxima
@@ -82,16 +80,16 @@ def maxima_launches(rows: Samples, columns: Samples, maxima: Maxima, any_two: bo
     ]
 
 
-def _mean_max_launch(rows: Samples, columns: Samples, maxima: Maxima, architecture: int) -> Launch:
+def _mean_max_launch(rows: Block, columns: Block, maxima: Maxima, architecture: int) -> Launch:
     arguments = (*_read(rows, columns), *maxima, *_numbers(rows, columns), rows.count, columns.count, rows.tokens.shape[1])
     return _maxima_launch(_kernels().mean_max_kernel, rows, columns, arguments, architecture)
 
 
 def gradient_launch(
-    gradient: Tensor, own: Samples, others: Samples, by_own: Tensor, by_others: Tensor | None, own_places: Tensor,
-    other_places: Tensor, first_row: int, architecture: int,
+    gradient: Tensor, own: Block, others: Block, by_own: Tensor, by_others: Tensor | None, own_places: Tensor,
+    other_places: Tensor, architecture: int,
 ) -> Launch:  # fmt: skip
-    """Add what maxima send to ``gradient``, whose first row is the side's ``first_row``.
+    """Add what maxima send to ``gradient``, of the tokens that the own samples lie in.
 
     Args:
         by_own: ``[own, others]`` weights of the own samples' means, or of both sides' for any two tokens.
@@ -105,7 +103,7 @@ def gradient_launch(
     width = gradient.shape[1]
     arguments = (
         gradient, *own[1:4], *others[:4], by_own, by_others, own_places, other_places, *_numbers(own, others), own.count,
-        others.count, row_chunks, column_chunks, first_row,
+        others.count, row_chunks, column_chunks,
     )  # fmt: skip
     constants = {
         **_slots(own, others, sizes),
@@ -119,7 +117,7 @@ def gradient_launch(
 
 
 def _maxima_launch(
-    kernel: Any, rows: Samples, columns: Samples, arguments: tuple[Any, ...], architecture: int
+    kernel: Any, rows: Block, columns: Block, arguments: tuple[Any, ...], architecture: int
 ) -> Launch:
     sizes = _sizes("maxima", rows, architecture)
     constants = {
@@ -134,22 +132,22 @@ def _maxima_launch(
     return Launch(kernel, (grid,), arguments, constants, sizes.warps, sizes.stages)
 
 
-def _slots(rows: Samples, columns: Samples, sizes: TileSizes) -> dict[str, int]:
+def _slots(rows: Block, columns: Block, sizes: TileSizes) -> dict[str, int]:
     (row_slot, row_group), (column_slot, column_group) = slot(rows.longest, sizes.rows), slot(columns.longest, sizes.columns)
     return {"ROW_SLOT": row_slot, "ROW_GROUP": row_group, "COLUMN_SLOT": column_slot, "COLUMN_GROUP": column_group}
 
 
-def _read(rows: Samples, columns: Samples) -> tuple[Tensor, ...]:
+def _read(rows: Block, columns: Block) -> tuple[Tensor, ...]:
     found = (*rows[:4], *columns[:4])
     assert all(t.is_contiguous() for t in found), "the kernels read these tensors without strides"
     return found
 
 
-def _numbers(rows: Samples, columns: Samples) -> tuple[int, int]:
+def _numbers(rows: Block, columns: Block) -> tuple[int, int]:
     return len(rows.starts), len(columns.starts)
 
 
-def _sizes(kernel: str, samples: Samples, architecture: int) -> TileSizes:
+def _sizes(kernel: str, samples: Block, architecture: int) -> TileSizes:
     return tile_sizes(kernel, samples.tokens.dtype, samples.tokens.shape[1], architecture)
 
 

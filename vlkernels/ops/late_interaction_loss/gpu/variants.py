@@ -9,7 +9,7 @@ import torch
 from vlkernels.core.spec import Variant
 from vlkernels.core.triton_runtime import Launch
 from vlkernels.ops.late_interaction_loss.gpu import launches as made
-from vlkernels.ops.late_interaction_loss.gpu.launches import Maxima, Samples
+from vlkernels.ops.late_interaction_loss.gpu.launches import Block
 
 # dtype, D, tokens of an image and of a text
 CALLS = (
@@ -33,18 +33,18 @@ def launches(
     dtype: torch.dtype, width: int, image: int, text: int, any_two: bool, architecture: int, pairs: int = 3
 ) -> dict[str, Launch]:
     """The kernels of a call, without data worth reading."""
-    images, texts = (_samples(dtype, width, longest, pairs) for longest in (image, text))
+    images, texts = (_block(dtype, width, longest, pairs) for longest in (image, text))
     weights = torch.empty(pairs, pairs)
     maxima = made.empty_maxima(images, texts, any_two)
     gradient = torch.empty_like(images.tokens, dtype=torch.float32)
     return {
         **dict(zip(("maxima", "others_maxima"), made.maxima_launches(images, texts, maxima, any_two, architecture))),
         "gradient": made.gradient_launch(
-            gradient, images, texts, weights, None if any_two else weights, *maxima[2:], 0, architecture
+            gradient, images, texts, weights, None if any_two else weights, *maxima[2:], architecture
         ),
     }
 
 
-def _samples(dtype: torch.dtype, width: int, longest: int, pairs: int) -> Samples:
+def _block(dtype: torch.dtype, width: int, longest: int, pairs: int) -> Block:
     bounds = torch.full((3, pairs), longest, dtype=torch.int32)
-    return Samples(torch.empty(pairs * longest, width, dtype=dtype), *bounds, longest, pairs * longest)
+    return Block(torch.empty(pairs * longest, width, dtype=dtype), *bounds, longest, pairs * longest, bounds[0], 0)
