@@ -199,7 +199,7 @@ def test_one_graph_serves_every_number_of_pairs():
         ({"exchange": "all"}, 'exchange must be "gather" or "ring", got "all"'),
         (
             {"image_features": torch.zeros(0, 3), "text_features": torch.zeros(0, 3)},
-            "needs one at least over all ranks, got N = 0",
+            "a batch must hold at least one pair, got N = 0 on one process",
         ),
         (
             {"group": "world"},

@@ -56,6 +56,13 @@ def architecture(device: torch.device) -> int:
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def family(architecture: int) -> int:
+    """80, 90, 100, or 86 for the cards with less shared memory (sm_86, sm_89, sm_120)."""
+    if architecture == 80:
+        return 80
+    return {9: 90, 10: 100}.get(architecture // 10, 86)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with everything its launch needs."""

@@ -84,7 +84,7 @@ def contrastive_loss(
     "auto" takes for few logits on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
     Memory: O(N D) and at most 19 tiles of 2048 x 2048 (319 MB). Gradients are computed in the forward, when
     anything requires them.
-    Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ.
+    Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ, and for a batch without a pair.
     Source: Radford et al. 2021 (CLIP); Li et al. 2021 (ALBEF) for keys and distillation.
     """
     _check(

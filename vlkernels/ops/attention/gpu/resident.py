@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlkernels.core.triton_runtime import LOG2_E, Launch
+from vlkernels.core.triton_runtime import LOG2_E, Launch, family
 from vlkernels.ops.attention.call import Call, strides
-from vlkernels.ops.attention.gpu.tile_sizes import family, padded_head_dim
+from vlkernels.ops.attention.gpu.tile_sizes import padded_head_dim
 
 DTYPES = (torch.bfloat16, torch.float16)
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from vlkernels.core.triton_runtime import family
+
 KERNELS = ("forward", "query_gradient", "key_gradient")
 BIAS_KERNELS = (*KERNELS, "shared_gradient", "distance_gradient")
 MOST_HEAD_DIM = 256
@@ -98,10 +100,3 @@ def tile_sizes(
         return BIASED_EXCEPTIONS.get((kernel, width, card), usual)
     usual = EXCEPTIONS.get((kernel, width, dropout, card), HALF[width][KERNELS.index(kernel)])
     return EXCEPTIONS.get((kernel, exact, dropout, card), usual)
-
-
-def family(architecture: int) -> int:
-    """80, 90, 100, or 86 for the cards with less shared memory (sm_86, sm_89, sm_120)."""
-    if architecture == 80:
-        return 80
-    return {9: 90, 10: 100}.get(architecture // 10, 86)
