@@ -257,6 +257,9 @@ def test_one_graph_serves_every_number_of_tokens():
     assert len(graphs) <= 2
 
 
+EMPTY = {"tokens": torch.zeros(0, 3), "layout": vk.SegmentLayout(torch.zeros(0, 1, dtype=torch.int32))}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -271,6 +274,10 @@ def test_one_graph_serves_every_number_of_tokens():
         ({"image_layout": vk.SegmentLayout([[0], [5]])}, "image_layout must give every sample a token, sample 0 has none"),
         ({"similarity": "mean"}, "similarity must be \"mean_max\" or \"max\", got 'mean'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (
+            {f"{side}_{kind}": value for side in ("image", "text") for kind, value in EMPTY.items()},
+            "a batch must hold at least one pair, got N = 0 on one process",
+        ),
         ({"rank_counts": (1, 1)}, r"rank_counts must hold one count for each of 1 ranks, got \[1, 1\]"),
         ({"rank_counts": (5,)}, r"rank_counts must be 2 at rank 0, the rows it has, got \[5\]"),
         ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
@@ -314,7 +321,7 @@ MUTANTS = {
     "targets of the other side": (tiles, "by_texts -= self._targets.between(j.samples, i.samples, self._scale)",
                                   "by_texts -= self._targets.between(i.samples, j.samples, self._scale).T.flip(0)"),
     "scales of the other visit": (tiles, "of_texts.add(j.samples, self._scale *", "of_texts.add(j.samples, 2 * self._scale *"),
-    "parts that overlap": (tiles, "self._memory[: sum(sizes)], self._memory[sum(sizes) :]", "self._memory[: sum(sizes)], self._memory"),
+    "parts upside down": (tiles, ".copy_(part)", ".copy_(part.flip(0))"),
     "statistics of the first tile": (driver, "shrunk = self.total[samples] *", "shrunk = 0 * self.total[samples] *"),
     "sums that do not shrink": (driver, " * (self.largest[samples] - largest).exp_()", ""),
     "smoothing over the wrong number": (driver, "self.label_smoothing / self.total", "self.label_smoothing / (self.total - 1)"),
