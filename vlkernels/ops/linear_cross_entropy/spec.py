@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec
-from vlkernels.ops.linear_cross_entropy import functional, reference
+from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
+from vlkernels.ops.linear_cross_entropy import benchmarks, functional, reference
+from vlkernels.ops.linear_cross_entropy.gpu import variants
 
 IGNORED = -100
 
@@ -87,18 +86,6 @@ CASES = (
 )
 
 
-def _cost(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Cost:
-    product = 2 * hidden.shape[0] * weight.numel()
-    moved = (hidden.numel() + weight.numel()) * hidden.element_size()
-    return Cost(
-        forward_bytes=moved, backward_bytes=2 * moved, forward_flops=product, backward_flops=2 * product
-    )
-
-
-def _plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight, bias), targets)
-
-
 SPECS = (
     OpSpec(
         name="linear_cross_entropy",
@@ -106,11 +93,9 @@ SPECS = (
         reference=reference.linear_cross_entropy,
         implementations=functional.IMPLEMENTATIONS,
         cases=CASES,
-        benchmarks={
-            "quickstart_m300_v2000_d128": lambda fill: _rows(fill, 300, 128, 2000, ignored=0),
-            "bert_m1024_v30522_d768": lambda fill: _rows(fill, 1024, 768, 30522, ignored=0),
-        },
-        peers={"torch": _plain},
-        cost=_cost,
+        benchmarks=benchmarks.benchmarks(),
+        peers=benchmarks.PEERS,
+        cost=benchmarks.cost,
+        variants=variants.variants,
     ),
 )

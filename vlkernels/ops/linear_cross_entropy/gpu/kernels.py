@@ -60,7 +60,7 @@ def statistics_kernel(
     hidden, weight, bias, targets, teacher_hidden, teacher_weight, teacher_bias, count, statistics,
     hidden_stride, weight_stride, teacher_hidden_stride, teacher_weight_stride, rows, entries, split_entries, temperature,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-    TEACHER_DEPTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr,
+    TEACHER_DEPTH: tl.constexpr, TEACHER_WIDTH: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """What one split of the vocabulary knows of a tile of rows: ``statistics`` [fields, splits, rows]."""
     row, split, alive = tl.program_id(0) * ROWS, tl.program_id(1), tl.load(count)
@@ -79,9 +79,9 @@ def statistics_kernel(
         logits = logits_tile(
             hidden, weight, bias, row, column, alive, entries, hidden_stride, weight_stride, ROWS, COLUMNS, DEPTH, WIDTH
         )  # fmt: skip
-        inside = tl.where(columns < entries, logits, 0.0)
         at_target += tl.sum(tl.where(columns == target[:, None], logits, 0.0), 1)
-        logit_sum += tl.sum(inside, 1)
+        if SMOOTHED:
+            logit_sum += tl.sum(tl.where(columns < entries, logits, 0.0), 1)
         new = tl.maximum(highest, tl.max(logits, 1))
         total = total * rescale(highest, new, LOG2_E) + tl.sum(exponentials(logits, new, LOG2_E), 1)
         if teacher_hidden is not None:
@@ -93,7 +93,7 @@ def statistics_kernel(
             taught_new = tl.maximum(taught_highest, tl.max(taught, 1))
             factor, goals = rescale(taught_highest, taught_new, softly), exponentials(taught, taught_new, softly)
             taught_total = taught_total * factor + tl.sum(goals, 1)
-            cross = cross * factor + tl.sum(goals * inside, 1)
+            cross = cross * factor + tl.sum(goals * tl.where(columns < entries, logits, 0.0), 1)
             taught_highest = taught_new
         highest = new
     splits = tl.num_programs(1)

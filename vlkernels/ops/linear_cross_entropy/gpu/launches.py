@@ -138,7 +138,8 @@ def statistics_launch(call: Call, live: LiveRows, statistics: Tensor, architectu
         call.temperature,
     )  # fmt: skip
     grid = (-(-len(live.order) // sizes.rows), splits)
-    return Launch(_kernels().statistics_kernel, grid, arguments, _constants(call, sizes, architecture), sizes.warps, sizes.stages)
+    constants = {**_constants(call, sizes, architecture), "SMOOTHED": call.label_smoothing > 0}
+    return Launch(_kernels().statistics_kernel, grid, arguments, constants, sizes.warps, sizes.stages)
 
 
 def losses_launch(call: Call, live: LiveRows, statistics: Tensor, losses: Tensor, ends: Tensor) -> Launch:
