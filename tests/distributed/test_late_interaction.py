@@ -9,7 +9,7 @@ import torch.distributed as dist
 import vlkernels as vk
 from torch import nn
 
-from vlkernels.ops.late_interaction_loss import torch_kernels
+from vlkernels.ops.late_interaction_loss import tiles, torch_kernels
 
 COUNTS = {2: ((5, 5), (7, 3)), 3: ((4, 4, 4), (6, 0, 5)), 4: ((3, 3, 3, 3), (5, 0, 2, 4))}
 WIDTH = 6
@@ -71,7 +71,7 @@ def share(parts, counts, rank):
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    torch_kernels.TILE, torch_kernels.KEPT_BYTES = 12, 700
+    torch_kernels.TILE, tiles.KEPT_BYTES = 12, 700
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     group = dist.new_group()
     results = {"losses": {}, "gradients": {}}
