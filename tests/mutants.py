@@ -14,6 +14,6 @@ def load_mutant(module: ModuleType, old: str, new: str, folder: Path) -> ModuleT
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("mutant", path)
     mutant = importlib.util.module_from_spec(spec)
-    sys.modules["mutant"] = mutant  # where a dataclass looks for the names in its annotations
+    sys.modules[spec.name] = mutant  # dataclasses look their module up
     spec.loader.exec_module(mutant)
     return mutant
