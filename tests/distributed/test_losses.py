@@ -21,6 +21,7 @@ from vlkernels.ops.contrastive_loss import functional as contrastive_choice
 from vlkernels.ops.contrastive_loss import torch_kernels as contrastive_kernels
 from vlkernels.ops.late_interaction_loss import driver as late_interaction
 from vlkernels.ops.late_interaction_loss import functional as late_interaction_choice
+from vlkernels.ops.late_interaction_loss import tiles as late_interaction_tiles
 from vlkernels.ops.late_interaction_loss import torch_kernels as late_interaction_kernels
 from vlkernels.ops.sigmoid_loss import driver as sigmoid
 from vlkernels.ops.sigmoid_loss import functional as sigmoid_choice
@@ -87,7 +88,7 @@ def small_tiles():
     """Many tiles, some kept and some computed again; and sizes of ranks between which a single process changes its mind."""
     contrastive_kernels.TILE = sigmoid_kernels.TILE = triplet_kernels.TILE = 4
     contrastive_kernels.KEPT_TILES = 3
-    late_interaction_kernels.TILE, late_interaction_kernels.KEPT_BYTES = 12, 700
+    late_interaction_kernels.TILE, late_interaction_tiles.KEPT_BYTES = 12, 700
     contrastive_choice.FEW_LOGITS[8], late_interaction_choice.FEW_PRODUCTS[8] = 20, 600
     for few in (sigmoid_choice.FEW_PAIRS, triplet_choice.FEW_PAIRS, triplet_choice.FEW_PAIRS_SUMMED):
         few[torch.float64] = 20

@@ -21,7 +21,8 @@ def similarity_tile(
     x = x_base + row.to(tl.int64) * x_stride + (x_rows * x_stride + depth)
     y = y_base + column.to(tl.int64) * y_stride + (y_rows * y_stride + depth)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, WIDTH, DEPTH):
+    stop = tl.where(rows > 0, WIDTH, 0)  # WIDTH, unknown to the compiler: unrolled, the loop fills the registers with addresses
+    for start in range(0, stop, DEPTH):
         in_x, in_y = x_rows < rows - row, y_rows < columns - column
         if WIDTH % DEPTH != 0:
             in_x, in_y = in_x & (depth < WIDTH - start), in_y & (depth < WIDTH - start)
