@@ -10,6 +10,7 @@ from vlkernels.core import dispatch
 from vlkernels.core.spec import InputMaker
 from vlkernels.ops.contrastive_loss import torch_kernels
 from vlkernels.ops.contrastive_loss.spec import SPECS
+from vlkernels.testing import contract
 
 OPTIONS = {
     "plain": {},
@@ -54,6 +55,35 @@ def value_and_gradients(arguments, impl):
 def test_many_tiles_give_what_the_whole_matrix_gives(option, small_tiles):
     mine = value_and_gradients(inputs(option), "torch")
     for tensor, true in zip(mine, value_and_gradients(inputs(option), "reference"), strict=True):
+        torch.testing.assert_close(tensor, true, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("pairs", "peaked", "aligned", "smoothed", "duplicates", "momentum_queue", "distilled"))
+def test_many_tiles_obey_the_error_rule(name, dtype, small_tiles):
+    contract.verify(SPECS[0], next(case for case in SPECS[0].cases if case.name == name), dtype, "torch")
+
+
+def test_one_exponential_serves_rows_and_columns_unless_a_tile_is_too_wide():
+    logits = torch.randn(40, 30, dtype=torch.float64)
+    for spread, shared in ((1.0, True), (12.0, True), (100.0, False)):
+        tile = spread * logits
+        found = torch_kernels.softmax_of_tile(tile, torch.empty_like(tile))
+        assert (found is not None) == shared
+        if found is not None:
+            for dim, largest, total in ((1, found.largest, found.total), (0, found.column_largest, found.column_total)):
+                torch.testing.assert_close(largest + total.log(), tile.logsumexp(dim), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(found.shares * found.weight[:, None], (tile - tile.max()).exp(), rtol=1e-10, atol=0)
+
+
+def test_wide_and_narrow_tiles_of_one_call_agree_with_the_whole_matrix(small_tiles, monkeypatch):
+    arguments = inputs("plain")
+    kinds, share = [], torch_kernels.softmax_of_tile
+    monkeypatch.setattr(torch_kernels, "WIDEST", 12.0)
+    monkeypatch.setattr(torch_kernels, "softmax_of_tile", lambda *a: (kinds.append(type(made := share(*a))), made)[1])
+    mine = value_and_gradients(arguments, "torch")
+    assert len(set(kinds)) == 2
+    for tensor, true in zip(mine, value_and_gradients(arguments, "reference"), strict=True):
         torch.testing.assert_close(tensor, true, rtol=1e-11, atol=1e-12)
 
 
