@@ -99,13 +99,13 @@ def _cost(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | f
 
 
 def _on_cpu(pairs: int) -> Benchmark:
-    dtypes = (torch.float32,)
-    return Benchmark(lambda fill: _features(fill, pairs, 512), devices=("cpu",), dtypes=dtypes, peers=peers.DENSE)
+    return Benchmark(
+        lambda fill: _features(fill, pairs, 512), ("cpu",), (torch.float32,), peers=peers.DENSE, peak_memory=True
+    )
 
 
 def _on_card(pairs: int, width: int, beside: Mapping[str, Any]) -> Benchmark:
-    dtypes = (torch.bfloat16,)
-    return Benchmark(lambda fill: _features(fill, pairs, width), devices=("cuda",), dtypes=dtypes, peers=beside)
+    return Benchmark(lambda fill: _features(fill, pairs, width), ("cuda",), (torch.bfloat16,), peers=beside)
 
 
 SPECS = (
