@@ -177,7 +177,7 @@ def benchmarks(shrink: int = 1) -> dict[str, Benchmark]:
         "filip n64 p49 t5-32 d256": Benchmark(captioned(64), dtypes=TIMED, peers=PACKED),
         "filip n256 p49 t5-32 d256": Benchmark(captioned(256), dtypes=TIMED, peers=PACKED),
         "filip n256 p49 t32 d256": Benchmark(equal(256), dtypes=TIMED, peers=EQUAL),
-        "filip n512 p49 t32 d256": Benchmark(equal(512), dtypes=(torch.float32,), peers=EQUAL),
+        "filip n512 p49 t32 d256": Benchmark(equal(512), dtypes=(torch.float32,), peers=EQUAL, peak_memory=True),
         "filip n2048 p49 t32 d256": Benchmark(equal(2048), ("cuda",), (torch.bfloat16,), EQUAL),
         "blip-2 n512 q32 d256": Benchmark(queries(512), dtypes=TIMED, peers=DENSE),
         "blip-2 n4096 q32 d256": Benchmark(queries(4096), ("cuda",), (torch.bfloat16,), DENSE),
