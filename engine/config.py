@@ -43,6 +43,9 @@ TINY = {
 }
 """What `--tiny true` caps, and at how much, where the run has it."""
 
+TINY_MICRO_BATCH = 3
+"""A divisor of the tiny global batch, for runs that say how large a micro-batch is."""
+
 
 @dataclass
 class Config:
@@ -92,13 +95,20 @@ class Config:
 
     def micro_batch(self, world: int) -> int:
         """Pairs (or bucketed batches) one of `world` ranks takes per micro-step."""
-        parts = world * self.train.accumulation
+        return self.train.global_batch // (world * self.micro_steps(world))
+
+    def micro_steps(self, world: int) -> int:
+        """Micro-batches that each of `world` ranks takes per optimizer step."""
+        train = self.train
+        name = "accumulation" if train.micro_batch is None else "micro_batch"
+        given = getattr(train, name)
         require(
-            self.train.global_batch % parts == 0,
-            f"train.global_batch must be divisible by ranks * train.accumulation = {world} * "
-            f"{self.train.accumulation}, got {self.train.global_batch}",
+            train.global_batch % (world * given) == 0,
+            f"train.global_batch must be divisible by ranks * train.{name} = {world} * {given}, got {train.global_batch}",
         )
-        return self.train.global_batch // parts
+        steps = given if train.micro_batch is None else train.global_batch // (world * given)
+        self._check_negatives(steps)
+        return steps
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested values, as written to yaml and json."""
@@ -111,6 +121,8 @@ class Config:
     def _shrink(self) -> None:
         for name, section in vars(self).items():
             setattr(self, name, copy.deepcopy(section))  # what the caller passed stays as it was
+        if self.train.micro_batch is not None:
+            self.train.micro_batch = min(self.train.micro_batch, TINY_MICRO_BATCH)
         for path, cap in TINY.items():
             *sections, name = path.split(".")
             section = functools.reduce(lambda inner, part: inner and getattr(inner, part), sections, self)
@@ -168,7 +180,8 @@ class Config:
         require(not idle, f"data.sets: no set has the task {', '.join(idle)}")
 
     def _check_steps(self) -> None:
-        train, coupled = self.train, self.objectives.batch_coupled
+        train = self.train
+        self._check_negatives(train.accumulation)
         require(
             train.buckets is None or (train.max_steps is not None and train.max_pairs is None),
             "train.buckets makes batches of uneven size: say with train.max_steps how long the run is, not with "
@@ -183,13 +196,16 @@ class Config:
             "train.max_steps or train.max_pairs must say how long the run is",
         )
         require(
-            train.accumulation == 1 or not coupled,
-            f"train.accumulation must be 1 with objectives.{' and objectives.'.join(coupled)}, whose value "
-            f"depends on which pairs share a batch, got {train.accumulation}",
-        )
-        require(
-            not coupled or train.global_batch >= 2,
+            not self.objectives.batch_coupled or train.global_batch >= 2,
             f"train.global_batch must be at least 2, so that pairs have negatives, got {train.global_batch}",
+        )
+
+    def _check_negatives(self, micro_steps: int) -> None:
+        matching = self.objectives.matching
+        require(
+            micro_steps == 1 or matching is None or matching.negatives == "local",
+            f"objectives.matching.negatives must be local with {micro_steps} micro-batches per rank and step: states "
+            "of the other micro-batches, which global negatives need, are not kept",
         )
 
     def _check_precision(self) -> None:

@@ -1,6 +1,7 @@
 """Copies of a module with one thing wrong, to see that a test notices."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,5 +14,6 @@ def load_mutant(module: ModuleType, old: str, new: str, folder: Path) -> ModuleT
     path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location("mutant", path)
     mutant = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = mutant  # dataclasses look their module up
     spec.loader.exec_module(mutant)
     return mutant

@@ -58,7 +58,7 @@ def stream(config: Config, rank: int = 0, world: int = 1, position: int = 0, alt
     while True:
         step = position // config.train.global_batch
         window = []
-        for micro_step in range(config.train.accumulation):
+        for micro_step in range(config.micro_steps(world)):
             first = (micro_step * world + rank) * size
             rows = range(position + first, position + first + size)
             draws = [torch.Generator().manual_seed(row) for row in rows]
@@ -98,7 +98,10 @@ class StandInModule(nn.Module):
         torch.manual_seed(seed)
         self.model = StandIn(seed)
 
-    def forward(self, batch: StandInBatch):
+    def batch_coupled(self, batch: StandInBatch):
+        return []
+
+    def forward(self, batch: StandInBatch, step_losses=None):
         model = self.model
         hidden = model.hidden(batch)
         target = batch.x.to(hidden.dtype).flip(1)

@@ -119,7 +119,7 @@ class MicroBatches(Dataset):
         self.streams = task_streams(config, sets, tokenizer)
         self.mixture = Mixture([ratio for one in sets.sets for ratio in one.ratios.values()], config.seed)
         self.global_batch = config.train.global_batch
-        self.accumulation = config.train.accumulation
+        self.micro_steps = config.micro_steps(world)
         self.size = config.micro_batch(world)
         self.rank, self.world, self.step, self.ahead = rank, world, step, ahead
 
@@ -131,7 +131,7 @@ class MicroBatches(Dataset):
             return error
 
     def _batch(self, number: int) -> Batch:
-        steps, micro_step = divmod(number, self.accumulation)
+        steps, micro_step = divmod(number, self.micro_steps)
         drawn, turn = self.mixture(self.step + steps)
         stream = self.streams[drawn]
         window = turn * self.global_batch + self.ahead
@@ -181,7 +181,7 @@ def training_stream(
     )
     batches = iter(loader)
     while True:
-        window = list(islice(batches, config.train.accumulation))
+        window = list(islice(batches, micro_batches.micro_steps))
         for batch in window:
             if isinstance(batch, DataError):
                 raise batch

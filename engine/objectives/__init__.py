@@ -4,6 +4,7 @@ A loss is a local sum times `batch.normalizers[count]`, so that the mean over ra
 mean over all that is counted in the optimizer step.
 """
 
+from engine.objectives.batch_coupled import BatchCoupledObjective, Features, StepLoss
 from engine.objectives.pretraining import Objective, PretrainingModule, build_objectives
 
-__all__ = ["Objective", "PretrainingModule", "build_objectives"]
+__all__ = ["BatchCoupledObjective", "Features", "Objective", "PretrainingModule", "StepLoss", "build_objectives"]

@@ -61,7 +61,7 @@ def draw_negatives(
         stream=model.negatives_stream,
         sample_ids=batch.sample_ids,
         group=group,
-        rank_counts=rank_counts(batch, group),
+        rank_counts=rank_counts(len(batch.labels), group),
         impl=model.impl,
     )
 

@@ -26,6 +26,6 @@ def negatives_group(negatives: str) -> dist.ProcessGroup | None:
     return None
 
 
-def rank_counts(batch: Batch, group: dist.ProcessGroup | None) -> list[int] | None:
+def rank_counts(pairs: int, group: dist.ProcessGroup | None) -> list[int] | None:
     """Pairs of every rank, known without asking: the data plan gives each rank equally many."""
-    return None if group is None else [len(batch.labels)] * group.size()
+    return None if group is None else [pairs] * group.size()

@@ -15,7 +15,7 @@ class Contrastive:
     weight: float = 1.0
     """Factor in the total loss."""
     negatives: Literal["global", "local"] = "global"
-    """global: against the pairs of all ranks; local: against this rank's own."""
+    """global: against all pairs of the step; local: against those of this rank."""
 
 
 @dataclass
@@ -25,7 +25,8 @@ class Matching:
     weight: float = 1.0
     """Factor in the total loss."""
     negatives: Literal["global", "local"] = "global"
-    """Where hard negatives are drawn from."""
+    """Where hard negatives are drawn from. global: the pairs of all ranks, which takes one micro-batch per rank and
+    step; local: this rank's own micro-batch."""
     hardness: float = 1.0
     """Factor on the contrastive scores that negatives are drawn by. 1: as often as the contrastive softmax confuses
     them, so the loss has nothing to learn until fusion knows more than the towers; 0: all alike."""

@@ -83,6 +83,11 @@ class Train:
     """Batches of a token budget in place of a number of pairs (null: pairs)."""
     accumulation: int = 1
     """Micro-steps per optimizer step; each rank's micro-batch is global_batch / (ranks * accumulation)."""
+    micro_batch: int | None = None
+    """Pairs one rank puts through the model at once, in place of accumulation: it takes global_batch /
+    (ranks * micro_batch) micro-steps, so that the global batch is free to choose on any number of ranks (null: as
+    accumulation says). Where there are several, a contrastive loss is still over the whole global batch; towers are
+    then run once more, without a graph."""
     max_steps: int | None = None
     """Optimizer steps of the run."""
     max_pairs: int | None = None
@@ -106,8 +111,12 @@ class Train:
     """Recompute blocks in the backward instead of keeping their activations."""
 
     def __post_init__(self) -> None:
-        counts = ("global_batch", "accumulation", "log_every", "max_steps", "max_pairs", "join_timeout")
+        counts = ("global_batch", "accumulation", "micro_batch", "log_every", "max_steps", "max_pairs", "join_timeout")
         require_positive(self, "train", *counts)
+        require(
+            self.micro_batch is None or self.accumulation == 1,
+            f"train.accumulation follows from train.micro_batch = {self.micro_batch}: leave it out, got {self.accumulation}",
+        )
         require_not_negative(self, "train", "save_every", "evaluate_every")
         require(
             self.keep_checkpoints >= 2,

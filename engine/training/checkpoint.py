@@ -19,6 +19,7 @@ import torch
 import vlkernels as vk
 
 from engine.config import Config
+from engine.training.generators import generator_states, restore_generators
 from engine.training.zero import Engine, Ranks
 
 MANIFEST = "manifest.json"
@@ -175,14 +176,9 @@ def refuse_differences(path: Path, saved: dict[str, Any], current: dict[str, Any
 
 
 def random_state(ranks: Ranks, rng: vk.Rng) -> dict[str, Any]:
-    state = {"torch": torch.get_rng_state(), "model": rng.state_dict()}
-    if ranks.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return state
+    return {**generator_states(ranks.device), "model": rng.state_dict()}
 
 
 def restore_random_state(state: dict[str, Any], ranks: Ranks, rng: vk.Rng) -> None:
-    torch.set_rng_state(state["torch"])
+    restore_generators(state, ranks.device)
     rng.load_state_dict(state["model"])
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], ranks.device)

@@ -10,6 +10,7 @@ import vlkernels as vk
 from torch import Tensor
 
 from engine.batch import Batch
+from engine.training.feature_cache import read_ahead
 from engine.training.zero import Engine, Ranks
 
 
@@ -60,17 +61,18 @@ class StepResult:
 def run_window(
     engine: Engine, window: list[Batch], counts: dict[str, int], ranks: Ranks, rng: vk.Rng
 ) -> StepResult:
-    """Forward and backward of every micro-batch, then the update.
+    """Forward and backward of every micro-batch, then the update; before them all, the losses over the whole window.
 
     `rng` advances once: sample ids count through the whole window, so draws do not depend on how it is cut.
     """
     factors = normalizers(counts, ranks.world * len(window), ranks.device)
     values: dict[str, Tensor] = {}
     applied = True
-    for batch in window:
+    for batch, first in zip(window, read_ahead(engine, window, ranks.device), strict=True):
         batch = batch.to(ranks.device, non_blocking=True)
         batch.normalizers = factors
-        loss, losses, report = engine(batch)
+        first.draw_alike(ranks.device)
+        loss, losses, report = engine(batch, first.step_losses)
         engine.backward(loss)
         applied = engine.step()
         for name, value in {"loss": loss, **losses, **report}.items():

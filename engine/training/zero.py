@@ -167,7 +167,7 @@ def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
     return {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.micro_batch(world),
-        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_accumulation_steps": config.micro_steps(world),
         # left out, DeepSpeed clips at 1.0; stage 0 is clipped beside its guard, see `_guard_plain_gradients`
         "gradient_clipping": config.optimizer.clip if config.zero.stage > 0 else 0.0,
         "zero_optimization": {"stage": config.zero.stage},
@@ -205,8 +205,8 @@ class Engine:
     def module(self) -> nn.Module:
         return self.deepspeed.module
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self.deepspeed(*inputs)
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.deepspeed(*inputs, **options)
 
     def compile_blocks(self) -> None:
         """Compile the transformer blocks for any number of tokens.

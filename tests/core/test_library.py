@@ -39,7 +39,7 @@ def classifier_gradients(is_autocast):
 
 
 def test_autocast_does_not_reach_into_kernels(monkeypatch):
-    monkeypatch.setattr(torch_kernels, "CHUNK_LOGITS", 200)
+    monkeypatch.setattr(torch_kernels, "CPU_CHUNK_LOGITS", 200)
     for mine, plain in zip(classifier_gradients(True), classifier_gradients(False), strict=True):
         assert torch.equal(mine, plain)
 

@@ -11,14 +11,15 @@ from torch import nn
 
 from vlkernels.ops.late_interaction_loss import torch_kernels
 
-COUNTS = {2: ((5, 5), (7, 3)), 3: ((4, 4, 4), (6, 0, 5))}
+COUNTS = {2: ((5, 5), (7, 3)), 3: ((4, 4, 4), (6, 0, 5)), 4: ((3, 3, 3, 3), (5, 0, 2, 4))}
 WIDTH = 6
 OPTIONS = {
     "filip": {"similarity": "mean_max"},
     "filip, smoothed": {"similarity": "mean_max", "label_smoothing": 0.1},
     "blip-2": {"similarity": "max", "label_smoothing": 0.1},
 }
-SCENARIOS = list(product(OPTIONS, ("mean", "sum"), ("torch", "reference")))
+WAYS = {"gather": {"impl": "torch"}, "ring": {"impl": "torch", "exchange": "ring"}, "reference": {"impl": "reference"}}
+SCENARIOS = list(product(OPTIONS, ("mean", "sum"), WAYS))
 
 
 class Towers(nn.Module):
@@ -77,14 +78,14 @@ def worker(rank, world, folder):
     for counts in COUNTS[world]:
         own = share(samples(sum(counts)), counts, rank)
         known = None if len(set(counts)) == 1 else counts
-        for option, reduction, impl in SCENARIOS:
-            over_ranks = {"group": group, "rank_counts": known, "rank_reduction": reduction, "impl": impl}
+        for option, reduction, way in SCENARIOS:
+            over_ranks = {"group": group, "rank_counts": known, "rank_reduction": reduction, **WAYS[way]}
             loss, gradients = loss_and_gradients(option, own, spare=2 * rank, **over_ranks)
             for gradient in gradients:
                 dist.all_reduce(gradient)
                 gradient /= world if reduction == "mean" else 1
-            results["losses"][str((counts, option, reduction, impl))] = loss
-            results["gradients"][str((counts, option, reduction, impl))] = gradients
+            results["losses"][str((counts, option, reduction, way))] = loss
+            results["gradients"][str((counts, option, reduction, way))] = gradients
     results["errors"] = [uneven_error(rank, group, impl) for impl in ("torch", "reference")]
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.barrier()
@@ -113,21 +114,21 @@ def ranks(request, tmp_path_factory):
 def test_loss_is_that_of_one_process_and_equal_on_every_rank(ranks):
     for counts, option in product(COUNTS[len(ranks)], OPTIONS):
         expected, _ = loss_and_gradients(option, samples(sum(counts)), impl="reference")
-        for reduction, impl in product(("mean", "sum"), ("torch", "reference")):
-            losses = [result["losses"][str((counts, option, reduction, impl))] for result in ranks]
+        for reduction, way in product(("mean", "sum"), WAYS):
+            losses = [result["losses"][str((counts, option, reduction, way))] for result in ranks]
             torch.testing.assert_close(losses[0], expected, rtol=1e-12, atol=1e-12)
-            assert all(torch.equal(loss, losses[0]) for loss in losses), (counts, option, reduction, impl)
+            assert all(torch.equal(loss, losses[0]) for loss in losses), (counts, option, reduction, way)
 
 
 def test_reduced_parameter_gradients_are_those_of_one_process(ranks):
     for counts, option in product(COUNTS[len(ranks)], OPTIONS):
         _, expected = loss_and_gradients(option, samples(sum(counts)), impl="reference")
         assert all(gradient.abs().max() > 1e-3 for gradient in expected)
-        for reduction, impl in product(("mean", "sum"), ("torch", "reference")):
-            gradients = ranks[0]["gradients"][str((counts, option, reduction, impl))]
+        for reduction, way in product(("mean", "sum"), WAYS):
+            gradients = ranks[0]["gradients"][str((counts, option, reduction, way))]
             for mine, true in zip(gradients, expected, strict=True):
                 torch.testing.assert_close(
-                    mine, true, rtol=1e-10, atol=1e-12, msg=f"{counts} {option} {reduction} {impl}"
+                    mine, true, rtol=1e-10, atol=1e-12, msg=f"{counts} {option} {reduction} {way}"
                 )
 
 

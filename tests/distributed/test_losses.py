@@ -11,7 +11,7 @@ from torch import nn
 
 from vlkernels.ops.contrastive_loss import torch_kernels
 
-COUNTS = {2: ((5, 5), (7, 3)), 3: ((4, 4, 4), (6, 0, 5))}
+COUNTS = {2: ((5, 5), (7, 3)), 3: ((4, 4, 4), (6, 0, 5)), 4: ((3, 3, 3, 3), (5, 0, 2, 4))}
 WIDTH, QUEUE = 6, 4
 OPTIONS = {
     "plain": {},
@@ -19,7 +19,8 @@ OPTIONS = {
     "keys": {"keys": True},
     "distilled": {"keys": True, "labels": True, "distillation": 0.4, "label_smoothing": 0.1},
 }
-SCENARIOS = list(product(OPTIONS, ("mean", "sum"), ("torch", "reference")))
+WAYS = {"gather": {"impl": "torch"}, "ring": {"impl": "torch", "exchange": "ring"}, "reference": {"impl": "reference"}}
+SCENARIOS = list(product(OPTIONS, ("mean", "sum"), WAYS))
 
 
 class Towers(nn.Module):
@@ -100,14 +101,14 @@ def worker(rank, world, folder):
         own = share(counts, rank)
         batch = [tensor[own] for tensor in data(sum(counts))]
         known = None if len(set(counts)) == 1 else counts
-        for option, reduction, impl in SCENARIOS:
-            over_ranks = {"group": group, "rank_counts": known, "rank_reduction": reduction, "impl": impl}
+        for option, reduction, way in SCENARIOS:
+            over_ranks = {"group": group, "rank_counts": known, "rank_reduction": reduction, **WAYS[way]}
             loss, gradients = loss_and_gradients(option, batch, **over_ranks)
             for gradient in gradients:
                 dist.all_reduce(gradient)
                 gradient /= world if reduction == "mean" else 1
-            results["losses"][str((counts, option, reduction, impl))] = loss
-            results["gradients"][str((counts, option, reduction, impl))] = gradients
+            results["losses"][str((counts, option, reduction, way))] = loss
+            results["gradients"][str((counts, option, reduction, way))] = gradients
         for impl in ("torch", "reference"):
             ids = torch.arange(100, 100 + sum(counts))[own]
             results["negatives"][str((counts, impl))] = negatives(
@@ -139,21 +140,21 @@ def ranks(request, tmp_path_factory):
 def test_loss_is_that_of_one_process_and_equal_on_every_rank(ranks):
     for counts, option in product(COUNTS[len(ranks)], OPTIONS):
         expected, _ = loss_and_gradients(option, data(sum(counts)), impl="reference")
-        for reduction, impl in product(("mean", "sum"), ("torch", "reference")):
-            losses = [result["losses"][str((counts, option, reduction, impl))] for result in ranks]
+        for reduction, way in product(("mean", "sum"), WAYS):
+            losses = [result["losses"][str((counts, option, reduction, way))] for result in ranks]
             torch.testing.assert_close(losses[0], expected, rtol=1e-12, atol=1e-12)
-            assert all(torch.equal(loss, losses[0]) for loss in losses), (counts, option, reduction, impl)
+            assert all(torch.equal(loss, losses[0]) for loss in losses), (counts, option, reduction, way)
 
 
 def test_reduced_parameter_gradients_are_those_of_one_process(ranks):
     for counts, option in product(COUNTS[len(ranks)], OPTIONS):
         _, expected = loss_and_gradients(option, data(sum(counts)), impl="reference")
         assert all(gradient.abs().max() > 1e-3 for gradient in expected)
-        for reduction, impl in product(("mean", "sum"), ("torch", "reference")):
-            gradients = ranks[0]["gradients"][str((counts, option, reduction, impl))]
+        for reduction, way in product(("mean", "sum"), WAYS):
+            gradients = ranks[0]["gradients"][str((counts, option, reduction, way))]
             for mine, true in zip(gradients, expected, strict=True):
                 torch.testing.assert_close(
-                    mine, true, rtol=1e-10, atol=1e-12, msg=f"{counts} {option} {reduction} {impl}"
+                    mine, true, rtol=1e-10, atol=1e-12, msg=f"{counts} {option} {reduction} {way}"
                 )
 
 

@@ -28,7 +28,8 @@ LOSSES = {
 # Bytes of a number; of every row's and column's hardest negative, its similarity and its place; of a number and every count.
 STATISTICS = {"sigmoid": lambda total: 8, "hardest": lambda total: 2 * total * 16, "summed": lambda total: 8 + 8 * total}
 REDUCTIONS, IMPLEMENTATIONS = ("mean", "sum"), ("torch", "reference")
-SCENARIOS = list(product(LOSSES, REDUCTIONS, IMPLEMENTATIONS))
+WAYS = {"gather": {"impl": "torch"}, "ring": {"impl": "torch", "exchange": "ring"}, "reference": {"impl": "reference"}}
+SCENARIOS = list(product(LOSSES, REDUCTIONS, WAYS))
 
 
 class Towers(nn.Module):
@@ -94,8 +95,8 @@ def worker(rank, world, folder):
         batch = [tensor[start : start + counts[rank]] for tensor in data(sum(counts))]
         known = None if len(set(counts)) == 1 else counts
         for scenario in SCENARIOS:
-            name, reduction, impl = scenario
-            over_ranks = {"group": group, "rank_counts": known, "rank_reduction": reduction, "impl": impl}
+            name, reduction, way = scenario
+            over_ranks = {"group": group, "rank_counts": known, "rank_reduction": reduction, **WAYS[way]}
             (loss, gradients), nbytes = sent.of(loss_and_gradients, name, batch, **over_ranks)
             for gradient in gradients:
                 dist.all_reduce(gradient)
@@ -132,8 +133,8 @@ def ranks(request, tmp_path_factory):
 def scenarios(ranks):
     for counts, name in product(COUNTS[len(ranks)], LOSSES):
         expected = loss_and_gradients(name, data(sum(counts)), impl="reference")
-        for reduction, impl in product(REDUCTIONS, IMPLEMENTATIONS):
-            yield str((counts, name, reduction, impl)), *expected
+        for reduction, way in product(REDUCTIONS, WAYS):
+            yield str((counts, name, reduction, way)), *expected
 
 
 def test_loss_is_that_of_one_process_and_equal_on_every_rank(ranks):
@@ -151,13 +152,14 @@ def test_reduced_parameter_gradients_are_those_of_one_process(ranks):
 
 
 def test_a_rank_sends_its_features_once(ranks):
-    """Features and labels, padded to the longest rank, their count where it is not known, and the statistics of the loss."""
+    """Features, labels and similarities of partners, padded to the longest rank, a count where none is known, and statistics."""
     for counts, name in product(COUNTS[len(ranks)], LOSSES):
-        rows = max(counts) * 8 * (2 * WIDTH + name.endswith("labels"))
+        partners = name.startswith(("hardest", "summed"))
+        rows = max(counts) * 8 * (2 * WIDTH + name.endswith("labels") + partners)
         count = 8 if len(set(counts)) == 1 else 0
         statistics = STATISTICS[name.removesuffix("_labels")](sum(counts))
         for result, reduction in product(ranks, REDUCTIONS):
-            sent = result["bytes"][str((counts, name, reduction, "torch"))]
+            sent = result["bytes"][str((counts, name, reduction, "gather"))]
             assert sent == rows + count + statistics, (counts, name)
             print(f"{name} on {counts} ranks: {sent} bytes sent by each")
 

@@ -90,6 +90,7 @@ def test_no_tensor_is_larger_than_the_features(option, small_tiles):
         "",
         None,
         "mean",
+        "gather",
         True,
     )
     with LargestTensor() as largest, torch.no_grad():
@@ -195,6 +196,11 @@ def test_one_graph_serves_every_number_of_pairs():
         ({"rank_counts": (2, 2)}, r"rank_counts must hold one count for each of 1 ranks, got \[2, 2\]"),
         ({"rank_counts": (3,)}, r"rank_counts must be 4 at rank 0, the rows it has, got \[3\]"),
         ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
+        ({"exchange": "all"}, 'exchange must be "gather" or "ring", got "all"'),
+        (
+            {"image_features": torch.zeros(0, 3), "text_features": torch.zeros(0, 3)},
+            "a batch must hold at least one pair, got N = 0 on one process",
+        ),
         (
             {"group": "world"},
             "group must be a torch.distributed process group that holds this rank, got 'world'",

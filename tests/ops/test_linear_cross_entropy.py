@@ -17,7 +17,7 @@ ROWS, WIDTH, ENTRIES = 25, 8, 60
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(torch_kernels, "CHUNK_LOGITS", 4 * ENTRIES)
+    monkeypatch.setattr(torch_kernels, "CPU_CHUNK_LOGITS", 4 * ENTRIES)
 
 
 def problem(dtype=torch.float64, ignored=True):
@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_counted_are_carried_along_with_weight_zero(reductio
 
 
 def test_weight_gradients_of_bfloat16_chunks_add_up_in_float32(monkeypatch):
-    monkeypatch.setattr(torch_kernels, "CHUNK_LOGITS", 2 * 16)
+    monkeypatch.setattr(torch_kernels, "CPU_CHUNK_LOGITS", 2 * 16)
     fill = InputMaker(torch.bfloat16)
     hidden, weight, targets = fill.normal(512, 8), fill.normal(16, 8), fill.integers(0, 16, (512,))
     mine = torch.autograd.grad(vk.linear_cross_entropy(hidden, weight, targets, impl="torch"), weight)[0]
@@ -95,6 +95,27 @@ def test_no_tensor_has_the_logits_of_all_rows(small_chunks):
             hidden, weight, bias, targets, None, None, None, -100, 0.1, 0.1, 0.0, 1.0, "mean", True
         )  # fmt: skip
     assert largest.numel == ENTRIES * WIDTH < ROWS * ENTRIES
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_second_backward_computes_again_what_the_first_took(reduction, small_chunks):
+    hidden, weight, targets, bias = problem()
+    loss = vk.linear_cross_entropy(hidden, weight, targets, bias=bias, reduction=reduction, impl="torch").sum()
+    first = torch.autograd.grad(loss, (hidden, weight, bias), torch.tensor(2.0).double(), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    again = torch.autograd.grad(loss, (hidden, weight, bias), torch.tensor(6.0).double())
+    for mine, before, true in zip(again, kept, first, strict=True):
+        assert torch.equal(before, true)
+        torch.testing.assert_close(mine, 3 * before, rtol=1e-11, atol=1e-13)
+
+
+def test_a_gradient_is_not_copied():
+    """What the forward kept becomes the parameter's gradient: of a large vocabulary there is one in memory."""
+    hidden, weight, targets, _ = problem(torch.float32)
+    loss = vk.linear_cross_entropy(hidden, weight, targets, impl="torch")
+    kept = loss.grad_fn.kept[1].data_ptr()
+    loss.backward()
+    assert weight.grad.data_ptr() == kept
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])

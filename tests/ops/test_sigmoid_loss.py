@@ -1,5 +1,6 @@
 """What is special to the sigmoid loss: tiles, shapes, half types, memory, who serves, errors, faults."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.mutants import load_mutant
 from vlkernels.core import dispatch
 from vlkernels.core.spec import Case, InputMaker
-from vlkernels.ops.sigmoid_loss import torch_kernels
+from vlkernels.ops.sigmoid_loss import driver, torch_kernels
 from vlkernels.ops.sigmoid_loss.spec import SPECS, features
 from vlkernels.testing import contract
 
@@ -130,7 +131,7 @@ def test_no_tensor_is_larger_than_the_features(labels, small_tiles):
     arguments = inputs(labels, count=150)
     tensors = [arguments[name].detach() for name in TENSORS]
     with LargestTensor() as largest:
-        torch_kernels.sigmoid_loss(*tensors, arguments.get("labels"), "", None, "mean", True)
+        torch_kernels.sigmoid_loss(*tensors, arguments.get("labels"), "", None, "mean", "gather", True)
     assert largest.numel == 150 * 6
 
 
@@ -179,6 +180,7 @@ def test_a_batch_without_a_pair_is_refused(impl, rank_counts):
         ({"labels": torch.zeros(4)}, "labels must be one of int64, int32, got float32"),
         ({"rank_counts": (2, 2)}, r"rank_counts must hold one count for each of 1 ranks, got \[2, 2\]"),
         ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
+        ({"exchange": "all"}, 'exchange must be "gather" or "ring", got "all"'),
         ({"group": "world"}, "group must be a torch.distributed process group that holds this rank, got 'world'"),
         ({"impl": "triton"}, 'impl must be "auto" or one of .* for sigmoid_loss, got "triton"'),
     ],
@@ -195,24 +197,23 @@ def test_benchmarks_and_peer_compute_the_same():
 
 
 MUTANTS = {
-    "tiles of other texts left out": ("for j in own + others:", "for j in own[:1]:"),
-    "partners that count as strangers": ("tile.diagonal().neg_()", "pass"),
-    "a diagonal in every tile": ("if i == j:", "if True:"),
-    "labels that repel": ("self.labels[i, None] != ", "self.labels[i, None] == "),
-    "a bias left out": (".add_(self.bias)", ""),
-    "a scale that aligns with its own product": ("self._similarities, out=self._other", "self._logits, out=self._other"),
-    "text gradients of the last tile alone": ("if j in own:", "if i == j:"),
-    "a scale missing from the gradients": ("of_features = tiles.scale * factor", "of_features = factor"),
-    "a sum for a mean": ("mean = 1 / rows.total", "mean = 1"),
+    "tiles of other texts left out": (torch_kernels, "for j in texts.cut(TILE):", "for j in texts.cut(TILE)[:1]:"),
+    "partners that count as strangers": (torch_kernels, "pairs.partners(tile, i, j).neg_()", "pass"),
+    "a diagonal in every tile": (torch_kernels, "pairs.partners(tile, i, j)", "tile.diagonal()"),
+    "labels that repel": (torch_kernels, "self._labels[i.span, None] != ", "self._labels[i.span, None] == "),
+    "a bias left out": (torch_kernels, ".add_(self._bias)", ""),
+    "a scale that aligns with its own product": (torch_kernels, "weights, self._products, out", "weights, self._logits, out"),
+    "text gradients of the first tile alone": (torch_kernels, "toward_text[texts.within(j)]", "toward_text[: len(j.features)]"),
+    "a scale missing from the gradients": (driver, "of_features = scale * factor", "of_features = factor"),
+    "a sum for a mean": (driver, "mean = 1 / rows.total", "mean = 1"),
 }
 
 
-def is_right(module):
-    module.TILE = 8
+def is_right(loss_function):
     for labels in (False, True):
         arguments = inputs(labels, count=21)
         tensors = [arguments[name].detach() for name in TENSORS]
-        found = module.sigmoid_loss(*tensors, arguments.get("labels"), "", None, "mean", True)
+        found = loss_function(*tensors, arguments.get("labels"), "", None, "mean", "gather", True)
         loss, *gradients = value_and_gradients(arguments, impl="reference")
         expected = (loss, *(gradient / 3 for gradient in gradients))
         if not all(torch.allclose(f, e, rtol=1e-10, atol=1e-12) for f, e in zip(found, expected, strict=True)):
@@ -221,6 +222,12 @@ def is_right(module):
 
 
 @pytest.mark.parametrize("fault", [None, *MUTANTS])
-def test_a_fault_is_seen(fault, tmp_path):
-    changed = MUTANTS.get(fault, ("", ""))
-    assert is_right(load_mutant(torch_kernels, *changed, tmp_path)) == (fault is None)
+def test_a_fault_is_seen(fault, tmp_path, small_tiles):
+    module, *changed = MUTANTS.get(fault, (torch_kernels, "", ""))
+    mutant = load_mutant(module, *changed, tmp_path)
+    if module is driver:
+        loss_function = partial(mutant.sigmoid_loss, torch_kernels.Tiles)
+    else:
+        mutant.TILE = 8
+        loss_function = mutant.sigmoid_loss
+    assert is_right(loss_function) == (fault is None)

@@ -1,5 +1,6 @@
 """What is special to the triplet loss: tiles, ties, labels, shapes, half types, memory, who serves, errors, faults."""
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.mutants import load_mutant
 from vlkernels.core import dispatch
 from vlkernels.core.spec import Case, InputMaker
-from vlkernels.ops.triplet_loss import torch_kernels
+from vlkernels.ops.triplet_loss import driver, torch_kernels
 from vlkernels.ops.triplet_loss.spec import SPECS, features
 from vlkernels.testing import contract
 
@@ -151,7 +152,7 @@ def test_no_tensor_is_larger_than_the_features(options, small_tiles):
     arguments = inputs(**options, count=150)
     tensors = [arguments[name].detach() for name in TENSORS]
     with LargestTensor() as largest:
-        torch_kernels.triplet_loss(*tensors, arguments.get("labels"), 0.2, options["hardest"], "", None, "mean", True)
+        torch_kernels.triplet_loss(*tensors, arguments.get("labels"), 0.2, options["hardest"], "", None, "mean", "gather", True)
     assert largest.numel == 150 * 6
 
 
@@ -200,6 +201,7 @@ def test_one_graph_serves_every_number_of_pairs():
         ({"labels": torch.zeros(4)}, "labels must be one of int64, int32, got float32"),
         ({"rank_counts": (2, 2)}, r"rank_counts must hold one count for each of 1 ranks, got \[2, 2\]"),
         ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
+        ({"exchange": "all"}, 'exchange must be "gather" or "ring", got "all"'),
         ({"group": "world"}, "group must be a torch.distributed process group that holds this rank, got 'world'"),
         ({"impl": "triton"}, 'impl must be "auto" or one of .* for triplet_loss, got "triton"'),
     ],
@@ -218,30 +220,29 @@ def test_a_batch_without_a_pair_is_refused(impl, hardest):
 
 
 MUTANTS = {
-    "tiles of other texts left out": ("for j in own + others:", "for j in own[:1]:"),
-    "partners that count as negatives": ("out.diagonal().fill_(-torch.inf)", "pass"),
-    "a diagonal in every tile": ("if i == j:", "if True:"),
-    "labels that are negatives": ("self.labels[i, None] == ", "self.labels[i, None] != "),
-    "places within the tile": ("place += start", "pass"),
-    "the hardest of the last tile": ("harder = (similarity > known)", "harder = (similarity > -torch.inf)"),
-    "the last of equally hard negatives": ("place < known_place", "place > known_place"),
-    "partners that move for their images alone": ("(pushes + met)[own]", "pushes[own]"),
-    "negatives that stay": ("weights = met * mine[:, None]", "weights = 0 * met"),
-    "pushes of images alone": ("pushes[j] += of_texts.sum(0)", "pass"),
-    "a margin left out": ("tiles.partners - margin", "tiles.partners"),
-    "a margin of the hardest left out": ("tiles.partners + margin)", "tiles.partners)"),
+    "tiles of other texts left out": (torch_kernels, "for j in texts.cut(TILE):", "for j in texts.cut(TILE)[:1]:"),
+    "partners that count as negatives": (torch_kernels, "pairs.partners(out, i, j).fill_(-torch.inf)", "pass"),
+    "a diagonal in every tile": (torch_kernels, "pairs.partners(out, i, j)", "out.diagonal()"),
+    "labels that are negatives": (torch_kernels, "self._labels[i.span, None] == ", "self._labels[i.span, None] != "),
+    "places within the tile": (torch_kernels, "place += start", "pass"),
+    "the hardest of the last tile": (torch_kernels, "harder = (similarity > known)", "harder = (similarity > -torch.inf)"),
+    "the last of equally hard negatives": (torch_kernels, "place < known_place", "place > known_place"),
+    "partners that move for their images alone": (driver, "of_images.push + of_texts.push", "of_images.push"),
+    "negatives that stay": (torch_kernels, "toward_other.index_add_(0, place, weights *", "toward_other.index_add_(0, place, 0 * weights *"),
+    "pushes of images alone": (torch_kernels, "pushes[j.span] += of_texts.sum(0)", "pass"),
+    "a margin left out": (driver, "least = partners - margin", "least = partners"),
+    "a margin of the hardest left out": (driver, "- partners + margin)", "- partners)"),
 }
 
 
-def is_right(module):
-    module.TILE = 8
+def is_right(loss_function):
     cases = [inputs(**options, count=21) for options in OPTIONS] + [tied()]
     for case in cases:
         arguments = {"labels": None, "margin": 0.2, "hardest": True} | case
         tensors = [arguments[name].detach() for name in TENSORS]
         rest = [arguments[name] for name in ("labels", "margin", "hardest")]
         try:
-            found = module.triplet_loss(*tensors, *rest, "", None, "mean", True)
+            found = loss_function(*tensors, *rest, "", None, "mean", "gather", True)
         except IndexError:
             return False
         loss, *gradients = value_and_gradients(arguments, impl="reference")
@@ -252,6 +253,12 @@ def is_right(module):
 
 
 @pytest.mark.parametrize("fault", [None, *MUTANTS])
-def test_a_fault_is_seen(fault, tmp_path):
-    changed = MUTANTS.get(fault, ("", ""))
-    assert is_right(load_mutant(torch_kernels, *changed, tmp_path)) == (fault is None)
+def test_a_fault_is_seen(fault, tmp_path, small_tiles):
+    module, *changed = MUTANTS.get(fault, (torch_kernels, "", ""))
+    mutant = load_mutant(module, *changed, tmp_path)
+    if module is driver:
+        loss_function = partial(mutant.triplet_loss, torch_kernels.Tiles)
+    else:
+        mutant.TILE = 8
+        loss_function = mutant.triplet_loss
+    assert is_right(loss_function) == (fault is None)

@@ -7,7 +7,9 @@ parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +38,15 @@ class Rows:
 
     @property
     def start(self) -> int:
-        return sum(self.counts[: self.rank])
+        return self.of(range(self.rank, self.rank + 1)).start
 
     @property
     def stop(self) -> int:
         return self.start + self.counts[self.rank]
+
+    def of(self, ranks: range) -> slice:
+        """The rows of neighbouring ranks."""
+        return slice(sum(self.counts[: ranks.start]), sum(self.counts[: ranks.stop]))
 
     @property
     def total(self) -> int:
@@ -53,6 +59,29 @@ class Rows:
     @property
     def world_size(self) -> int:
         return len(self.counts)
+
+
+_counters: list[Counter[str]] = []
+
+
+@contextlib.contextmanager
+def count_bytes() -> Iterator[Counter[str]]:
+    """Collect what this rank sends inside the block: bytes by kind, ``gather``, ``reduce`` and ``ring``.
+
+    Gathers and reductions are counted as ring algorithms send them: what a rank holds to W - 1 others, and a tensor
+    twice without a share of one in W.
+    """
+    counter: Counter[str] = Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters[:] = [other for other in _counters if other is not counter]
+
+
+def _count(kind: str, nbytes: int) -> None:
+    for counter in _counters:
+        counter[kind] += nbytes
 
 
 def group_name(group: ProcessGroup | None) -> str:
@@ -99,10 +128,7 @@ def locate_rows(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[i
         return Rows((count,))
     if rank_counts is not None:
         return Rows(tuple(rank_counts), group.rank(), group)
-    found = torch.empty(group.size(), dtype=torch.int64, device=own.device)
-    dist.all_gather_into_tensor(
-        found, torch.full((1,), count, dtype=torch.int64, device=own.device), group=group
-    )
+    found = _all_gather(torch.full((1,), count, dtype=torch.int64, device=own.device), group)
     if own.device.type != "cpu":
         torch._assert_async((found == count).all())
     elif (found != count).any():
@@ -118,11 +144,29 @@ def gather_rows(own: Tensor, rows: Rows) -> Tensor:
     longest = max(rows.counts)
     padded = own.new_zeros(longest, *own.shape[1:])
     padded[: own.shape[0]] = own
-    gathered = own.new_empty(rows.world_size * longest, *own.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded, group=rows.group)
+    gathered = _all_gather(padded, rows.group)
     if min(rows.counts) == longest:
         return gathered
     return torch.cat([part[:count] for part, count in zip(gathered.split(longest), rows.counts, strict=True)])
+
+
+def _all_gather(own: Tensor, group: ProcessGroup) -> Tensor:
+    gathered = own.new_empty(group.size() * own.shape[0], *own.shape[1:])
+    _count("gather", (group.size() - 1) * own.nbytes)
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    return gathered
+
+
+def send_around(sent: Sequence[Tensor], received: Sequence[Tensor], rows: Rows) -> list[dist.Work]:
+    """Start to send tensors to the next rank and to fill others from the one before: what to wait for before either is used.
+
+    One batch, so that no order of sends and receives can block; tensors without elements are not sent.
+    """
+    after, before = (dist.get_global_rank(rows.group, (rows.rank + step) % rows.world_size) for step in (1, -1))
+    sends = [dist.P2POp(dist.isend, tensor, after, rows.group) for tensor in sent if tensor.numel()]
+    receives = [dist.P2POp(dist.irecv, tensor, before, rows.group) for tensor in received if tensor.numel()]
+    _count("ring", sum(operation.tensor.nbytes for operation in sends))
+    return dist.batch_isend_irecv(sends + receives) if sends or receives else []
 
 
 def sum_over_ranks(tensor: Tensor, rows: Rows) -> Tensor:
@@ -137,6 +181,7 @@ def max_over_ranks(tensor: Tensor, rows: Rows) -> Tensor:
 
 def _all_reduce(tensor: Tensor, operation: Any, rows: Rows) -> Tensor:
     if rows.group is not None:
+        _count("reduce", 2 * (rows.world_size - 1) * tensor.nbytes // rows.world_size)
         dist.all_reduce(tensor, operation, group=rows.group)
     return tensor
 

@@ -1,4 +1,4 @@
-"""What losses over all pairs of two sets of features share: checks, tiles over ranks, gradients kept by the forward."""
+"""What losses over all pairs of two sets of features share: checks, partners in tiles, gradients kept by the forward."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vlkernels.core import checks
 from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows, scale_gradient
-
-Spans = list[slice]
+from vlkernels.core.exchange import Block
 
 
 def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor | None, **numbers: Tensor | float) -> None:
@@ -66,18 +65,21 @@ def held_by_all_ranks(number: Tensor | float, like: Tensor, rows: Rows, rank_red
     return scale_gradient(scalar, gradient_factor(rows, rank_reduction) / rows.world_size)
 
 
-def spans(rows: Rows, size: int) -> tuple[Spans, Spans]:
-    """Tiles of this rank's rows, then tiles of all others, so that partners lie on diagonals of tiles."""
-    return _cut(rows.start, rows.stop, size), _cut(0, rows.start, size) + _cut(rows.stop, rows.total, size)
+def partners(tile: Tensor, images: Block, texts: Block) -> Tensor:
+    """The entries of a tile that belong to partners; none where the blocks hold no pair."""
+    return tile.diagonal(images.start - texts.start)
 
 
-def _cut(start: int, stop: int, size: int) -> Spans:
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+def shared(images: Block, texts: Block) -> slice:
+    """The numbers of the pairs that two blocks both hold."""
+    start = max(images.start, texts.start)
+    return slice(start, max(start, min(images.span.stop, texts.span.stop)))
 
 
-def within(span: slice, rows: Rows) -> slice:
-    """Where the rows of a span lie among this rank's own."""
-    return slice(span.start - rows.start, span.stop - rows.start)
+def at_least(memory: Tensor, images: Block, texts: Block, size: int) -> Tensor:
+    """Memory ``[parts, numbers]`` for any tile of two blocks, as it is when it already suffices."""
+    needed = min(size, len(images.features)) * min(size, len(texts.features))
+    return memory if memory.shape[1] >= needed else memory.new_empty(memory.shape[0], needed)
 
 
 def add_product(total: Tensor, weights: Tensor, features: Tensor) -> None:

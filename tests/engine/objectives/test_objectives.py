@@ -5,7 +5,7 @@ from random_batch import random_batch, small_model
 from torch.nn import functional as F
 
 from engine.batch import MaskedWords, Places
-from engine.objectives import PretrainingModule, build_objectives
+from engine.objectives import PretrainingModule, build_objectives, contrastive
 from engine.objectives.contrastive import ContrastiveObjective
 from engine.objectives.masked_language import MaskedLanguageObjective
 from engine.objectives.matching import MatchingObjective, draw_negatives
@@ -22,6 +22,13 @@ def test_contrastive_by_hand():
     found = (logits.argmax(1) == own).float().mean() + (logits.argmax(0) == own).float().mean()
     torch.testing.assert_close(report["contrastive_accuracy"], found / 2)
     torch.testing.assert_close(report["logit_scale"], model.logit_scale.detach().exp()[0])
+
+
+def test_contrastive_accuracy_tile_by_tile(monkeypatch):
+    model, batch = small_model(), random_batch(range(7))
+    whole = ContrastiveObjective()(model, batch)[1]["contrastive_accuracy"]
+    monkeypatch.setattr(contrastive, "LOGITS_AT_ONCE", 2 * 7)
+    assert 0 < whole < 1 and ContrastiveObjective()(model, batch)[1]["contrastive_accuracy"] == whole
 
 
 def test_normalizers_replace_the_local_mean():

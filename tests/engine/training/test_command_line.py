@@ -87,7 +87,9 @@ def test_help_lists_and_explains_every_option():
         (["--optimizer.kind", "adamx"], "optimizer.kind 'adamx' is not known: use adamw or sgd"),
         (["--precision", "fp16", "--device", "cpu"], "precision fp16 needs a GPU: on a cpu use bf16 or fp32"),
         (["--precision", "bf16", "--zero.stage", "0"], "zero.stage 0 with precision bf16 makes a wrong"),
-        (["--train.accumulation", "2"], "train.accumulation must be 1 with objectives.contrastive and"),
+        (["--train.accumulation", "2"], "objectives.matching.negatives must be local with 2 micro-batches per rank"),
+        (["--train.accumulation=2", "--train.micro_batch=8"], "train.accumulation follows from train.micro_batch = 8"),
+        (["--train.micro_batch", "0"], "train.micro_batch must be positive, got 0"),
         (["--train.max_pairs", "null"], "train.max_steps or train.max_pairs must say how long the run is"),
         (["--train.global_batch", "1"], "train.global_batch must be at least 2"),
         (["--model.image.heads", "3"], "model.image.heads must divide model.image.width = 128, got 3"),
@@ -142,6 +144,22 @@ def test_the_micro_batch_must_divide():
     assert config.micro_batch(4) == 32
     with pytest.raises(ValueError, match=r"train.global_batch must be divisible by .* = 3 \* 1, got 128"):
         config.micro_batch(3)
+
+
+def test_micro_steps_follow_from_the_micro_batch_and_the_ranks():
+    argv = [*QUICKSTART, "--train.global_batch=32768", "--train.micro_batch=64"]
+    config = parse([*argv, "--objectives.matching.negatives=local"])
+    assert [config.micro_steps(world) for world in (1, 8, 512)] == [512, 64, 1]
+    assert [config.micro_batch(world) for world in (1, 8, 512)] == [64, 64, 64]
+    line = r"train.global_batch must be divisible by ranks \* train.micro_batch = 3 \* 64, got 32768"
+    with pytest.raises(ValueError, match=line):
+        config.micro_steps(3)
+    config = parse(argv)
+    assert config.micro_steps(512) == 1
+    with pytest.raises(ValueError, match="objectives.matching.negatives must be local with 2 micro-batches"):
+        config.micro_steps(256)
+    tiny = parse([*argv, "--objectives.matching=null", "--tiny=true"])
+    assert [tiny.micro_steps(world) for world in (1, 2, 4)] == [4, 2, 1]
 
 
 def test_the_run_ends_at_the_smaller_limit():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -87,6 +88,23 @@ def test_faults_of_shards_and_of_held_out_records_are_told(tmp_path, cache, caps
     assert stopped.value.code == 2
     err = capsys.readouterr().err
     assert "more than data.fault_limit = 7" in err and err.count("\n") == 1, err
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Of the four steps; a step that was taken again counts as it ended."""
+    rows = {row["step"]: row["loss"] for row in read_metrics(folder / "metrics.jsonl") if "loss" in row}
+    return [rows[step] for step in (1, 2, 3, 4)]
+
+
+def test_micro_batches_train_as_one_batch_does(tmp_path, cache):
+    """The feature cache on real batches, to the last step and once more from the checkpoint before."""
+    options = ["--objectives.matching=null", "--train.log_every=1", "--evaluation.rerank_top=0", "--name"]
+    argv = arguments(tmp_path, cache, *options, "cut", "--train.micro_batch=3")
+    assert main(arguments(tmp_path, cache, *options, "whole")) == main(argv) == 0
+    losses = losses_of(tmp_path / "cut")
+    assert losses == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-3)
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000004")
+    assert main(argv) == 0 and losses_of(tmp_path / "cut") == losses
 
 
 def test_compiled_blocks_are_compiled_once(tmp_path, cache, capsys):

@@ -11,11 +11,13 @@ from torch import Tensor
 from vlkernels.core import checks, collectives, dispatch, library, pairs
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
+from vlkernels.core.exchange import check_exchange
 from vlkernels.ops.contrastive_loss import reference, torch_kernels
 
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
 # Below so many logits a CPU is faster with the whole matrix: tiles cost more than they save.
+# In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
 FEW_LOGITS = {8: 2**21, 4: 2**21, 2: 2**24}  # by the bytes of a feature
 
 
@@ -32,6 +34,7 @@ def contrastive_loss(
     group: ProcessGroup | None = None,
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
+    exchange: str = "gather",
     impl: str = "auto",
 ) -> Tensor:
     """CLIP's symmetric InfoNCE in nats: ``(mean_i CE(s I_i T^t, i) + mean_j CE(s T_j I^t, j)) / 2``.
@@ -64,10 +67,13 @@ def contrastive_loss(
             checks.
         rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks
             afterwards.
+        exchange: "gather": every rank holds the features of all; or "ring": the texts travel from rank to rank while
+            others are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The
+            reference gathers.
         impl: "auto", "torch" or "reference".
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 inputs); 0 for N = 0. With a group it is that of
+        The loss, a scalar in float32 (float64 for float64 inputs). With a group it is that of
         one process on the rows of all ranks, the same on every rank; the queue rows of the keys must be the
         same on all ranks.
 
@@ -78,7 +84,7 @@ def contrastive_loss(
     "auto" takes for few logits on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
     Memory: O(N D) and at most 19 tiles of 2048 x 2048 (319 MB). Gradients are computed in the forward, when
     anything requires them.
-    Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ.
+    Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ, and for a batch without a pair.
     Source: Radford et al. 2021 (CLIP); Li et al. 2021 (ALBEF) for keys and distillation.
     """
     _check(
@@ -93,9 +99,10 @@ def contrastive_loss(
     )
     collectives.check_group(image_features.shape[0], group, rank_counts)
     collectives.check_rank_reduction(rank_reduction)
+    check_exchange(exchange)
     keys = text_features if text_keys is None else text_keys
     few = image_features.shape[0] * keys.shape[0] < FEW_LOGITS[image_features.element_size()]
-    order = IMPLEMENTATIONS[::-1] if few and image_features.device.type == "cpu" else IMPLEMENTATIONS
+    order = IMPLEMENTATIONS[::-1] if few and group is None and image_features.device.type == "cpu" else IMPLEMENTATIONS
     chosen = dispatch.resolve("contrastive_loss", impl, order, image_features.device)
     if chosen == "reference":
         return reference.contrastive_loss(
@@ -116,7 +123,7 @@ def contrastive_loss(
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
     counts = None if rank_counts is None else list(rank_counts)
     name = collectives.group_name(group)
-    options = (labels, float(distillation), float(label_smoothing), name, counts, rank_reduction)
+    options = (labels, float(distillation), float(label_smoothing), name, counts, rank_reduction, exchange)
     return _loss(*differentiated, image_keys, text_keys, *options, gradient, chosen)[0]
 
 
@@ -189,7 +196,7 @@ def _fake(
 _forward = library.define(
     "contrastive_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor? image_keys, "
     "Tensor? text_keys, Tensor? labels, float distillation, float label_smoothing, str group, "
-    "SymInt[]? rank_counts, str rank_reduction, bool gradient, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     kernels={"torch": torch_kernels.contrastive_loss},
 )

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows, scale_gradient
+from vlkernels.core import pairs
+from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, scale_gradient
 
 
 def contrastive_loss(
@@ -25,7 +26,7 @@ def contrastive_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = locate_rows(image_features, group, rank_counts)
+    rows = pairs.locate_pairs(image_features, group, rank_counts)
     images = _all_ranks(image_features, rows, rank_reduction)
     texts = _all_ranks(text_features, rows, rank_reduction)
     scale = _scale(logit_scale, images, rows, rank_reduction)
@@ -34,7 +35,7 @@ def contrastive_loss(
         all_labels = None if labels is None else gather_rows(labels, rows)
         losses = _cross_entropies(image_logits, all_labels, label_smoothing)
         losses = losses + _cross_entropies(image_logits.T, all_labels, label_smoothing)
-        return losses / max(2 * rows.total, 1)
+        return losses / (2 * rows.total)
     all_image_keys, all_text_keys = gather_keys(image_keys, rows), gather_keys(text_keys, rows)
     all_labels = None if labels is None else gather_keys(labels, rows)
     losses = torch.zeros_like(scale, dtype=torch.promote_types(images.dtype, torch.float32))
@@ -47,7 +48,7 @@ def contrastive_loss(
             taught = torch.softmax(_logits(mine[: rows.total], opposite, scale.detach()), dim=1)
         logits = _logits(queries, opposite, scale)
         losses = losses + _cross_entropies(logits, all_labels, label_smoothing, taught, distillation)
-    return losses / max(2 * rows.total, 1)
+    return losses / (2 * rows.total)
 
 
 def gather_keys(keys: Tensor, rows: Rows) -> Tensor:

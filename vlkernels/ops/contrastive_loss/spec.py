@@ -73,7 +73,6 @@ CASES = (
     Case("aligned", _aligned),
     Case("aligned_keys", lambda fill: _aligned(fill) | _aligned_keys(fill)),
     Case("single_pair", lambda fill: _features(fill, 1, 8)),
-    Case("empty", lambda fill: _features(fill, 0, 8)),
     Case("scale_vector", lambda fill: _features(fill, 9, 8) | {"logit_scale": fill.normal(1) + 5}),
     Case("scale_number", lambda fill: _features(fill, 9, 8) | {"logit_scale": 20.0}),
     Case("smoothed", lambda fill: _features(fill, 20, 12) | {"label_smoothing": 0.1}),

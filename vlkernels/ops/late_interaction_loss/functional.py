@@ -11,12 +11,14 @@ from torch import Tensor
 from vlkernels.core import checks, collectives, dispatch, library, pairs
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
+from vlkernels.core.exchange import check_exchange
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.ops.late_interaction_loss import reference, torch_kernels
 
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
 # Below so many similarities of tokens a CPU is faster with all of them at once: tiles cost more than they save.
+# In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
 FEW_PRODUCTS = {8: 2**17, 4: 2**17, 2: 2**19}  # by the bytes of a feature
 
 
@@ -32,6 +34,7 @@ def late_interaction_loss(
     group: ProcessGroup | None = None,
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
+    exchange: str = "gather",
     impl: str = "auto",
 ) -> Tensor:
     """FILIP's symmetric InfoNCE in nats over similarities that are made of tokens; BLIP-2's is a case of it.
@@ -68,10 +71,13 @@ def late_interaction_loss(
             first exchange checks. Tokens may differ either way.
         rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks
             afterwards.
+        exchange: "gather": every rank holds the tokens of all; or "ring": the texts' tokens travel from rank to rank while
+            others are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The
+            reference gathers.
         impl: "auto", "torch" or "reference".
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 inputs); 0 for N = 0. With a group it is that of
+        The loss, a scalar in float32 (float64 for float64 inputs). With a group it is that of
         one process on the samples of all ranks, the same on every rank.
 
     Gradients: to both tokens, through the first of equal maxima, and to the scale; zero in rows of nobody.
@@ -83,15 +89,16 @@ def late_interaction_loss(
     Memory: O(tokens D), tiles of 1024 x 1024 products, and at most 256 MB of maxima and their places, a byte
         each up to 256 tokens; what does not fit is computed twice. Gradients are computed in the forward,
         when anything requires them. With a group the tokens of all ranks.
-    Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ.
+    Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ, and for a batch without a pair.
     Source: Yao et al. 2021 (FILIP); Li et al. 2023 (BLIP-2).
     """
     _check(image_tokens, text_tokens, logit_scale, image_layout, text_layout)
     _check_options(similarity, label_smoothing)
     collectives.check_group(image_layout.num_samples, group, rank_counts)
     collectives.check_rank_reduction(rank_reduction)
+    check_exchange(exchange)
     few = image_layout.num_tokens * text_layout.num_tokens < FEW_PRODUCTS[image_tokens.element_size()]
-    order = IMPLEMENTATIONS[::-1] if few and image_tokens.device.type == "cpu" else IMPLEMENTATIONS
+    order = IMPLEMENTATIONS[::-1] if few and group is None and image_tokens.device.type == "cpu" else IMPLEMENTATIONS
     chosen = dispatch.resolve("late_interaction_loss", impl, order, image_tokens.device)
     if chosen == "reference":
         return reference.late_interaction_loss(
@@ -110,7 +117,7 @@ def late_interaction_loss(
     bounds = (*reference.sample_bounds(image_layout), *reference.sample_bounds(text_layout))
     longest = (image_layout.max_seqlen, text_layout.max_seqlen)
     counts = None if rank_counts is None else list(rank_counts)
-    over_ranks = (collectives.group_name(group), counts, rank_reduction)
+    over_ranks = (collectives.group_name(group), counts, rank_reduction, exchange)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
     options = (similarity, float(label_smoothing), *over_ranks, gradient, chosen)
     return _loss(*differentiated, *bounds, *longest, *options)[0]
@@ -183,7 +190,7 @@ def _fake(image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor, *rest:
 _forward = library.define(
     "late_interaction_loss(Tensor image_tokens, Tensor text_tokens, Tensor logit_scale, Tensor image_starts, "
     "Tensor image_lengths, Tensor text_starts, Tensor text_lengths, SymInt longest_image, SymInt longest_text, "
-    "str similarity, float label_smoothing, str group, SymInt[]? rank_counts, str rank_reduction, bool gradient, "
+    "str similarity, float label_smoothing, str group, SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, "
     "str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     kernels={"torch": torch_kernels.late_interaction_loss},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkernels.core import pairs
-from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows
+from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows
 from vlkernels.core.layout import SegmentLayout
 
 
@@ -22,7 +22,16 @@ class Side:
     starts: Tensor
     lengths: Tensor
     longest: int
-    own: slice  # the rows of the tokens that this rank holds
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Where the samples of all ranks lie in their joined tokens, and which of these this rank holds."""
+
+    starts: Tensor
+    lengths: Tensor
+    longest: int
+    token_rows: Rows
 
 
 def late_interaction_loss(
@@ -38,20 +47,21 @@ def late_interaction_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = locate_rows(image_layout.lengths, group, rank_counts)
+    rows = pairs.locate_pairs(image_layout.lengths, group, rank_counts)
 
-    def join(own: Tensor, token_rows: Rows) -> Tensor:
-        return pairs.of_all_ranks(own, token_rows, rank_reduction)
+    def side(tokens: Tensor, layout: SegmentLayout) -> Side:
+        bounds = gather_bounds(len(tokens), *sample_bounds(layout), layout.max_seqlen, rows)
+        everyone = pairs.of_all_ranks(tokens, bounds.token_rows, rank_reduction)
+        return Side(everyone, bounds.starts, bounds.lengths, bounds.longest)
 
-    images = gather_side(image_tokens, *sample_bounds(image_layout), image_layout.max_seqlen, rows, join)
-    texts = gather_side(text_tokens, *sample_bounds(text_layout), text_layout.max_seqlen, rows, join)
+    images, texts = side(image_tokens, image_layout), side(text_tokens, text_layout)
     scale = pairs.held_by_all_ranks(logit_scale, image_tokens, rows, rank_reduction)
     targets = torch.arange(rows.total, device=image_tokens.device)
     losses = [
         F.cross_entropy(scale * similarities, targets, reduction="sum", label_smoothing=label_smoothing)
         for similarities in _similarities(images, texts, similarity)
     ]
-    return (losses[0] + losses[1]) / max(2 * rows.total, 1)
+    return (losses[0] + losses[1]) / (2 * rows.total)
 
 
 def sample_bounds(layout: SegmentLayout) -> tuple[Tensor, Tensor]:
@@ -59,24 +69,16 @@ def sample_bounds(layout: SegmentLayout) -> tuple[Tensor, Tensor]:
     return layout.starts[:, 0], layout.lengths.sum(1, dtype=torch.int32)
 
 
-def gather_side(
-    tokens: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    longest: int,
-    rows: Rows,
-    join: Callable[[Tensor, Rows], Tensor] = gather_rows,
-) -> Side:
-    """The samples of all ranks, their tokens joined by ``join``. How many each rank holds is read by every host."""
+def gather_bounds(num_tokens: int, starts: Tensor, lengths: Tensor, longest: int, rows: Rows) -> Bounds:
+    """Of the samples of all ranks. How many tokens each rank holds is read by every host."""
     if rows.group is None:
-        alone = Rows((len(tokens),))
-        return Side(join(tokens, alone), starts, lengths, longest, alone.own)
+        return Bounds(starts, lengths, longest, Rows((num_tokens,)))
     one_row_each = Rows((1,) * rows.world_size, rows.rank, rows.group)
-    mine = torch.tensor([[len(tokens), longest]], device=tokens.device)
+    mine = torch.tensor([[num_tokens, longest]], device=starts.device)
     counts, longests = gather_rows(mine, one_row_each).T.tolist()
     token_rows = Rows(tuple(counts), rows.rank, rows.group)
     bounds = gather_rows(torch.stack((starts + token_rows.start, lengths), dim=1), rows)
-    return Side(join(tokens, token_rows), bounds[:, 0], bounds[:, 1], max(longests), token_rows.own)
+    return Bounds(bounds[:, 0], bounds[:, 1], max(longests), token_rows)
 
 
 def _similarities(images: Side, texts: Side, similarity: str) -> tuple[Tensor, Tensor]:

@@ -5,87 +5,93 @@ No ``[N, N]`` of samples and no ``[N, N, P, T]`` of tokens is ever stored, and g
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkernels.core import collectives, pairs
-from vlkernels.core.collectives import Rows
-from vlkernels.ops.late_interaction_loss.reference import Side, gather_side
+from vlkernels.ops.late_interaction_loss import driver
+from vlkernels.ops.late_interaction_loss.driver import Samples, Statistics, Targets
 
 TILE = 1024  # tokens, padding included, of each side
 KEPT_BYTES = 2**28  # of maxima and their places that wait from the first visit for the second
 
 
-def late_interaction_loss(
-    image_tokens: Tensor,
-    text_tokens: Tensor,
-    logit_scale: Tensor,
-    image_starts: Tensor,
-    image_lengths: Tensor,
-    text_starts: Tensor,
-    text_lengths: Tensor,
-    longest_image: int,
-    longest_text: int,
-    similarity: str,
-    label_smoothing: float,
-    group: str,
-    rank_counts: Sequence[int] | None,
-    rank_reduction: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, gradients of image_tokens, text_tokens and logit_scale), gradients empty when not wanted."""
-    rows = collectives.locate_rows(image_lengths, collectives.named_group(group), rank_counts)
-    scale = logit_scale.reshape(()).to(pairs.wide(image_tokens))
-    images = _Blocks(gather_side(image_tokens, image_starts, image_lengths, longest_image, rows), rows, scale)
-    texts = _Blocks(gather_side(text_tokens, text_starts, text_lengths, longest_text, rows), rows, scale)
-    tiles = _Tiles(images, texts, similarity, keep=gradient)
-    targets = _Targets(label_smoothing, rows.total)
-    statistics = _statistics(tiles, scale, targets, rows)
-    mean = 1 / max(2 * rows.total, 1)
-    value = sum(of_side.losses(rows.own).sum() for of_side in statistics)
-    loss = collectives.sum_over_ranks(value, rows) * mean
-    if not gradient:
-        return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
-    toward_images, toward_texts, alignment = _directions(tiles, scale, targets, statistics)
-    factor = mean * pairs.gradient_factor(rows, rank_reduction)
-    of_scale = (alignment * factor).to(logit_scale.dtype).reshape(logit_scale.shape)
-    return loss, toward_images.mul_(scale * factor), toward_texts.mul_(scale * factor), of_scale
+class Tiles:
+    """Tiles of token similarities, reduced to their maxima; the first KEPT_BYTES of these stay, others are made anew."""
+
+    def __init__(self, similarity: str, scale: Tensor, targets: Targets, gradient: bool):
+        self._reduce = SIMILARITIES[similarity]
+        self._scale, self._targets = scale, targets
+        self._room = KEPT_BYTES if gradient else 0
+        self._kept: dict[tuple[int, int], _MeanMax | _Max] = {}
+        self._workspace = scale.new_empty(0)
+
+    def statistics(self, images: Samples, texts: Samples, of_images: Statistics, of_texts: Statistics) -> None:
+        for i, j in self._blocks(images, texts):
+            tile = self._tile(i, j)
+            _take(of_images, i.samples, self._scale * tile.of_images, self._wanted(i, j))
+            _take(of_texts, j.samples, self._scale * tile.of_texts, self._wanted(j, i))
+
+    def differentiate(
+        self,
+        images: Samples,
+        texts: Samples,
+        of_images: Statistics,
+        of_texts: Statistics,
+        toward_images: Tensor | None,
+        toward_texts: Tensor | None,
+    ) -> None:
+        for i, j in self._blocks(images, texts):
+            tile = self._tile(i, j)
+            by_images = _softmax(of_images, i.samples, self._scale * tile.of_images) - self._wanted(i, j)
+            by_texts = _softmax(of_texts, j.samples, self._scale * tile.of_texts) - self._wanted(j, i)
+            if toward_images is not None:
+                i.add(tile.toward_images(i, j, by_images, by_texts), toward_images)
+            if toward_texts is not None:
+                j.add(tile.toward_texts(i, j, by_images, by_texts), toward_texts)
+
+    def _blocks(self, images: Samples, texts: Samples) -> Iterator[tuple[_Block, _Block]]:
+        return product(*(_cut(side, self._scale.dtype) for side in (images, texts)))
+
+    def _tile(self, i: _Block, j: _Block) -> _MeanMax | _Max:
+        if (i.place, j.place) in self._kept:
+            return self._kept[i.place, j.place]
+        products = self._memory(len(i.tokens), len(j.tokens))
+        torch.mm(i.tokens, j.tokens.T, out=products)
+        reduced = self._reduce(products, i, j)
+        if reduced.num_bytes <= self._room:
+            self._room -= reduced.num_bytes
+            self._kept[i.place, j.place] = reduced
+        return reduced
+
+    def _memory(self, rows: int, columns: int) -> Tensor:
+        if rows * columns > len(self._workspace):
+            self._workspace = self._workspace.new_empty(rows * columns)
+        return self._workspace[: rows * columns].view(rows, columns)
+
+    def _wanted(self, queries: _Block, keys: _Block) -> Tensor:
+        """The targets of some samples, one on the own partner, smoothed over the batch."""
+        smoothing = self._targets.label_smoothing
+        partners = (queries.samples[:, None] == keys.samples).to(queries.tokens.dtype)
+        return partners.mul_(1 - smoothing).add_(smoothing / self._targets.total)
 
 
-def _statistics(
-    tiles: _Tiles, scale: Tensor, targets: _Targets, rows: Rows
-) -> tuple[_Statistics, _Statistics]:
-    """Of every image and every text; each rank visits its own images against all texts."""
-    of_images, of_texts = _Statistics(rows.total, scale), _Statistics(rows.total, scale)
-    for i, j in tiles.pairs():
-        if i.own:
-            tile = tiles.tile(i, j)
-            of_images.add(i.samples, scale * tile.of_images, targets.between(i, j))
-            of_texts.add(j.samples, scale * tile.of_texts, targets.between(j, i))
-    return of_images.over_rows(rows), of_texts.over_ranks(rows)
+def _take(statistics: Statistics, samples: Tensor, logits: Tensor, targets: Tensor) -> None:
+    largest = torch.maximum(statistics.largest[samples], logits.amax(1))
+    shrunk = statistics.total[samples] * (statistics.largest[samples] - largest).exp_()
+    statistics.largest[samples] = largest
+    statistics.total[samples] = shrunk + (logits - largest[:, None]).exp_().sum(1)
+    statistics.wanted[samples] += (logits * targets).sum(1)
 
 
-def _directions(
-    tiles: _Tiles, scale: Tensor, targets: _Targets, statistics: tuple[_Statistics, _Statistics]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the summed losses by this rank's tokens, over the scale, and this rank's share of the scale's."""
-    toward_images, toward_texts = tiles.images.new_gradient(), tiles.texts.new_gradient()
-    alignment = torch.zeros_like(scale)
-    for i, j in tiles.pairs():
-        tile = tiles.tile(i, j)
-        of_images = statistics[0].softmax(i.samples, scale * tile.of_images) - targets.between(i, j)
-        of_texts = statistics[1].softmax(j.samples, scale * tile.of_texts) - targets.between(j, i)
-        if i.own:
-            tiles.images.add(toward_images, i, tile.toward_images(i, j, of_images, of_texts))
-            alignment += (of_images * tile.of_images).sum()
-        if j.own:
-            tiles.texts.add(toward_texts, j, tile.toward_texts(i, j, of_images, of_texts))
-            alignment += (of_texts * tile.of_texts).sum()
-    return toward_images, toward_texts, alignment
+def _softmax(statistics: Statistics, samples: Tensor, logits: Tensor) -> Tensor:
+    return (logits - statistics.largest[samples, None]).exp_() / statistics.total[samples, None]
+
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +106,7 @@ class _Block:
     rows: Tensor  # [b, longest] of the side's tokens
     shares: Tensor  # [b, longest]: one over the length, 0 in the padding
     tokens: Tensor  # [b * longest, D], at least float32
-    own: bool
+    place: int  # no other block of its side has it
 
     @property
     def shape(self) -> torch.Size:
@@ -112,82 +118,41 @@ class _Block:
         dtype = torch.uint8 if longest <= 2**8 else torch.int16 if longest <= 2**15 else torch.int32
         return torch.minimum(places, self.lengths - 1).to(dtype)
 
+    def add(self, toward: Tensor, gradient: Tensor | None) -> None:
+        """Add to the rows; those of the padding are zero, so every row has one term and any order will do."""
+        if gradient is not None:
+            gradient.index_add_(0, self.rows.flatten(), toward)
 
-class _Blocks:
-    """One side of the batch in blocks of at most TILE tokens: this rank's samples, then those of all others."""
 
-    def __init__(self, side: Side, rows: Rows, like: Tensor):
-        self._side = side
-        self._dtype = like.dtype
-        everyone = torch.arange(rows.total, device=side.tokens.device)
-        others = torch.cat((everyone[: rows.start], everyone[rows.stop :]))
-        self.blocks = [*self._cut(everyone[rows.own], own=True), *self._cut(others, own=False)]
+def _cut(samples: Samples, dtype: torch.dtype) -> Iterator[_Block]:
+    """Blocks of at most TILE tokens.
 
-    def _cut(self, samples: Tensor, own: bool) -> Iterator[_Block]:
-        """Samples of similar length share a block, so that little is padding, where the host knows lengths."""
-        longest = [self._side.longest] * len(samples)
-        if _known_to_host(self._side.lengths):
-            order = self._side.lengths[samples].argsort(stable=True, descending=True)
-            samples = samples[order]
-            longest = self._side.lengths[samples].tolist()
-        first = 0
-        while first < len(samples):
-            last = first + max(1, TILE // longest[first])
-            yield self._block(samples[first:last], longest[first], own)
-            first = last
+    Samples of similar length share a block, so that little is padding, where the host knows lengths.
+    """
+    order = torch.arange(len(samples.lengths), device=samples.lengths.device)
+    longest = [samples.longest] * len(order)
+    if _known_to_host(samples.lengths):
+        order = samples.lengths.argsort(stable=True, descending=True)
+        longest = samples.lengths[order].tolist()
+    first = 0
+    while first < len(order):
+        last = first + max(1, TILE // longest[first])
+        yield _block(samples, order[first:last], longest[first], samples.start + first, dtype)
+        first = last
 
-    def _block(self, samples: Tensor, longest: int, own: bool) -> _Block:
-        side = self._side
-        place = torch.arange(longest, device=samples.device)
-        lengths = side.lengths[samples].long()
-        rows = side.starts[samples, None] + torch.minimum(place, lengths[:, None] - 1)
-        shares = torch.where(place < lengths[:, None], lengths[:, None].to(self._dtype).reciprocal(), 0)
-        return _Block(samples, lengths, rows, shares, side.tokens[rows.flatten()].to(self._dtype), own)
 
-    def new_gradient(self) -> Tensor:
-        own = self._side.tokens[self._side.own]
-        return torch.zeros_like(own, dtype=self._dtype, memory_format=torch.contiguous_format)
-
-    def add(self, gradient: Tensor, block: _Block, toward: Tensor) -> None:
-        """Add a block's rows; those of the padding are zero, so every row has one term and any order will do."""
-        gradient.index_add_(0, block.rows.flatten() - self._side.own.start, toward)
+def _block(samples: Samples, chosen: Tensor, longest: int, place: int, dtype: torch.dtype) -> _Block:
+    position = torch.arange(longest, device=chosen.device)
+    lengths = samples.lengths[chosen].long()
+    rows = samples.starts[chosen, None] + torch.minimum(position, lengths[:, None] - 1)
+    shares = torch.where(position < lengths[:, None], lengths[:, None].to(dtype).reciprocal(), 0)
+    tokens = samples.tokens[rows.flatten()].to(dtype)
+    return _Block(samples.start + chosen, lengths, rows, shares, tokens, place)
 
 
 def _known_to_host(lengths: Tensor) -> bool:
     """Whether the host can read them without waiting for a device."""
     return lengths.device.type == "cpu"
-
-
-class _Tiles:
-    """Tiles of token similarities, reduced to their maxima; the first KEPT_BYTES of these stay, others are made anew."""
-
-    def __init__(self, images: _Blocks, texts: _Blocks, similarity: str, keep: bool):
-        self.images, self.texts = images, texts
-        self._reduce = SIMILARITIES[similarity]
-        self._room = KEPT_BYTES if keep else 0
-        self._kept: dict[tuple[_Block, _Block], _MeanMax | _Max] = {}
-        self._workspace: Tensor | None = None
-
-    def pairs(self) -> Iterator[tuple[_Block, _Block]]:
-        """The blocks that meet here: one of the two is this rank's."""
-        return ((i, j) for i in self.images.blocks for j in self.texts.blocks if i.own or j.own)
-
-    def tile(self, i: _Block, j: _Block) -> _MeanMax | _Max:
-        if (i, j) in self._kept:
-            return self._kept[i, j]
-        products = self._memory(len(i.tokens), len(j.tokens), i.tokens)
-        torch.mm(i.tokens, j.tokens.T, out=products)
-        reduced = self._reduce(products, i, j)
-        if reduced.num_bytes <= self._room:
-            self._room -= reduced.num_bytes
-            self._kept[i, j] = reduced
-        return reduced
-
-    def _memory(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        if self._workspace is None:
-            longest = (max(len(b.tokens) for b in side.blocks) for side in (self.images, self.texts))
-            self._workspace = like.new_empty(next(longest) * next(longest))
-        return self._workspace[: rows * columns].view(rows, columns)
 
 
 class _MeanMax:
@@ -279,51 +244,4 @@ def _owned_sum(places: Tensor, sources: Tensor, weights: Tensor, tokens: Tensor,
     )
 
 
-@dataclass(frozen=True)
-class _Targets:
-    """One on the own partner, smoothed over the batch."""
-
-    label_smoothing: float
-    total: int
-
-    def between(self, queries: _Block, keys: _Block) -> Tensor:
-        partners = (queries.samples[:, None] == keys.samples).to(queries.tokens.dtype)
-        return partners.mul_(1 - self.label_smoothing).add_(self.label_smoothing / self.total)
-
-
-class _Statistics:
-    """Softmax statistics of all images (or all texts), whose logits arrive tile by tile."""
-
-    def __init__(self, length: int, like: Tensor):
-        self.largest = like.new_full((length,), -torch.inf)
-        self.total, self.wanted = like.new_zeros(2, length)
-
-    def add(self, samples: Tensor, logits: Tensor, targets: Tensor) -> None:
-        largest = torch.maximum(self.largest[samples], logits.amax(1))
-        shrunk = self.total[samples] * (self.largest[samples] - largest).exp_()
-        self.largest[samples] = largest
-        self.total[samples] = shrunk + (logits - largest[:, None]).exp_().sum(1)
-        self.wanted[samples] += (logits * targets).sum(1)
-
-    def losses(self, span: slice) -> Tensor:
-        """Log-sum-exp minus the target's logits; large equal numbers cancel before small ones join."""
-        return (self.largest[span] - self.wanted[span]) + self.total[span].log()
-
-    def softmax(self, samples: Tensor, logits: Tensor) -> Tensor:
-        return (logits - self.largest[samples, None]).exp_() / self.total[samples, None]
-
-    def over_ranks(self, rows: Rows) -> _Statistics:
-        """Join what the ranks saw of the same samples."""
-        if rows.group is not None:
-            mine = self.largest.clone()
-            collectives.max_over_ranks(self.largest, rows)
-            self.total *= mine.sub_(self.largest).exp_()
-            self.total, self.wanted = collectives.sum_over_ranks(torch.stack((self.total, self.wanted)), rows)
-        return self
-
-    def over_rows(self, rows: Rows) -> _Statistics:
-        """Join the samples of all ranks."""
-        if rows.group is not None:
-            own = torch.stack((self.largest, self.total, self.wanted), dim=1)[rows.own]
-            self.largest, self.total, self.wanted = collectives.gather_rows(own, rows).T.contiguous()
-        return self
+late_interaction_loss = partial(driver.late_interaction_loss, Tiles)

@@ -10,6 +10,7 @@ from torch import Tensor
 from vlkernels.core import checks, dispatch, library
 from vlkernels.core.dispatch import Implementation
 from vlkernels.ops.linear_cross_entropy import reference, torch_kernels
+from vlkernels.ops.linear_cross_entropy.call import saved_dtype
 from vlkernels.ops.linear_cross_entropy.reference import Teacher
 
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
@@ -156,7 +157,7 @@ def _check_teacher(teacher: Teacher | None, distillation: float, hidden: Tensor,
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch_kernels.saved_dtype(hidden)
+    dtype = saved_dtype(hidden)
     of_bias = hidden.new_empty(
         0 if bias is None else bias.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32)
     )
@@ -201,21 +202,25 @@ _backward = library.define_backward(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.dtypes = tuple(None if tensor is None else tensor.dtype for tensor in inputs[:3])
-    ctx.options = None if inputs[-2] else (*inputs[7:12], inputs[-1])
-    ctx.save_for_backward(*(output[1:] if inputs[-2] else inputs[:7]))
+    *tensors_and_options, reduction, gradient, chosen = inputs
+    ctx.kept = list(output[1:4]) if gradient else []
+    ctx.factor = None if reduction == "none" else output[4]
+    ctx.options = *tensors_and_options[7:], chosen
+    ctx.save_for_backward(*tensors_and_options[:7])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 15
-    if ctx.options is None:
-        *of_the_sum, factor = ctx.saved_tensors
-        gradients = tuple(grad * factor * saved for saved in of_the_sum)
-    else:
-        gradients = _backward(grad, *ctx.saved_tensors, *ctx.options)
-    wanted = zip(gradients, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
-    return *(tensor.to(dtype) if needed else None for tensor, dtype, needed in wanted), *(None,) * 12
+    tensors = ctx.saved_tensors
+    scale = grad if ctx.factor is None else grad * ctx.factor
+    gradients = [saved.mul_(scale) if library.eager_call else saved * scale for saved in ctx.kept]
+    ctx.kept.clear()
+    if not gradients:
+        # Cotangents of their own, or a second backward: the first took what the forward had kept, without a copy.
+        gradients = _backward(scale.expand(tensors[0].shape[0]), *tensors, *ctx.options)
+    wanted = zip(gradients, tensors, ctx.needs_input_grad[:3], strict=False)
+    return *(found.to(given.dtype) if needed else None for found, given, needed in wanted), *(None,) * 12
 
 
-_loss = library.differentiable(_forward, setup_context=_keep, backward=_differentiate)
+_loss = library.differentiable(_forward, setup_context=_keep, backward=_differentiate, returned=1)

@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 2**25
+from vlkernels.ops.linear_cross_entropy.call import Call, saved_dtype
+
+# Most logits of a chunk. On a CPU the memory counts, elsewhere the number of launches.
+CPU_CHUNK_LOGITS, CHUNK_LOGITS = 2**23, 2**25
+# Rows of logits begin so many elements apart, whole cache lines: MKL takes 1.4 times as long to write others.
+ROW_ELEMENTS = 16
+# Entries of the vocabulary whose gradients are added at once: a product and its sums stay in the second cache.
+SLICE_ENTRIES = 1024
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Everything but the rows: the classifier, the teacher's, and what the loss is made of."""
-
-    weight: Tensor
-    bias: Tensor | None
-    teacher_weight: Tensor | None
-    teacher_bias: Tensor | None
-    label_smoothing: float
-    z_loss: float
-    distillation: float
-    temperature: float
-
-
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    distillation: float,
-    temperature: float,
-    reduction: str,
-    gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of the sum by hidden, weight and bias, factor); gradients are empty when not wanted.
 
-    ``factor`` is what the reduction multiplies the sum by.
+    ``factor`` is what the reduction multiplies the sum by. ``inputs`` are a :class:`Call`, then the reduction
+    and whether gradients are wanted.
     """
-    problem = Problem(
-        weight, bias, teacher_weight, teacher_bias, label_smoothing, z_loss, distillation, temperature
-    )
-    live = _LiveRows(targets, ignore_index)
-    losses, *gradients = _visit(problem, live, hidden, targets, teacher_hidden, live.weights, gradient)
+    call, (reduction, gradient) = Call(*inputs[:-2]), inputs[-2:]
+    live = _LiveRows(call)
+    losses, *gradients = _visit(call, live, live.weights, gradient)
     factor = losses.new_ones(())
     if reduction == "mean":
         factor = live.count.to(losses.dtype).clamp_min(1).reciprocal()
@@ -58,44 +36,28 @@ def forward(
     return loss, *gradients, factor
 
 
-def backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    distillation: float,
-    temperature: float,
-) -> Gradients:
+def backward(grad: Tensor, *inputs: Any) -> Gradients:
     """Gradients for one cotangent per row; the logits are computed once more."""
-    problem = Problem(
-        weight, bias, teacher_weight, teacher_bias, label_smoothing, z_loss, distillation, temperature
-    )
-    live = _LiveRows(targets, ignore_index)
-    cotangents = live.take(grad.to(_wide(hidden)))
+    call = Call(*inputs)
+    live = _LiveRows(call)
+    cotangents = live.take(grad.to(call.wide))
     if live.weights is not None:
         cotangents = cotangents * live.weights
-    return _visit(problem, live, hidden, targets, teacher_hidden, cotangents, gradient=True)[1:]
+    return _visit(call, live, cotangents, gradient=True)[1:]
 
 
 class _LiveRows:
     """The rows whose target counts. On a CPU the others are left out; on a device they stay, with weight 0,
     because counting them would wait for it."""
 
-    def __init__(self, targets: Tensor, ignore_index: int):
-        live = targets != ignore_index
-        self.length = len(targets)
+    def __init__(self, call: Call):
+        live = call.targets != call.ignore_index
+        self.length = len(live)
         self.count = live.sum()
         self.index: Tensor | None = None
         self.weights: Tensor | None = None
-        if not _may_count(targets):
-            self.weights = live.to(torch.float32)
+        if not _may_count(live):
+            self.weights = live.to(call.wide)
         elif int(self.count) < self.length:
             self.index = live.nonzero().squeeze(1)
 
@@ -114,87 +76,140 @@ def _may_count(targets: Tensor) -> bool:
 
 
 def _visit(
-    problem: Problem,
-    live: _LiveRows,
-    hidden: Tensor,
-    targets: Tensor,
-    teacher_hidden: Tensor | None,
-    cotangents: Tensor | None,
-    gradient: bool,
+    call: Call, live: _LiveRows, cotangents: Tensor | None, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses of the live rows and the gradients of their sum, weighted by cotangents: chunk by chunk."""
-    weight = problem.weight.to(_product_dtype(hidden))
-    inputs, goals = live.take(hidden).to(weight.dtype), live.take(targets).long()
+    weight = call.weight.to(_product_dtype(call.hidden))
+    inputs, goals = live.take(call.hidden).to(weight.dtype), live.take(call.targets).long()
     if live.weights is not None:
         goals = torch.where(live.weights > 0, goals, 0)
-    teachers = None if teacher_hidden is None else live.take(teacher_hidden)
-    size = max(1, min(len(inputs), CHUNK_LOGITS // len(weight)))
-    workspace = hidden.new_empty(size, len(weight), dtype=_wide(hidden))
-    losses: list[Tensor] = []
-    of_inputs: list[Tensor] = []
-    of_weight: Tensor | None = None
-    of_bias = workspace.new_zeros(0 if problem.bias is None else len(problem.bias))
-    for first in range(0, max(len(inputs), 1), size):
-        rows = slice(first, first + size)
-        logits = _logits(inputs[rows], weight, problem.bias, workspace[: len(inputs[rows])])
+    teachers = None if call.teacher_hidden is None else live.take(call.teacher_hidden)
+    chunks = _chunks(len(inputs), call)
+    workspace = _Workspace(call, weight, chunks)
+    value = torch.empty(len(inputs), dtype=call.wide, device=weight.device)
+    sums = _Sums(call, inputs, weight, len(chunks)) if gradient else None
+    for rows in chunks:
+        logits = workspace.logits(inputs[rows], weight, call.bias)
         taught = None
-        if teachers is not None and problem.teacher_weight is not None:
-            out = torch.empty_like(logits)
-            taught = _logits(teachers[rows], problem.teacher_weight, problem.teacher_bias, out)
+        if teachers is not None:
+            taught = workspace.taught(teachers[rows], call.teacher_weight, call.teacher_bias)
         scale = None if cotangents is None else cotangents[rows]
-        losses.append(_losses_and_slopes(problem, logits, taught, goals[rows], scale))
-        if gradient:
-            slopes = logits.to(weight.dtype)
-            of_inputs.append(slopes @ weight)
-            of_weight = _add_product(of_weight, slopes.T, inputs[rows], workspace.dtype)
-            of_bias += logits.sum(0) if problem.bias is not None else 0
-    value = _join(losses)
+        value[rows] = _losses_and_slopes(call, logits, taught, goals[rows], scale)
+        if sums is not None:
+            sums.add(rows, logits, workspace.slopes(logits))
     if live.weights is not None:
         value = value * live.weights
-    if of_weight is None:
+    if sums is None:
         return value, *(value.new_empty(0) for _ in range(3))
-    of_hidden = live.put(_join(of_inputs)).to(saved_dtype(hidden))
-    return value, of_hidden, of_weight.to(saved_dtype(problem.weight)), of_bias
+    del workspace
+    of_hidden = live.put(sums.of_hidden).to(saved_dtype(call.hidden))
+    return value, of_hidden, sums.of_weight.to(saved_dtype(call.weight)), sums.of_bias
+
+
+def _chunks(rows: int, call: Call) -> list[slice]:
+    """As few chunks as memory allows, of about as many rows each."""
+    logits = CPU_CHUNK_LOGITS if call.weight.device.type == "cpu" else CHUNK_LOGITS
+    most = max(1, logits // len(call.weight))
+    size = -(-rows // -(-rows // most)) if rows else 0
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, max(size, 1))]
+
+
+class _Workspace:
+    """The memory of a chunk: its logits in the wide dtype, and in that of the products if it is another."""
+
+    def __init__(self, call: Call, weight: Tensor, chunks: list[slice]):
+        rows, self._entries = (chunks[0].stop if chunks else 0), len(weight)
+        padded = -(-self._entries // ROW_ELEMENTS) * ROW_ELEMENTS
+        self._wide = weight.new_empty(rows, padded, dtype=call.wide)
+        self._narrow = None if weight.dtype == call.wide else weight.new_empty(rows, padded)
+
+    def logits(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits of so many rows, -inf past the last entry."""
+        logits = self._wide[: len(inputs)]
+        product = logits if self._narrow is None else self._narrow[: len(inputs)]
+        _linear(inputs, weight, bias, product[:, : self._entries])
+        if product is not logits:
+            logits.copy_(product)
+        logits[:, self._entries :] = -torch.inf
+        return logits
+
+    def taught(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Logits of the teacher, which lie in memory of their own."""
+        out = inputs.new_empty(len(inputs), self._entries)
+        return _linear(inputs, weight, bias, out).to(self._wide.dtype)
+
+    def slopes(self, logits: Tensor) -> Tensor:
+        """What :func:`_losses_and_slopes` left there, as it is multiplied."""
+        slopes = logits if self._narrow is None else self._narrow[: len(logits)].copy_(logits)
+        return slopes[:, : self._entries]
+
+
+class _Sums:
+    """The gradients of the sum: rows of hidden one chunk after the other, of weight and bias over all chunks."""
+
+    def __init__(self, call: Call, inputs: Tensor, weight: Tensor, chunks: int):
+        self._inputs, self._weight = inputs, weight
+        self.of_hidden = torch.empty_like(inputs)
+        # One chunk is one product; the sums of several would suffer in a half type.
+        self.of_weight = weight.new_empty(weight.shape, dtype=weight.dtype if chunks == 1 else call.wide)
+        self.of_bias = weight.new_zeros(0 if call.bias is None else len(weight), dtype=call.wide)
+        if not chunks:
+            self.of_weight.zero_()
+
+    def add(self, rows: slice, wide: Tensor, slopes: Tensor) -> None:
+        torch.mm(slopes, self._weight, out=self.of_hidden[rows])
+        _add_product(self.of_weight, slopes.T, self._inputs[rows], is_first=rows.start == 0)
+        if len(self.of_bias):
+            self.of_bias += wide.sum(0)[: len(self.of_bias)]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """``total += left right``, or ``=``: in the wide dtype whatever that of the factors."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=0 if is_first else 1)
+        return
+    for part, rows in zip(total.split(SLICE_ENTRIES), left.split(SLICE_ENTRIES)):
+        if is_first:
+            part.copy_(rows @ right)
+        else:
+            part += rows @ right
 
 
 def _losses_and_slopes(
-    problem: Problem, logits: Tensor, taught: Tensor | None, goals: Tensor, cotangents: Tensor | None
+    call: Call, padded: Tensor, taught: Tensor | None, goals: Tensor, cotangents: Tensor | None
 ) -> Tensor:
     """Losses of the rows of a chunk, whose logits turn into the gradient by them, times cotangents if any."""
-    smoothing, distillation = problem.label_smoothing, problem.distillation
+    smoothing, distillation = call.label_smoothing, call.distillation
+    logits = padded[:, : len(call.weight)]
     if taught is not None:
-        soft_losses, soft_slopes = _soften(logits, taught, problem.temperature)
-    largest = logits.amax(1)
+        soft_losses, soft_slopes = _soften(logits, taught, call.temperature)
+    largest = padded.amax(1)
     losses = (1 - smoothing) * (largest - logits.gather(1, goals[:, None]).squeeze(1))
     if smoothing > 0:
         losses += smoothing * (largest - logits.mean(1))
     # Softmax writes an element after its row's reductions, so it may take the place of its input.
-    torch.softmax(logits, dim=1, out=logits)
+    torch.softmax(padded, dim=1, out=padded)
     # The largest probability is one over the sum of exponentials relative to the largest logit.
-    log_total = -logits.amax(1).log()
+    log_total = -padded.amax(1).log()
     losses += log_total
     if taught is not None:
         losses = torch.lerp(losses, soft_losses, distillation)
     hard = 1 - distillation
-    if problem.z_loss > 0:
+    if call.z_loss > 0:
         lse = largest + log_total
-        losses += problem.z_loss * lse.square()
-        logits *= (hard + 2 * problem.z_loss * lse)[:, None]
+        losses += call.z_loss * lse.square()
+        padded *= (hard + 2 * call.z_loss * lse)[:, None]
     elif taught is not None:
-        logits *= hard
+        padded *= hard
     if smoothing > 0:
-        logits -= hard * smoothing / logits.shape[1]
+        padded -= hard * smoothing / logits.shape[1]
     at_goals = logits.new_full((len(goals), 1), -(1 - smoothing) * hard)
     logits.scatter_add_(1, goals[:, None], at_goals)
     if taught is not None:
         logits.add_(soft_slopes, alpha=distillation)
     if cotangents is not None:
-        logits *= cotangents[:, None]
+        padded *= cotangents[:, None]
     return losses
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _soften(logits: Tensor, taught: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -205,32 +220,10 @@ def _soften(logits: Tensor, taught: Tensor, temperature: float) -> tuple[Tensor,
     return losses, log_probabilities.exp_().sub_(goal).mul_(temperature)
 
 
-def _logits(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    if weight.dtype != out.dtype:
-        return out.copy_(
-            torch.nn.functional.linear(inputs, weight, None if bias is None else bias.to(weight.dtype))
-        )
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     if bias is None:
         return torch.mm(inputs, weight.T, out=out)
-    return torch.addmm(bias.to(out.dtype), inputs, weight.T, out=out)
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
-    """``total + left right``: one chunk alone in the dtype of the product, several in the wide one."""
-    if total is None:
-        return left @ right
-    if left.dtype == wide:
-        return total.addmm_(left, right)
-    return total.to(wide).add_(left @ right)
-
-
-def saved_dtype(tensor: Tensor) -> torch.dtype:
-    """What a gradient waits in for its cotangent: float16 could underflow before a loss scale arrives."""
-    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return torch.addmm(bias.to(weight.dtype), inputs, weight.T, out=out)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

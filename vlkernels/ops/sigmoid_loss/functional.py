@@ -11,11 +11,13 @@ from torch import Tensor
 from vlkernels.core import collectives, dispatch, library, pairs
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
+from vlkernels.core.exchange import check_exchange
 from vlkernels.ops.sigmoid_loss import reference, torch_kernels
 
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
 # Below so many pairs a CPU is faster with the whole matrix: tiles cost more than they save.
+# In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
 FEW_PAIRS = {torch.float64: 2**20, torch.float32: 2**20, torch.bfloat16: 2**24, torch.float16: 2**10}
 
 
@@ -29,6 +31,7 @@ def sigmoid_loss(
     group: ProcessGroup | None = None,
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
+    exchange: str = "gather",
     impl: str = "auto",
 ) -> Tensor:
     """SigLIP's loss in nats: ``-1/N sum_ij log sigmoid(z_ij (s I_i T_j^t + b))``, z = 1 for partners, -1 for others.
@@ -52,6 +55,8 @@ def sigmoid_loss(
             (``torch.distributed.new_group()``) keeps them out of the way of the parameters'.
         rank_counts: N of every rank, known to all; without it all must be equal, which the first exchange checks.
         rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks afterwards.
+        exchange: "gather": every rank holds the features of all; or "ring": the texts travel from rank to rank while others
+            are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The reference gathers.
         impl: "auto", "torch" or "reference".
 
     Returns:
@@ -70,8 +75,9 @@ def sigmoid_loss(
     pairs.check_features(image_features, text_features, labels, logit_scale=logit_scale, logit_bias=logit_bias)
     collectives.check_group(image_features.shape[0], group, rank_counts)
     collectives.check_rank_reduction(rank_reduction)
+    check_exchange(exchange)
     few = image_features.shape[0] ** 2 < FEW_PAIRS[image_features.dtype]
-    order = IMPLEMENTATIONS[::-1] if few and image_features.device.type == "cpu" else IMPLEMENTATIONS
+    order = IMPLEMENTATIONS[::-1] if few and group is None and image_features.device.type == "cpu" else IMPLEMENTATIONS
     chosen = dispatch.resolve("sigmoid_loss", impl, order, image_features.device)
     if chosen == "reference":
         return reference.sigmoid_loss(
@@ -88,7 +94,8 @@ def sigmoid_loss(
     differentiated = (image_features, text_features, scale, bias)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
     counts = None if rank_counts is None else list(rank_counts)
-    return _loss(*differentiated, labels, collectives.group_name(group), counts, rank_reduction, gradient, chosen)[0]
+    over_ranks = (collectives.group_name(group), counts, rank_reduction, exchange)
+    return _loss(*differentiated, labels, *over_ranks, gradient, chosen)[0]
 
 
 def _fake(
@@ -103,7 +110,7 @@ def _fake(
 
 _forward = library.define(
     "sigmoid_loss(Tensor image_features, Tensor text_features, Tensor logit_scale, Tensor logit_bias, Tensor? labels, "
-    "str group, SymInt[]? rank_counts, str rank_reduction, bool gradient, str impl) "
+    "str group, SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
     kernels={"torch": torch_kernels.sigmoid_loss},

@@ -12,11 +12,13 @@ from torch import Tensor
 from vlkernels.core import collectives, dispatch, library, pairs
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
+from vlkernels.core.exchange import check_exchange
 from vlkernels.ops.triplet_loss import reference, torch_kernels
 
 IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
 
 # Below so many pairs a CPU is faster with the whole matrix: tiles cost more than they save.
+# In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
 FEW_PAIRS = {torch.float64: 2**18, torch.float32: 2**18, torch.bfloat16: 2**20, torch.float16: 2**10}
 FEW_PAIRS_SUMMED = FEW_PAIRS | {torch.bfloat16: 2**24}
 
@@ -31,6 +33,7 @@ def triplet_loss(
     group: ProcessGroup | None = None,
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
+    exchange: str = "gather",
     impl: str = "auto",
 ) -> Tensor:
     """VSE++'s hinge on similarities ``S = I T^t``: ``sum_i [m + max_j S_ij - S_ii]+ + sum_j [m + max_i S_ij - S_jj]+``.
@@ -58,6 +61,8 @@ def triplet_loss(
             (``torch.distributed.new_group()``) keeps them out of the way of the parameters'.
         rank_counts: N of every rank, known to all; without it all must be equal, which the first exchange checks.
         rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks afterwards.
+        exchange: "gather": every rank holds the features of all; or "ring": the texts travel from rank to rank while others
+            are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The reference gathers.
         impl: "auto", "torch" or "reference".
 
     Returns:
@@ -79,8 +84,9 @@ def triplet_loss(
         raise ValueError(f"margin must be at least 0 and finite, got {margin}")
     collectives.check_group(image_features.shape[0], group, rank_counts)
     collectives.check_rank_reduction(rank_reduction)
+    check_exchange(exchange)
     few = image_features.shape[0] ** 2 < (FEW_PAIRS if hardest else FEW_PAIRS_SUMMED)[image_features.dtype]
-    order = IMPLEMENTATIONS[::-1] if few and image_features.device.type == "cpu" else IMPLEMENTATIONS
+    order = IMPLEMENTATIONS[::-1] if few and group is None and image_features.device.type == "cpu" else IMPLEMENTATIONS
     chosen = dispatch.resolve("triplet_loss", impl, order, image_features.device)
     if chosen == "reference":
         return reference.triplet_loss(
@@ -96,8 +102,8 @@ def triplet_loss(
     features = (image_features, text_features)
     gradient = torch.is_grad_enabled() and any(f.requires_grad for f in features)
     counts = None if rank_counts is None else list(rank_counts)
-    exchange = (collectives.group_name(group), counts, rank_reduction)
-    return _loss(*features, labels, float(margin), hardest, *exchange, gradient, chosen)[0]
+    over_ranks = (collectives.group_name(group), counts, rank_reduction, exchange)
+    return _loss(*features, labels, float(margin), hardest, *over_ranks, gradient, chosen)[0]
 
 
 def _fake(image_features: Tensor, text_features: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -108,7 +114,7 @@ def _fake(image_features: Tensor, text_features: Tensor, *rest: Any) -> tuple[Te
 
 _forward = library.define(
     "triplet_loss(Tensor image_features, Tensor text_features, Tensor? labels, float margin, bool hardest, "
-    "str group, SymInt[]? rank_counts, str rank_reduction, bool gradient, str impl) -> (Tensor, Tensor, Tensor)",
+    "str group, SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, str impl) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     kernels={"torch": torch_kernels.triplet_loss},
 )

@@ -1,0 +1,95 @@
+"""One optimizer step over 512 pairs, however they are cut into micro-batches, and the same in plain PyTorch."""
+
+from unittest.mock import patch
+
+import torch
+from random_batch import random_batch, small_model
+
+from engine.batch import Batch
+from engine.config import Config
+from engine.objectives import PretrainingModule, build_objectives
+from engine.sections import Objectives, Optimizer, Schedule, Train, Zero
+from engine.training import zero
+from engine.training.optimizer import make_optimizer
+from engine.training.step import agree, normalizers, run_window
+
+PAIRS = 512
+RATE = 1024.0
+"""Weights are small beside their change, which is then the gradient."""
+OBJECTIVES = Objectives(matching=None)
+STAGES = (0, 1, 2, 3)
+
+
+def training_module(recompute: bool) -> PretrainingModule:
+    """ITC and MLM together, dropout everywhere."""
+    model = small_model(dropout=0.1)
+    model.checkpoint_activations(recompute)
+    return PretrainingModule(model, build_objectives(OBJECTIVES))
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def plain_step() -> dict:
+    """The definition: one process, one batch, torch's SGD, nothing recomputed."""
+    module, batch = training_module(recompute=False), random_batch(range(PAIRS))
+    batch.normalizers = normalizers(batch.counts, 1, torch.device("cpu"))
+    before = weights_of(module)
+    loss, losses, report = module(batch)
+    loss.backward()
+    torch.optim.SGD(module.parameters(), RATE).step()
+    return outcome({"loss": loss, **losses, **report}, before, weights_of(module))
+
+
+def cut(micro_batch: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    """This rank's micro-batches, as the data stream would make them."""
+    starts = range(rank * micro_batch, PAIRS, world * micro_batch)
+    return [random_batch(range(start, start + micro_batch)) for start in starts]
+
+
+def configuration(stage: int, micro_batch: int, precision: str) -> Config:
+    return Config(
+        objectives=OBJECTIVES,
+        optimizer=Optimizer(kind="sgd", lr=RATE, weight_decay=0.0, clip=0.0),
+        schedule=Schedule(kind="constant"),
+        train=Train(global_batch=PAIRS, micro_batch=micro_batch, max_steps=1),
+        device="cpu",
+        precision=precision,
+        zero=Zero(stage),
+    )
+
+
+def partition_everything(config: Config, world: int) -> dict:
+    """DeepSpeed's configuration with parameters of any size cut up by ZeRO-3, which leaves small ones whole."""
+    described = _deepspeed_config(config, world)
+    options = {"stage3_param_persistence_threshold": 0} if config.zero.stage == 3 else {}
+    return {**described, "zero_optimization": {**described["zero_optimization"], **options}}
+
+
+_deepspeed_config = zero.deepspeed_config
+
+
+def zero_step(stage: int, micro_batch: int, precision: str = "fp32") -> dict:
+    """The same through the engine, on all ranks."""
+    config = configuration(stage, micro_batch, precision)
+    ranks = zero.join(config)
+    module = training_module(recompute=True)
+    rule = make_optimizer(config.optimizer, module.model.named_parameters(), ranks.device)
+    before = weights_of(module)
+    with patch.object(zero, "deepspeed_config", partition_everything):
+        engine = zero.Engine(config, module, rule, ranks)
+    window = cut(micro_batch, ranks.rank, ranks.world)
+    agreement = agree(window, ranks, stop=False)
+    result = run_window(engine, window, agreement.counts, ranks, engine.module.model.rng)
+    assert result.applied
+    means = ranks.mean(torch.stack(list(result.values.values())))
+    with engine.whole_module() as whole:
+        return outcome(dict(zip(result.values, means, strict=True)), before, weights_of(whole))
+
+
+def outcome(values: dict, before: dict, after: dict) -> dict:
+    """Accuracy is a report of what one rank holds."""
+    changes = {name: after[name] - before[name] for name in before}
+    values = {name: value.item() for name, value in values.items() if name != "contrastive_accuracy"}
+    return {"values": values, "weights": after, "changes": changes}
