@@ -74,7 +74,7 @@ def optimal_transport(
         text_segment: the segment of ``text_layout`` that holds the text tokens.
         beta: the weight of a step's proximity, at least 0.1; a larger one takes smaller steps.
         iterations: proximal steps, at least 1.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``[B]`` in float32 (float64 for float64): between 0 and 2; 0 where a side has no token.
@@ -84,7 +84,8 @@ def optimal_transport(
     Numerics: costs, plan and sums in float32 (float64 for float64), also under autocast; norms are at least
         1e-5. Between steps a pair keeps 1e-35 of the plan, which can show beyond ``100 * beta`` iterations
         (MATH.md). NaN or infinite tokens make their own sample NaN and no other.
-    Memory: for the backward the plans, ``[B, longest text, longest image]``, and the tokens.
+    Memory: for the backward the plans, ``[B, longest text, longest image]``, and the tokens. ``"triton"`` also takes room for
+        plans and cosines where a sample may have more than 8,192 pairs, its sides rounded up to powers of two.
     Errors: ``ValueError`` for shapes, dtypes, devices and values out of range.
     Source: Xie et al. 2019 (IPOT); Chen et al. 2020 (UNITER).
     """

@@ -125,8 +125,7 @@ def resident_kernel(
     tl.store(distances + sample + tl.arange(0, 1), tl.sum(carried, 0))
     if plans is not None:
         own = plans + sample.to(tl.int64) * longest_text * longest_image
-        inside = (text < longest_text)[:, None] & (image < longest_image)[None, :]
-        tl.store(own + text[:, None] * longest_image + image[None, :], plan, mask=inside)
+        tl.store(own + text[:, None] * longest_image + image[None, :], plan, mask=is_pair)
         longest, along = longest_text + longest_image, plan * cosines
         of_texts, share_offset = factors + sample.to(tl.int64) * longest, samples.to(tl.int64) * longest
         _store_factors(of_texts, share_offset, text, m, text_squares, tl.sum(along, 1))
@@ -183,7 +182,7 @@ def streaming_kernel(
         image_scale = _scale(n, sums, image < n)
     tl.debug_barrier()
     distance, of_images = tl.zeros([IMAGES], tl.float32), tl.zeros([IMAGES], tl.float32)
-    for begin in range(0, longest_text, TEXTS):
+    for begin in range(0, m, TEXTS):
         text = begin + tl.arange(0, TEXTS)
         place, inside = text[:, None] * longest_image + image[None, :], (text < m)[:, None] & (image < n)[None, :]
         sent = tl.load(plans + place, mask=inside, other=0.0) * image_scale[None, :]
@@ -191,7 +190,7 @@ def streaming_kernel(
         cosine = tl.load(cosines + place, mask=inside, other=0.0)
         distance += tl.sum(plan * (1.0 - cosine), 0)
         of_images += tl.sum(plan * cosine, 0)
-        tl.store(plans + place, plan, mask=(text < longest_text)[:, None] & (image < longest_image)[None, :])
+        tl.store(plans + place, plan, mask=inside)
         text_squares = tl.load(of_texts + share_offset + text, mask=text < m, other=0.0)
         _store_factors(of_texts, share_offset, text, m, text_squares, tl.sum(plan * cosine, 1))
     tl.store(distances + sample, tl.sum(distance, 0))
