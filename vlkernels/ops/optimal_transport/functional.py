@@ -198,7 +198,8 @@ _triton_forward = library.define(
     kernels={"triton": launches.forward},
 )
 _triton_backward = library.define_backward(
-    f"optimal_transport_triton_backward(Tensor grad_distances, {_SIDES}, Tensor plans, Tensor factors, str impl) -> (Tensor, Tensor)",
+    f"optimal_transport_triton_backward(Tensor grad_distances, {_SIDES}, Tensor plans, Tensor factors, str impl) "
+    "-> (Tensor, Tensor)",
     fake=_fake_backward,
     kernels={"triton": launches.backward},
 )

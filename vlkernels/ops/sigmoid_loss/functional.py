@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlkernels.core import collectives, dispatch, library, pairs
+from vlkernels.core import collectives, dispatch, library, pairs, similarity
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.exchange import check_exchange
-from vlkernels.ops.sigmoid_loss import reference, torch_kernels
+from vlkernels.core.triton_runtime import TritonImplementation
+from vlkernels.ops.sigmoid_loss import driver, reference, torch_kernels
+from vlkernels.ops.sigmoid_loss.gpu import tiles
 
-IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+IMPLEMENTATIONS = (
+    TritonImplementation(supports=similarity.refusal),
+    Implementation("torch"),
+    Implementation("reference"),
+)
 
 # Below so many pairs a CPU is faster with the whole matrix: tiles cost more than they save.
 # In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
@@ -57,7 +64,7 @@ def sigmoid_loss(
         rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks afterwards.
         exchange: "gather": every rank holds the features of all; or "ring": the texts travel from rank to rank while others
             are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The reference gathers.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs). With a group it is that of one process
@@ -78,7 +85,7 @@ def sigmoid_loss(
     check_exchange(exchange)
     few = image_features.shape[0] ** 2 < FEW_PAIRS[image_features.dtype]
     order = IMPLEMENTATIONS[::-1] if few and group is None and image_features.device.type == "cpu" else IMPLEMENTATIONS
-    chosen = dispatch.resolve("sigmoid_loss", impl, order, image_features.device)
+    chosen = dispatch.resolve("sigmoid_loss", impl, order, image_features.device, {"dtype": image_features.dtype})
     if chosen == "reference":
         return reference.sigmoid_loss(
             image_features,
@@ -113,7 +120,7 @@ _forward = library.define(
     "str group, SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    kernels={"torch": torch_kernels.sigmoid_loss},
+    kernels={"triton": partial(driver.sigmoid_loss, tiles.Tiles), "torch": torch_kernels.sigmoid_loss},
 )
 
 _loss = library.differentiable(_forward, setup_context=pairs.keep_gradients, backward=pairs.scale_gradients)

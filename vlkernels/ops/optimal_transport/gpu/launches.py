@@ -87,7 +87,7 @@ def plan_launch(
     call: Sides, distances: Tensor, plans: Tensor | None, factors: Tensor | None, longest: tuple[int, int], beta: float,
     iterations: int, architecture: int,
 ) -> Launch:  # fmt: skip
-    """``longest``: of images, of texts. Without a backward a resident plan is not written: ``plans`` and ``factors`` are ``None``."""
+    """``longest``: of images, of texts. ``plans`` and ``factors`` are ``None`` where a resident plan need not be written."""
     longest_image, longest_text = longest
     tile = plan_tile(longest_text, longest_image, call.image_tokens.dtype, architecture)
     streams = not is_resident(longest_text, longest_image)
@@ -99,13 +99,15 @@ def plan_launch(
 
 
 def gradient_launch(
-    call: Sides, grad_distances: Tensor, plans: Tensor, factors: Tensor, grad_images: Tensor, grad_texts: Tensor, architecture: int
-) -> Launch:
+    call: Sides, grad_distances: Tensor, plans: Tensor, factors: Tensor, grad_images: Tensor, grad_texts: Tensor,
+    architecture: int,
+) -> Launch:  # fmt: skip
     samples, longest_text, longest_image = plans.shape
     tile = gradient_tile(max(longest_text, longest_image), architecture)
     rows = call.image_tokens.shape[0], call.text_tokens.shape[0]
     arguments = (
-        grad_distances, *call.tensors, plans, factors, grad_images, grad_texts, *call.numbers, longest_image, longest_text, *rows
+        grad_distances, *call.tensors, plans, factors, grad_images, grad_texts, *call.numbers, longest_image, longest_text,
+        *rows,
     )  # fmt: skip
     constants = {"ROWS": tile.rows, "OTHERS": tile.others, "DEPTH": tile.depth}
     tiles = -(-longest_text // tile.rows) + -(-longest_image // tile.rows)

@@ -1,4 +1,4 @@
-"""The tiles of the transport kernels: pure functions of the longest sides, rounded up to powers of two, of dtype and architecture."""
+"""Tiles of the transport kernels: pure functions of dtype, architecture and the longest sides, rounded up to powers of two."""
 
 from __future__ import annotations
 
