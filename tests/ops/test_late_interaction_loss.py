@@ -2,6 +2,7 @@
 
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlkernels.core import dispatch
 from vlkernels.core.spec import InputMaker
-from vlkernels.ops.late_interaction_loss import reference, torch_kernels
+from vlkernels.ops.late_interaction_loss import driver, reference, tiles, torch_kernels
 from vlkernels.ops.late_interaction_loss.spec import SPECS
 
 BOTH = pytest.mark.parametrize("similarity", ["mean_max", "max"])
@@ -23,7 +24,7 @@ IMAGES, TEXTS = [5, 1, 9, 3, 3, 7, 2, 11, 4, 6, 1], [2, 6, 1, 4, 3, 1, 8, 2, 5, 
 def small_tiles(monkeypatch):
     """Tiles so small that little inputs have many, some of which are kept and some made again."""
     monkeypatch.setattr(torch_kernels, "TILE", 12)
-    monkeypatch.setattr(torch_kernels, "KEPT_BYTES", 700)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", 700)
 
 
 def inputs(similarity="mean_max", images=IMAGES, texts=TEXTS, width=6, dtype=torch.float64, **options):
@@ -205,18 +206,17 @@ def test_no_tensor_is_larger_than_the_tokens(similarity, small_tiles):
 
 @BOTH
 def test_what_is_kept_between_the_visits_is_bounded(similarity, small_tiles, monkeypatch):
-    kept = []
-    make = torch_kernels.Tiles.__init__
-    monkeypatch.setattr(torch_kernels.Tiles, "__init__", lambda self, *a, **k: (make(self, *a, **k), kept.append(self))[0])
-    met = []
-    blocks = torch_kernels.Tiles._blocks
-    monkeypatch.setattr(torch_kernels.Tiles, "_blocks", lambda *a: met.extend(blocks(*a)) or blocks(*a))
+    made, visits = [], []
+    make, blocks = tiles.Tiles.__init__, torch_kernels.TorchArithmetic.blocks
+    monkeypatch.setattr(tiles.Tiles, "__init__", lambda self, *a: (make(self, *a), made.append(self))[0])
+    monkeypatch.setattr(torch_kernels.TorchArithmetic, "blocks", lambda *a: visits.append(list(blocks(*a))) or visits[-1])
     torch_kernels.late_interaction_loss(*raw_arguments(inputs(similarity)))
-    tiles = kept[0]._kept.values()
-    assert 0 < len(tiles) < len(met) // 2
-    assert sum(tile.num_bytes for tile in tiles) <= torch_kernels.KEPT_BYTES
+    kept = made[0]._kept.values()
+    assert 0 < len(kept) < len(visits[0])
+    assert sum(part.nbytes for tile in kept for part in tile.parts) <= tiles.KEPT_BYTES
+    assert len({part.untyped_storage().data_ptr() for tile in kept for part in tile.parts}) == 1
     torch_kernels.late_interaction_loss(*raw_arguments(inputs(similarity), gradient=False))
-    assert not kept[1]._kept
+    assert not made[1]._kept
 
 
 def test_float16_gradients_survive_until_the_loss_scale():
@@ -257,6 +257,9 @@ def test_one_graph_serves_every_number_of_tokens():
     assert len(graphs) <= 2
 
 
+EMPTY = {"tokens": torch.zeros(0, 3), "layout": vk.SegmentLayout(torch.zeros(0, 1, dtype=torch.int32))}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -271,6 +274,10 @@ def test_one_graph_serves_every_number_of_tokens():
         ({"image_layout": vk.SegmentLayout([[0], [5]])}, "image_layout must give every sample a token, sample 0 has none"),
         ({"similarity": "mean"}, "similarity must be \"mean_max\" or \"max\", got 'mean'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (
+            {f"{side}_{kind}": value for side in ("image", "text") for kind, value in EMPTY.items()},
+            "a batch must hold at least one pair, got N = 0 on one process",
+        ),
         ({"rank_counts": (1, 1)}, r"rank_counts must hold one count for each of 1 ranks, got \[1, 1\]"),
         ({"rank_counts": (5,)}, r"rank_counts must be 2 at rank 0, the rows it has, got \[5\]"),
         ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
@@ -298,22 +305,26 @@ def test_the_peer_computes_the_same(case):
 
 
 MUTANTS = {
-    "the last of equal maxima": ("products.view(*own.shape, *other.shape).max(3)",
+    "the last of equal maxima": (torch_kernels, "products.view(*own.shape, *other.shape).max(3)",
                                  "_last_max(products.view(*own.shape, *other.shape))"),
-    "padding that counts": (").reciprocal(), 0)", ").reciprocal(), 0.1)"),
-    "padding that is another's token": ("rows = samples.starts[chosen, None] + torch.minimum(position, lengths[:, None] - 1)",
-                                        "rows = (samples.starts[chosen, None] + position).clamp(max=len(samples.tokens) - 1)"),
-    "a tile that is left out": ("return product(*(_cut(side, self._scale.dtype)",
-                                "return product(*(list(_cut(side, self._scale.dtype))[side is texts :]"),
-    "statistics of the first tile": ("shrunk = statistics.total[samples] *", "shrunk = 0 * statistics.total[samples] *"),
-    "sums that do not shrink": (" * (statistics.largest[samples] - largest).exp_()", ""),
-    "a direction without its gather": ("return gathered + _owned_sum(", "return 0 * gathered + _owned_sum("),
-    "a direction without its scatter": ("return gathered + _owned_sum(", "return gathered + 0 * _owned_sum("),
-    "owners that share entries": ("firsts += entries *", "firsts += 0 *"),
-    "weights in another order than their rows": ("per_sample_weights=weights.gather(1, order)", "per_sample_weights=weights"),
-    "targets of the other side": ("tile.of_texts) - self._wanted(j, i)", "tile.of_texts) - self._wanted(i, j).T.flip(0)"),
-    "smoothing over the wrong number": ("smoothing / self._targets.total", "smoothing / (self._targets.total - 1)"),
-    "tiles of other scales": ("_take(of_texts, j.samples, self._scale *", "_take(of_texts, j.samples, 2 * self._scale *"),
+    "padding that counts": (torch_kernels, ").reciprocal(), 0)", ").reciprocal(), 0.1)"),
+    "padding that is another's token": (
+        torch_kernels, "rows = samples.starts[chosen, None] + torch.minimum(position, lengths[:, None] - 1)",
+        "rows = (samples.starts[chosen, None] + position).clamp(max=len(samples.tokens) - 1)"),
+    "a tile that is left out": (torch_kernels, "return product(*(_cut(side, self._dtype)",
+                                "return product(*(list(_cut(side, self._dtype))[side is texts :]"),
+    "a direction without its gather": (torch_kernels, "return gathered + _owned_sum(", "return 0 * gathered + _owned_sum("),
+    "a direction without its scatter": (torch_kernels, "return gathered + _owned_sum(", "return gathered + 0 * _owned_sum("),
+    "owners that share entries": (torch_kernels, "firsts += entries *", "firsts += 0 *"),
+    "weights in another order than their rows": (torch_kernels, "per_sample_weights=weights.gather(1, order)",
+                                                 "per_sample_weights=weights"),
+    "targets of the other side": (tiles, "by_texts -= self._targets.between(j.samples, i.samples, self._scale)",
+                                  "by_texts -= self._targets.between(i.samples, j.samples, self._scale).T.flip(0)"),
+    "scales of the other visit": (tiles, "of_texts.add(j.samples, self._scale *", "of_texts.add(j.samples, 2 * self._scale *"),
+    "parts upside down": (tiles, ".copy_(part)", ".copy_(part.flip(0))"),
+    "statistics of the first tile": (driver, "shrunk = self.total[samples] *", "shrunk = 0 * self.total[samples] *"),
+    "sums that do not shrink": (driver, " * (self.largest[samples] - largest).exp_()", ""),
+    "smoothing over the wrong number": (driver, "self.label_smoothing / self.total", "self.label_smoothing / (self.total - 1)"),
 }  # fmt: skip
 LAST_MAX = """
 def _last_max(x):
@@ -322,22 +333,28 @@ def _last_max(x):
 """
 
 
-def mutant(before, after, monkeypatch):
-    source = Path(torch_kernels.__file__).read_text()
-    assert before in source, f"torch_kernels.py no longer reads {before!r}: renew the mutant"
-    module = types.ModuleType("mutant")
-    monkeypatch.setitem(sys.modules, "mutant", module)
-    exec(source.replace(before, after) + LAST_MAX, module.__dict__)
-    module.TILE, module.KEPT_BYTES = 12, 700
-    return module
+def mutant(module, before, after, monkeypatch):
+    """The op of impl "torch" with one wrong line in one of its modules."""
+    source = Path(module.__file__).read_text()
+    assert before in source, f"{module.__name__} no longer reads {before!r}: renew the mutant"
+    wrong = types.ModuleType("mutant")
+    monkeypatch.setitem(sys.modules, "mutant", wrong)
+    exec(source.replace(before, after) + LAST_MAX, wrong.__dict__)
+    wrong.TILE, wrong.KEPT_BYTES = 12, 1500
+    if module is driver:
+        return partial(wrong.late_interaction_loss, torch_kernels._tiles)
+    if module is tiles:
+        monkeypatch.setattr(torch_kernels, "Tiles", wrong.Tiles)
+        return torch_kernels.late_interaction_loss
+    return wrong.late_interaction_loss
 
 
-def is_right(module):
+def is_right(op):
     integers = inputs(dtype=torch.float64, width=2, logit_scale=torch.tensor(0.5, dtype=torch.float64))
     for name in ("image_tokens", "text_tokens"):
         integers[name] = integers[name].detach().round().clamp(-1, 1).requires_grad_()
     for arguments in (inputs("mean_max"), inputs("max"), integers):
-        found = module.late_interaction_loss(*raw_arguments(arguments))
+        found = op(*raw_arguments(arguments))
         tensors = [arguments[name].requires_grad_() for name in ("image_tokens", "text_tokens", "logit_scale")]
         loss = vk.late_interaction_loss(**arguments, impl="reference")
         expected = (loss, *torch.autograd.grad(loss, tensors))
@@ -346,10 +363,11 @@ def is_right(module):
     return True
 
 
-def test_the_kernels_are_right_as_they_are(monkeypatch):
-    assert is_right(mutant("", "", monkeypatch))
+@pytest.mark.parametrize("module", (torch_kernels, tiles, driver))
+def test_the_op_is_right_as_it_is(module, monkeypatch, small_tiles):
+    assert is_right(mutant(module, "", "", monkeypatch))
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_fault_in_the_kernels_shows(name, monkeypatch):
+def test_a_fault_shows(name, monkeypatch, small_tiles):
     assert not is_right(mutant(*MUTANTS[name], monkeypatch))

@@ -203,7 +203,8 @@ def test_one_graph_serves_every_number_of_pairs():
         ({"rank_reduction": "max"}, 'rank_reduction must be "mean" or "sum", got "max"'),
         ({"exchange": "all"}, 'exchange must be "gather" or "ring", got "all"'),
         ({"group": "world"}, "group must be a torch.distributed process group that holds this rank, got 'world'"),
-        ({"impl": "triton"}, 'impl must be "auto" or one of .* for triplet_loss, got "triton"'),
+        ({"impl": "cpp"}, 'impl must be "auto" or one of .* for triplet_loss, got "cpp"'),
+        ({"impl": "triton"}, "on a CPU it runs in Triton's interpreter only"),
     ],
 )
 def test_mistakes_are_one_clear_line(change, message):

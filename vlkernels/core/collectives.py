@@ -8,6 +8,7 @@ parameters.
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 ProcessGroup = dist.ProcessGroup
 RANK_REDUCTIONS = ("mean", "sum")
+WRONG = -1  # instead of a digest of the counts: this rank holds other rows than they say
 
 
 @dataclass(frozen=True)
@@ -94,22 +96,20 @@ def named_group(name: str) -> ProcessGroup | None:
 
 
 def check_group(count: int, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> None:
-    """Raise unless this rank is in the group and ``rank_counts`` fits the group and this rank's rows."""
+    """Raise unless this rank is in the group and ``rank_counts`` fits the group; with others its rows are checked by all."""
     if group is not None and not isinstance(group, ProcessGroup):
         raise ValueError(
             f"group must be a torch.distributed process group that holds this rank, got {group!r}"
         )
     if rank_counts is None:
         return
-    world_size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    world_size = 1 if group is None else group.size()
     if len(rank_counts) != world_size:
         raise ValueError(
             f"rank_counts must hold one count for each of {world_size} ranks, got {list(rank_counts)}"
         )
-    if rank_counts[rank] != count:
-        raise ValueError(
-            f"rank_counts must be {count} at rank {rank}, the rows it has, got {list(rank_counts)}"
-        )
+    if group is None and rank_counts[0] != count:
+        raise ValueError(f"rank_counts must be {count} at rank 0, the rows it has, got {list(rank_counts)}")
 
 
 def check_rank_reduction(rank_reduction: str) -> None:
@@ -120,20 +120,31 @@ def check_rank_reduction(rank_reduction: str) -> None:
 def locate_rows(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
     """Where the rows of ``own`` lie in the concatenated batch.
 
-    Without ``rank_counts`` every rank must hold equally many, which the first exchange checks: an error with
-    the counts on a CPU, a device-side assertion elsewhere.
+    Without ``rank_counts`` every rank must hold equally many. The first exchange shows every rank whether all are right:
+    if not, all raise an error with the counts on a CPU, and a device-side assertion fails elsewhere.
     """
     count = own.shape[0]
     if group is None:
         return Rows((count,))
-    if rank_counts is not None:
-        return Rows(tuple(rank_counts), group.rank(), group)
-    found = _all_gather(torch.full((1,), count, dtype=torch.int64, device=own.device), group)
+    counts = (count,) * group.size() if rank_counts is None else tuple(rank_counts)
+    rows = Rows(counts, group.rank(), group)
+    digest = zlib.crc32(repr(counts).encode())
+    right = digest if counts[rows.rank] == count else WRONG
+    mine = [torch.full((1, 1), number, dtype=torch.int64, device=own.device) for number in (count, right)]
+    found = _all_gather(torch.cat(mine, dim=1), group)
+    all_right = (found[:, 1] == digest).all()
     if own.device.type != "cpu":
-        torch._assert_async((found == count).all())
-    elif (found != count).any():
-        raise ValueError(f"ranks hold {found.tolist()} rows: pass rank_counts when they differ")
-    return Rows((count,) * group.size(), group.rank(), group)
+        torch._assert_async(all_right)
+    if right == WRONG or (own.device.type == "cpu" and not all_right):
+        _refuse(found, rank_counts)
+    return rows
+
+
+def _refuse(found: Tensor, rank_counts: Sequence[int] | None) -> None:
+    counts = found[:, 0].tolist()
+    if rank_counts is None:
+        raise ValueError(f"ranks hold {counts} rows: pass rank_counts when they differ")
+    raise ValueError(f"rank_counts must be {counts} on every rank, the rows they have, got {list(rank_counts)}")
 
 
 def gather_rows(own: Tensor, rows: Rows) -> Tensor:

@@ -6,7 +6,7 @@ into a workspace that the next wave takes over; the library's products ``G Y`` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,11 +36,20 @@ class TileSizes(NamedTuple):
     stages: int
 
 
+def refusal(facts: Mapping[str, Any]) -> str | None:
+    """Why Triton kernels cannot serve a loss over pairs of features in ``facts["dtype"]``; ``None`` when they can."""
+    if facts["dtype"] not in DTYPES:
+        return f"it computes in float32, the inputs are {str(facts['dtype']).removeprefix('torch.')}"
+    return None
+
+
 def tile_sizes(dtype: torch.dtype, width: int, architecture: int) -> TileSizes:
     """What a tile of similarities is computed in on ``architecture`` (90 is sm_90), for rows of ``width`` values."""
     depth = min(64, max(16, 1 << (width - 1).bit_length()))
     if dtype == torch.float32:  # products without tensor cores keep both factors in registers
         return TileSizes(64, 64, min(depth, 32), 8, 2)
+    if family(architecture) == 100:
+        return TileSizes(64, 128, depth, 4, 3)
     return TileSizes(128, 128, depth, 8, 2 if family(architecture) == 86 else 3)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+RUN = tl.constexpr(16)
+
 
 @triton.jit
 def similarity_tile(
@@ -21,7 +23,8 @@ def similarity_tile(
     x = x_base + row.to(tl.int64) * x_stride + (x_rows * x_stride + depth)
     y = y_base + column.to(tl.int64) * y_stride + (y_rows * y_stride + depth)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, WIDTH, DEPTH):
+    stop = tl.where(rows > 0, WIDTH, 0)  # WIDTH, unknown to the compiler: unrolled, the loop fills the registers with addresses
+    for start in range(0, stop, DEPTH):
         in_x, in_y = x_rows < rows - row, y_rows < columns - column
         if WIDTH % DEPTH != 0:
             in_x, in_y = in_x & (depth < WIDTH - start), in_y & (depth < WIDTH - start)
@@ -43,6 +46,8 @@ def store_weights(
     base, stride, weights, row, column, first_row, first_column, end_row, end_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Write the tile of weights at (row, column) into the workspace of the wave from (first_row, first_column) to the ends."""
-    own_rows, own_columns = row + tl.arange(0, ROWS)[:, None], column + tl.arange(0, COLUMNS)[None, :]
-    place = base + (own_rows - first_row) * stride + (own_columns - first_column)  # a workspace has less than 2^31 weights
-    tl.store(place, weights.to(base.dtype.element_ty), mask=(own_rows < end_row) & (own_columns < end_column))
+    own_rows, own_columns = row - first_row + tl.arange(0, ROWS)[:, None], column - first_column + tl.arange(0, COLUMNS)[None, :]
+    place = base + own_rows * stride + own_columns  # a workspace has less than 2^31 weights
+    # Whole runs of columns, for which every row of a workspace has room: where no run is cut short, stores are wide.
+    there = (own_rows < end_row - first_row) & (own_columns < tl.cdiv(end_column - first_column, RUN) * RUN)
+    tl.store(place, weights.to(base.dtype.element_ty), mask=there)

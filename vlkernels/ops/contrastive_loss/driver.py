@@ -22,11 +22,16 @@ Pair = tuple[Tensor, Tensor]
 class Tiles(Protocol):
     """The logits of an image block and a text block; an object serves one call and may keep tiles from visit to visit.
 
-    ``scale`` multiplies products and has the dtype of logits. Vectors of a :class:`Statistics` are indexed by the numbers of rows in the batch of all ranks, blocks touch their
-    spans. Gradients are added, in at least float32, and are those by the logits, without scale.
+    ``scale`` multiplies products and has the dtype of logits. Vectors of a :class:`Statistics` are indexed by the numbers of
+    rows in the batch of all ranks, blocks touch their spans. Gradients are added, in at least float32, and are those by the
+    logits, without scale.
+
+    ``alignment`` sums G times image-text products where an image's gradient is formed, and the excess of queries is kept;
+    ``None`` where gradients are so exact that features times gradients give the gradient of the scale.
     """
 
     scale: Tensor
+    alignment: Tensor | None
 
     def statistics(self, images: Block, texts: Block, of_images: Statistics, of_texts: Statistics) -> None:
         """Take the logits into the statistics of their rows and of their columns."""
@@ -123,7 +128,9 @@ def _symmetric(
     # The targets are symmetric: the smoothing of both directions pulls a feature towards the same mean.
     toward_image.sub_(soft_text, alpha=2)
     toward_text.sub_(soft_image, alpha=2)
-    return value.sum(), toward_image, toward_text, (own[0] * toward_image).sum()
+    if tiles.alignment is None:
+        return value.sum(), toward_image, toward_text, (own[0] * toward_image).sum()
+    return value.sum(), toward_image, toward_text, tiles.alignment - 2 * (own[0] * soft_text).sum()
 
 
 def _against_keys(
@@ -140,7 +147,7 @@ def _against_keys(
     scale = tiles.scale
     label_smoothing, distillation = shares
     hard = (1 - label_smoothing) * (1 - distillation)
-    values, toward = [], []
+    values, toward, alignment = [], [], scale.new_zeros(())
     for queries, opposite, teachers in ((own[0], keys[1], keys[0]), (own[1], keys[0], keys[1])):
         own_keys = opposite[: len(queries)]
         attention = _Attention(tiles, queries, own_keys, targets, rows, hard if gradient else None)
@@ -157,11 +164,13 @@ def _against_keys(
         values.append((attention.statistics.losses(rows.own, hard) - scale * (queries * soft).sum(1)).sum())
         if gradient:
             toward.append(attention.direction().sub_(soft))
+            aligned = (queries * toward[-1]).sum()
+            if tiles.alignment is not None:
+                exact = attention.statistics.alignment(rows.own, hard) / scale - (queries * soft).sum()
+                aligned = torch.where(scale == 0, aligned, exact)
+            alignment += aligned
     value = values[0] + values[1]
-    if not gradient:
-        return (value,)
-    alignment = (own[0] * toward[0]).sum() + (own[1] * toward[1]).sum()
-    return value, *toward, alignment
+    return (value, *toward, alignment) if gradient else (value,)
 
 
 class _Attention:
@@ -221,11 +230,15 @@ class Statistics:
 
     def __init__(self, length: int, like: Tensor):
         self.largest = like.new_full((length,), -torch.inf)
-        self.total, self.positive = like.new_zeros(2, length)
+        self.total, self.positive, self.excess = like.new_zeros(3, length)
 
     def losses(self, span: slice, hard: float) -> Tensor:
         """Log-sum-exp minus ``hard`` positive logits; large equal numbers cancel before small ones join."""
         return (self.largest[span] - hard * self.positive[span]) + self.total[span].log()
+
+    def alignment(self, span: slice, hard: float) -> Tensor:
+        """The sum of (softmax - ``hard`` targets) times logits. ``excess`` is that of exponentials times logits - largest."""
+        return (self.largest[span] - hard * self.positive[span] + self.excess[span] / self.total[span]).sum()
 
     def over_ranks(self, rows: Rows) -> None:
         """Join what the ranks saw of the same columns."""

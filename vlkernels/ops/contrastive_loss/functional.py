@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlkernels.core import checks, collectives, dispatch, library, pairs
+from vlkernels.core import checks, collectives, dispatch, library, pairs, similarity
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.exchange import check_exchange
+from vlkernels.core.triton_runtime import TritonImplementation
 from vlkernels.ops.contrastive_loss import reference, torch_kernels
+from vlkernels.ops.contrastive_loss.gpu import tiles
 
-IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+IMPLEMENTATIONS = (
+    TritonImplementation(supports=similarity.refusal),
+    Implementation("torch"),
+    Implementation("reference"),
+)
 
 # Below so many logits a CPU is faster with the whole matrix: tiles cost more than they save.
 # In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
@@ -70,7 +76,7 @@ def contrastive_loss(
         exchange: "gather": every rank holds the features of all; or "ring": the texts travel from rank to rank while
             others are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The
             reference gathers.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs). With a group it is that of
@@ -82,8 +88,8 @@ def contrastive_loss(
     Numerics: similarities and normalisers are float32 (float64 for float64), also for half types; products
     of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
     "auto" takes for few logits on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
-    Memory: O(N D) and at most 19 tiles of 2048 x 2048 (319 MB). Gradients are computed in the forward, when
-    anything requires them.
+    Memory: O(N D), in a ring with the N of a rank, and at most 19 tiles of 2048 x 2048 (319 MB). Gradients are
+    computed in the forward, when anything requires them.
     Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ, and for a batch without a pair.
     Source: Radford et al. 2021 (CLIP); Li et al. 2021 (ALBEF) for keys and distillation.
     """
@@ -103,7 +109,7 @@ def contrastive_loss(
     keys = text_features if text_keys is None else text_keys
     few = image_features.shape[0] * keys.shape[0] < FEW_LOGITS[image_features.element_size()]
     order = IMPLEMENTATIONS[::-1] if few and group is None and image_features.device.type == "cpu" else IMPLEMENTATIONS
-    chosen = dispatch.resolve("contrastive_loss", impl, order, image_features.device)
+    chosen = dispatch.resolve("contrastive_loss", impl, order, image_features.device, {"dtype": image_features.dtype})
     if chosen == "reference":
         return reference.contrastive_loss(
             image_features,
@@ -198,7 +204,7 @@ _forward = library.define(
     "Tensor? text_keys, Tensor? labels, float distillation, float label_smoothing, str group, "
     "SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    kernels={"torch": torch_kernels.contrastive_loss},
+    kernels={"torch": torch_kernels.contrastive_loss, "triton": tiles.contrastive_loss},
 )
 
 

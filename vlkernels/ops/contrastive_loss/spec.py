@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec
 from vlkernels.ops.contrastive_loss import functional, reference
+from vlkernels.ops.contrastive_loss.gpu import variants
 
 
 def _features(fill: InputMaker, pairs: int, width: int, scale: float = 10.0) -> Arguments:
@@ -117,5 +118,6 @@ SPECS = (
         },
         peers={"torch": _dense},
         cost=_cost,
+        variants=variants.variants,
     ),
 )

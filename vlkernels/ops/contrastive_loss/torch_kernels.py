@@ -19,6 +19,8 @@ KEPT_TILES = 16
 class Tiles:
     """Tiles of ``scale images texts^T``: the first ones are kept for the gradients, the others computed on every visit."""
 
+    alignment = None  # gradients here are exact enough
+
     def __init__(self, scale: Tensor, targets: Targets, gradient: bool):
         self.scale = scale
         self._targets = targets

@@ -62,6 +62,11 @@ class Targets:
     label_smoothing: float
     total: int
 
+    def between(self, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
+        """``[queries, keys]`` of samples by their numbers."""
+        partners = (queries[:, None] == keys).to(like.dtype)
+        return partners.mul_(1 - self.label_smoothing).add_(self.label_smoothing / self.total)
+
 
 MakeTiles = Callable[[str, Tensor, Targets, bool], Tiles]  # similarity, scale, targets, whether gradients will be asked for
 
@@ -156,6 +161,17 @@ class Statistics:
     def __init__(self, length: int, like: Tensor):
         self.largest = like.new_full((length,), -torch.inf)
         self.total, self.wanted = like.new_zeros(2, length)
+
+    def add(self, samples: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Take the logits of some samples against some of the other side."""
+        largest = torch.maximum(self.largest[samples], logits.amax(1))
+        shrunk = self.total[samples] * (self.largest[samples] - largest).exp_()
+        self.largest[samples] = largest
+        self.total[samples] = shrunk + (logits - largest[:, None]).exp_().sum(1)
+        self.wanted[samples] += (logits * targets).sum(1)
+
+    def softmax(self, samples: Tensor, logits: Tensor) -> Tensor:
+        return (logits - self.largest[samples, None]).exp_() / self.total[samples, None]
 
     def losses(self, span: slice) -> Tensor:
         """Log-sum-exp minus the target's logits; large equal numbers cancel before small ones join."""

@@ -13,9 +13,15 @@ from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.exchange import check_exchange
 from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.triton_runtime import TritonImplementation
 from vlkernels.ops.late_interaction_loss import reference, torch_kernels
+from vlkernels.ops.late_interaction_loss.gpu import arithmetic, launches
 
-IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+IMPLEMENTATIONS = (
+    TritonImplementation(supports=launches.refusal),
+    Implementation("torch"),
+    Implementation("reference"),
+)
 
 # Below so many similarities of tokens a CPU is faster with all of them at once: tiles cost more than they save.
 # In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
@@ -74,7 +80,7 @@ def late_interaction_loss(
         exchange: "gather": every rank holds the tokens of all; or "ring": the texts' tokens travel from rank to rank while
             others are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The
             reference gathers.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs). With a group it is that of
@@ -88,7 +94,7 @@ def late_interaction_loss(
         dtype, as PyTorch. Two runs give the same bits.
     Memory: O(tokens D), tiles of 1024 x 1024 products, and at most 256 MB of maxima and their places, a byte
         each up to 256 tokens; what does not fit is computed twice. Gradients are computed in the forward,
-        when anything requires them. With a group the tokens of all ranks.
+        when anything requires them. With a group that gathers, the tokens of all ranks.
     Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ, and for a batch without a pair.
     Source: Yao et al. 2021 (FILIP); Li et al. 2023 (BLIP-2).
     """
@@ -99,7 +105,8 @@ def late_interaction_loss(
     check_exchange(exchange)
     few = image_layout.num_tokens * text_layout.num_tokens < FEW_PRODUCTS[image_tokens.element_size()]
     order = IMPLEMENTATIONS[::-1] if few and group is None and image_tokens.device.type == "cpu" else IMPLEMENTATIONS
-    chosen = dispatch.resolve("late_interaction_loss", impl, order, image_tokens.device)
+    facts = {"dtype": image_tokens.dtype}
+    chosen = dispatch.resolve("late_interaction_loss", impl, order, image_tokens.device, facts)
     if chosen == "reference":
         return reference.late_interaction_loss(
             image_tokens,
@@ -193,7 +200,7 @@ _forward = library.define(
     "str similarity, float label_smoothing, str group, SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, "
     "str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    kernels={"torch": torch_kernels.late_interaction_loss},
+    kernels={"torch": torch_kernels.late_interaction_loss, "triton": arithmetic.late_interaction_loss},
 )
 
 

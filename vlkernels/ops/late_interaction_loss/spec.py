@@ -113,7 +113,6 @@ CASES = (
     Case("65 pairs, any two", lambda fill: _ragged(fill, 65, 8, images=4, texts=5, similarity="max")),
     Case("257 pairs, wide", lambda fill: _ragged(fill, 257, 256, images=4, texts=3, scale=100.0)),
     Case("one token each", lambda fill: _sides(fill, [1] * 12, [1] * 12, 16)),
-    Case("no pair", lambda fill: _sides(fill, [], [], 8)),
     Case("long samples", lambda fill: _sides(fill, [300, 2, 70], [33, 290, 1], 16)),
     Case("peaked", lambda fill: _ragged(fill, 17, 8, images=5, texts=6, scale=100.0)),
     Case("extreme", lambda fill: _ragged(fill, 9, 8, images=5, texts=6, scale=3e4, norm=50.0)),

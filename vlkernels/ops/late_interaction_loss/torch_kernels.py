@@ -5,7 +5,7 @@ No ``[N, N]`` of samples and no ``[N, N, P, T]`` of tokens is ever stored, and g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -15,83 +15,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkernels.ops.late_interaction_loss import driver
-from vlkernels.ops.late_interaction_loss.driver import Samples, Statistics, Targets
+from vlkernels.ops.late_interaction_loss.driver import Samples, Targets
+from vlkernels.ops.late_interaction_loss.tiles import Tiles, place_dtype
 
 TILE = 1024  # tokens, padding included, of each side
-KEPT_BYTES = 2**28  # of maxima and their places that wait from the first visit for the second
 
 
-class Tiles:
-    """Tiles of token similarities, reduced to their maxima; the first KEPT_BYTES of these stay, others are made anew."""
+class TorchArithmetic:
+    """Blocks of at most TILE tokens and PyTorch's operators on one product of two blocks at a time."""
 
-    def __init__(self, similarity: str, scale: Tensor, targets: Targets, gradient: bool):
-        self._reduce = SIMILARITIES[similarity]
-        self._scale, self._targets = scale, targets
-        self._room = KEPT_BYTES if gradient else 0
-        self._kept: dict[tuple[int, int], _MeanMax | _Max] = {}
+    def __init__(self, similarity: str, scale: Tensor):
+        self._tile = SIMILARITIES[similarity]
+        self._dtype = scale.dtype
         self._workspace = scale.new_empty(0)
 
-    def statistics(self, images: Samples, texts: Samples, of_images: Statistics, of_texts: Statistics) -> None:
-        for i, j in self._blocks(images, texts):
-            tile = self._tile(i, j)
-            _take(of_images, i.samples, self._scale * tile.of_images, self._wanted(i, j))
-            _take(of_texts, j.samples, self._scale * tile.of_texts, self._wanted(j, i))
+    def blocks(self, images: Samples, texts: Samples) -> Iterator[tuple[_Block, _Block]]:
+        return product(*(_cut(side, self._dtype) for side in (images, texts)))
 
-    def differentiate(
-        self,
-        images: Samples,
-        texts: Samples,
-        of_images: Statistics,
-        of_texts: Statistics,
-        toward_images: Tensor | None,
-        toward_texts: Tensor | None,
-    ) -> None:
-        for i, j in self._blocks(images, texts):
-            tile = self._tile(i, j)
-            by_images = _softmax(of_images, i.samples, self._scale * tile.of_images) - self._wanted(i, j)
-            by_texts = _softmax(of_texts, j.samples, self._scale * tile.of_texts) - self._wanted(j, i)
-            if toward_images is not None:
-                i.add(tile.toward_images(i, j, by_images, by_texts), toward_images)
-            if toward_texts is not None:
-                j.add(tile.toward_texts(i, j, by_images, by_texts), toward_texts)
+    def bytes_of_pair(self, images: Samples, texts: Samples) -> int:
+        return self._tile.bytes_of_pair(images.longest, texts.longest, self._dtype.itemsize)
 
-    def _blocks(self, images: Samples, texts: Samples) -> Iterator[tuple[_Block, _Block]]:
-        return product(*(_cut(side, self._scale.dtype) for side in (images, texts)))
-
-    def _tile(self, i: _Block, j: _Block) -> _MeanMax | _Max:
-        if (i.place, j.place) in self._kept:
-            return self._kept[i.place, j.place]
-        products = self._memory(len(i.tokens), len(j.tokens))
-        torch.mm(i.tokens, j.tokens.T, out=products)
-        reduced = self._reduce(products, i, j)
-        if reduced.num_bytes <= self._room:
-            self._room -= reduced.num_bytes
-            self._kept[i.place, j.place] = reduced
-        return reduced
-
-    def _memory(self, rows: int, columns: int) -> Tensor:
+    def reduce(self, i: _Block, j: _Block) -> _MeanMax | _Max:
+        rows, columns = len(i.tokens), len(j.tokens)
         if rows * columns > len(self._workspace):
             self._workspace = self._workspace.new_empty(rows * columns)
-        return self._workspace[: rows * columns].view(rows, columns)
+        products = torch.mm(i.tokens, j.tokens.T, out=self._workspace[: rows * columns].view(rows, columns))
+        return self._tile.of(products, i, j)
 
-    def _wanted(self, queries: _Block, keys: _Block) -> Tensor:
-        """The targets of some samples, one on the own partner, smoothed over the batch."""
-        smoothing = self._targets.label_smoothing
-        partners = (queries.samples[:, None] == keys.samples).to(queries.tokens.dtype)
-        return partners.mul_(1 - smoothing).add_(smoothing / self._targets.total)
+    def restore(self, parts: Sequence[Tensor]) -> _MeanMax | _Max:
+        return self._tile(*parts)
 
+    def toward_images(
+        self, tile: _MeanMax | _Max, i: _Block, j: _Block, by_images: Tensor, by_texts: Tensor, gradient: Tensor
+    ) -> None:
+        i.add(tile.toward_images(i, j, by_images, by_texts), gradient)
 
-def _take(statistics: Statistics, samples: Tensor, logits: Tensor, targets: Tensor) -> None:
-    largest = torch.maximum(statistics.largest[samples], logits.amax(1))
-    shrunk = statistics.total[samples] * (statistics.largest[samples] - largest).exp_()
-    statistics.largest[samples] = largest
-    statistics.total[samples] = shrunk + (logits - largest[:, None]).exp_().sum(1)
-    statistics.wanted[samples] += (logits * targets).sum(1)
-
-
-def _softmax(statistics: Statistics, samples: Tensor, logits: Tensor) -> Tensor:
-    return (logits - statistics.largest[samples, None]).exp_() / statistics.total[samples, None]
-
+    def toward_texts(
+        self, tile: _MeanMax | _Max, i: _Block, j: _Block, by_images: Tensor, by_texts: Tensor, gradient: Tensor
+    ) -> None:
+        j.add(tile.toward_texts(i, j, by_images, by_texts), gradient)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +76,11 @@ class _Block:
 
     def narrow(self, places: Tensor) -> Tensor:
         """Places of tokens in as few bytes as hold them, never in the padding: there rounding may find the maximum."""
-        longest = self.shape[1]
-        dtype = torch.uint8 if longest <= 2**8 else torch.int16 if longest <= 2**15 else torch.int32
-        return torch.minimum(places, self.lengths - 1).to(dtype)
+        return torch.minimum(places, self.lengths - 1).to(place_dtype(self.shape[1]))
 
-    def add(self, toward: Tensor, gradient: Tensor | None) -> None:
+    def add(self, toward: Tensor, gradient: Tensor) -> None:
         """Add to the rows; those of the padding are zero, so every row has one term and any order will do."""
-        if gradient is not None:
-            gradient.index_add_(0, self.rows.flatten(), toward)
+        gradient.index_add_(0, self.rows.flatten(), toward)
 
 
 def _cut(samples: Samples, dtype: torch.dtype) -> Iterator[_Block]:
@@ -155,12 +114,20 @@ def _known_to_host(lengths: Tensor) -> bool:
     return lengths.device.type == "cpu"
 
 
+@dataclass(frozen=True, eq=False)
 class _MeanMax:
     """FILIP's: the mean over a sample's tokens of the maximum over the other's, from either side."""
 
-    def __init__(self, products: Tensor, i: _Block, j: _Block):
-        self.of_images, self._text_places = self._from(products, i, j)
-        self.of_texts, self._image_places = self._from(products.T.contiguous(), j, i)
+    of_images: Tensor  # [I, J]
+    of_texts: Tensor  # [J, I]
+    text_places: Tensor  # [I, longest, J]: what each image token found
+    image_places: Tensor  # [J, longest, I]
+
+    @classmethod
+    def of(cls, products: Tensor, i: _Block, j: _Block) -> _MeanMax:
+        of_images, text_places = cls._from(products, i, j)
+        of_texts, image_places = cls._from(products.T.contiguous(), j, i)
+        return cls(of_images, of_texts, text_places, image_places)
 
     @staticmethod
     def _from(products: Tensor, own: _Block, other: _Block) -> tuple[Tensor, Tensor]:
@@ -168,15 +135,19 @@ class _MeanMax:
         best, places = products.view(*own.shape, *other.shape).max(3)
         return (best * own.shares[:, :, None]).sum(1), other.narrow(places)
 
+    @staticmethod
+    def bytes_of_pair(image: int, text: int, itemsize: int) -> int:
+        return 2 * itemsize + image * place_dtype(text).itemsize + text * place_dtype(image).itemsize
+
     @property
-    def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.of_images, self.of_texts, self._text_places, self._image_places))
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.of_images, self.of_texts, self.text_places, self.image_places
 
     def toward_images(self, i: _Block, j: _Block, of_images: Tensor, of_texts: Tensor) -> Tensor:
-        return self._toward(i, j, of_images, self._text_places, of_texts, self._image_places)
+        return self._toward(i, j, of_images, self.text_places, of_texts, self.image_places)
 
     def toward_texts(self, i: _Block, j: _Block, of_images: Tensor, of_texts: Tensor) -> Tensor:
-        return self._toward(j, i, of_texts, self._image_places, of_images, self._text_places)
+        return self._toward(j, i, of_texts, self.image_places, of_images, self.text_places)
 
     @staticmethod
     def _toward(
@@ -195,26 +166,38 @@ class _MeanMax:
         )
 
 
+@dataclass(frozen=True, eq=False)
 class _Max:
     """BLIP-2's: the largest similarity of any two tokens, the same from either side."""
 
-    def __init__(self, products: Tensor, i: _Block, j: _Block):
+    of_images: Tensor  # [I, J]
+    image_places: Tensor  # [I, J]
+    text_places: Tensor  # [I, J]
+
+    @classmethod
+    def of(cls, products: Tensor, i: _Block, j: _Block) -> _Max:
         best, text_places = products.view(*i.shape, *j.shape).max(3)
-        self.of_images, image_places = best.transpose(1, 2).contiguous().max(2)
+        of_images, image_places = best.transpose(1, 2).contiguous().max(2)
         text_places = text_places.gather(1, image_places[:, None, :])[:, 0]
-        self.of_texts = self.of_images.T
-        self._image_places = i.narrow(image_places.T).T
-        self._text_places = j.narrow(text_places)
+        return cls(of_images, i.narrow(image_places.T).T, j.narrow(text_places))
+
+    @staticmethod
+    def bytes_of_pair(image: int, text: int, itemsize: int) -> int:
+        return itemsize + place_dtype(image).itemsize + place_dtype(text).itemsize
 
     @property
-    def num_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.of_images, self._image_places, self._text_places))
+    def of_texts(self) -> Tensor:
+        return self.of_images.T
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.of_images, self.image_places, self.text_places
 
     def toward_images(self, i: _Block, j: _Block, of_images: Tensor, of_texts: Tensor) -> Tensor:
-        return self._toward(i, j, of_images + of_texts.T, self._image_places, self._text_places)
+        return self._toward(i, j, of_images + of_texts.T, self.image_places, self.text_places)
 
     def toward_texts(self, i: _Block, j: _Block, of_images: Tensor, of_texts: Tensor) -> Tensor:
-        return self._toward(j, i, of_images.T + of_texts, self._text_places.T, self._image_places.T)
+        return self._toward(j, i, of_images.T + of_texts, self.text_places.T, self.image_places.T)
 
     @staticmethod
     def _toward(own: _Block, other: _Block, weights: Tensor, places: Tensor, other_places: Tensor) -> Tensor:
@@ -244,4 +227,8 @@ def _owned_sum(places: Tensor, sources: Tensor, weights: Tensor, tokens: Tensor,
     )
 
 
-late_interaction_loss = partial(driver.late_interaction_loss, Tiles)
+def _tiles(similarity: str, scale: Tensor, targets: Targets, gradient: bool) -> Tiles:
+    return Tiles(TorchArithmetic(similarity, scale), scale, targets, gradient)
+
+
+late_interaction_loss = partial(driver.late_interaction_loss, _tiles)

@@ -63,7 +63,7 @@ def sigmoid_loss(
 
     toward_image, toward_text = form_gradients(images, texts, scale.dtype, meet)
     factor = mean * pairs.gradient_factor(rows, rank_reduction)
-    of_scale, of_bias = sums[1:] * factor
+    of_scale, of_bias = (total * factor for total in sums[1:])  # outputs of an op share no memory
     loss = collectives.sum_over_ranks(sums[0].clone(), rows) * mean
     of_features = scale * factor
     of_numbers = of_scale.reshape(logit_scale.shape), of_bias.reshape(logit_bias.shape)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlkernels.core import collectives, dispatch, library, pairs
+from vlkernels.core import collectives, dispatch, library, pairs, similarity
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.exchange import check_exchange
-from vlkernels.ops.sigmoid_loss import reference, torch_kernels
+from vlkernels.core.triton_runtime import TritonImplementation
+from vlkernels.ops.sigmoid_loss import driver, reference, torch_kernels
+from vlkernels.ops.sigmoid_loss.gpu import tiles
 
-IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+IMPLEMENTATIONS = (
+    TritonImplementation(supports=similarity.refusal),
+    Implementation("torch"),
+    Implementation("reference"),
+)
 
 # Below so many pairs a CPU is faster with the whole matrix: tiles cost more than they save.
 # In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
@@ -57,7 +64,7 @@ def sigmoid_loss(
         rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks afterwards.
         exchange: "gather": every rank holds the features of all; or "ring": the texts travel from rank to rank while others
             are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The reference gathers.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs). With a group it is that of one process
@@ -68,7 +75,8 @@ def sigmoid_loss(
     Numerics: similarities, losses and the gradients of scale and bias are float32 (float64 for float64), also for half
     types; products of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
     "auto" takes for few pairs on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
-    Memory: O(N D) and 3 tiles of 1024 x 1024 (13 MB). Gradients are computed in the forward, when anything requires them.
+    Memory: O(N D), in a ring with the N of a rank, and 3 tiles of 1024 x 1024 (13 MB). Gradients are computed in the
+    forward, when anything requires them.
     Errors: ``ValueError`` for shapes, dtypes, counts that differ, and for a batch without a pair.
     Source: Zhai et al. 2023 (SigLIP).
     """
@@ -78,7 +86,7 @@ def sigmoid_loss(
     check_exchange(exchange)
     few = image_features.shape[0] ** 2 < FEW_PAIRS[image_features.dtype]
     order = IMPLEMENTATIONS[::-1] if few and group is None and image_features.device.type == "cpu" else IMPLEMENTATIONS
-    chosen = dispatch.resolve("sigmoid_loss", impl, order, image_features.device)
+    chosen = dispatch.resolve("sigmoid_loss", impl, order, image_features.device, {"dtype": image_features.dtype})
     if chosen == "reference":
         return reference.sigmoid_loss(
             image_features,
@@ -113,7 +121,7 @@ _forward = library.define(
     "str group, SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    kernels={"torch": torch_kernels.sigmoid_loss},
+    kernels={"triton": partial(driver.sigmoid_loss, tiles.Tiles), "torch": torch_kernels.sigmoid_loss},
 )
 
 _loss = library.differentiable(_forward, setup_context=pairs.keep_gradients, backward=pairs.scale_gradients)

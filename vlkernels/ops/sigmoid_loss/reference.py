@@ -35,5 +35,6 @@ def sigmoid_loss(
     else:
         every = gather_rows(labels, rows)
         positive = every[:, None] == every
-    signs = 2 * positive.to(logits.dtype) - 1
+    one = logits.new_ones(())
+    signs = torch.where(positive, one, -one)
     return -F.logsigmoid(signs * logits).sum() / rows.total

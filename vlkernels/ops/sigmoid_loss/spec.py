@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec
 from vlkernels.ops.sigmoid_loss import functional, reference
+from vlkernels.ops.sigmoid_loss.gpu import variants
 
 
 def features(fill: InputMaker, count: int, width: int, scale: float = 10.0, bias: float = -10.0) -> Arguments:
@@ -88,5 +89,6 @@ SPECS = (
         },
         peers={"torch": _dense},
         cost=_cost,
+        variants=variants.variants,
     ),
 )

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlkernels.core import collectives, dispatch, library, pairs
+from vlkernels.core import collectives, dispatch, library, pairs, similarity
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.exchange import check_exchange
-from vlkernels.ops.triplet_loss import reference, torch_kernels
+from vlkernels.core.triton_runtime import TritonImplementation
+from vlkernels.ops.triplet_loss import driver, reference, torch_kernels
+from vlkernels.ops.triplet_loss.gpu import tiles
 
-IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+IMPLEMENTATIONS = (
+    TritonImplementation(supports=similarity.refusal),
+    Implementation("torch"),
+    Implementation("reference"),
+)
 
 # Below so many pairs a CPU is faster with the whole matrix: tiles cost more than they save.
 # In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
@@ -63,7 +70,7 @@ def triplet_loss(
         rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks afterwards.
         exchange: "gather": every rank holds the features of all; or "ring": the texts travel from rank to rank while others
             are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The reference gathers.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs), summed over pairs as VSE++ does; a row
@@ -75,7 +82,8 @@ def triplet_loss(
     Numerics: similarities and hinges are float32 (float64 for float64), also for half types; with ``hardest=False``
     products of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
     "auto" takes for few pairs on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
-    Memory: O(N D) and 3 tiles of 1024 x 1024 (13 MB). Gradients are computed in the forward, when anything requires them.
+    Memory: O(N D), in a ring with the N of a rank, and 3 tiles of 1024 x 1024 (13 MB). Gradients are computed in the
+    forward, when anything requires them.
     Errors: ``ValueError`` for shapes, dtypes, ranges, counts that differ, and for a batch without a pair.
     Source: Faghri et al. 2018 (VSE++).
     """
@@ -87,7 +95,7 @@ def triplet_loss(
     check_exchange(exchange)
     few = image_features.shape[0] ** 2 < (FEW_PAIRS if hardest else FEW_PAIRS_SUMMED)[image_features.dtype]
     order = IMPLEMENTATIONS[::-1] if few and group is None and image_features.device.type == "cpu" else IMPLEMENTATIONS
-    chosen = dispatch.resolve("triplet_loss", impl, order, image_features.device)
+    chosen = dispatch.resolve("triplet_loss", impl, order, image_features.device, {"dtype": image_features.dtype})
     if chosen == "reference":
         return reference.triplet_loss(
             image_features,
@@ -116,7 +124,7 @@ _forward = library.define(
     "triplet_loss(Tensor image_features, Tensor text_features, Tensor? labels, float margin, bool hardest, "
     "str group, SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, str impl) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    kernels={"torch": torch_kernels.triplet_loss},
+    kernels={"triton": partial(driver.triplet_loss, tiles.Tiles), "torch": torch_kernels.triplet_loss},
 )
 
 _loss = library.differentiable(_forward, setup_context=pairs.keep_gradients, backward=pairs.scale_gradients)

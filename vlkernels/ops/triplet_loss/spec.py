@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec
 from vlkernels.ops.triplet_loss import functional, reference
+from vlkernels.ops.triplet_loss.gpu import variants
 
 
 def features(fill: InputMaker, count: int, width: int, **options: Any) -> Arguments:
@@ -69,5 +70,6 @@ SPECS = (
         },
         peers={"torch": _dense},
         cost=_cost,
+        variants=variants.variants,
     ),
 )

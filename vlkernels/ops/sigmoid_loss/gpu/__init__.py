@@ -1,0 +1,1 @@
+"""The sigmoid loss in Triton: the kernel, its launches and those that are compiled ahead of time."""
