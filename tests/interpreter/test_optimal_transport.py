@@ -87,6 +87,21 @@ def test_any_lengths(launched, longest, width, samples):
     assert launched == [kernel, kernels.gradient_kernel]
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("longest", (5, 70))
+def test_raw_ops_are_what_they_say(longest, gradient):
+    """All but the padding of plans and factors, which nobody reads, so that values are not compared."""
+    images, layout = torch.randn(longest, 8), shared.layout_of([longest])
+    sides = images, images.flip(1), layout.starts, layout.lengths, layout.starts, layout.lengths, 0, 0
+    forward = torch.ops.vlkernels.optimal_transport_triton_forward.default
+    given = *sides, longest, longest, 0.5, 3, gradient, "triton"
+    torch.library.opcheck(forward, given, test_utils=("test_schema", "test_faketensor"))
+    if gradient:
+        backward = torch.ops.vlkernels.optimal_transport_triton_backward.default
+        given = torch.ones(1), *sides, *forward(*given)[1:], "triton"
+        torch.library.opcheck(backward, given, test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize("longest", (9, 100))
 def test_without_gradients_a_resident_plan_is_not_written(monkeypatch, longest):
     images, texts, kept = torch.randn(longest, 8), torch.randn(longest - 2, 8), []
