@@ -57,8 +57,12 @@ def streamed(monkeypatch):
     monkeypatch.setattr(tile_sizes, "MOST_RESIDENT", 256)
 
 
-@pytest.mark.parametrize("name", RESIDENT)
-@pytest.mark.parametrize("dtype", SPEC.dtypes)
+# Half types differ in what is loaded and stored, which few cases show.
+HALF = ("joint stream, capacity", "aligned", "small norms")
+CALLS = [(name, dtype) for name in RESIDENT for dtype in SPEC.dtypes if dtype == torch.float32 or name in HALF]
+
+
+@pytest.mark.parametrize("name, dtype", CALLS)
 def test_contract(launched, name, dtype):
     contract.verify(SPEC, CASES[name], dtype, "triton")
     assert launched == ([] if name == "no sample" else [kernels.resident_kernel, kernels.gradient_kernel])
