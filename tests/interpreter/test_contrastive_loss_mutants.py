@@ -48,7 +48,7 @@ MUTANTS = {  # name: (module, old, new, the case that must notice)
     "logits without the scale": (kernels, "sums * tl.load(scale_base)", "sums", "pairs"),
     "tiles of a wave in one column": (triton_similarity, "program % across", "program % 1", "waves"),
     "tiles of a wave in one row": (triton_similarity, "program // across * ROWS", "program // across * 0", "waves"),
-    "weights written in one column": (triton_similarity, "(own_columns - first_column)", "own_columns * 0", "waves"),
+    "weights written in one column": (triton_similarity, "stride + own_columns ", "stride + own_columns * 0 ", "waves"),
     "width past the end": (triton_similarity, "if WIDTH % DEPTH != 0:", "if False:", "pairs"),
 }  # fmt: skip
 
