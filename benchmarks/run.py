@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import roof
+from benchmarks import memory, roof
 from benchmarks.provenance import RESULTS, CardLog, store, stored
 from benchmarks.timing import Parts, Timing, interleaved_parts
 from engine.training.host_memory import keep_large_blocks
@@ -116,7 +116,7 @@ def benchmarks_of(spec: OpSpec, device: str) -> dict[str, Benchmark]:
         if device in made.devices:
             peers = {"reference": spec.reference, **spec.peers} if made.peers is None else made.peers
             dtypes = made.dtypes or spec.dtypes
-            found[name] = Benchmark(made.make, made.devices, dtypes, peers, made.call or spec.functional)
+            found[name] = replace(made, dtypes=dtypes, peers=peers, call=made.call or spec.functional)
     return found
 
 
@@ -167,7 +167,7 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
     cost = spec.cost(**arguments) if spec.cost else None
     calls: dict[str, Step | roof.Copies] = {**variants(benchmark, arguments, run)}
     absent = {peer: run.absent[peer] for peer in benchmark.peers if peer not in calls}
-    peak_bytes = {variant: step.peak_bytes() for variant, step in calls.items()} if run.device == "cuda" else None
+    peak_bytes = peaks(spec, name, benchmark, dtype, run, calls)
     if cost is not None and cost.forward_bytes and not cost.forward_flops:
         calls[COPY] = roof.Copies(cost, run.device)
     run.card.take()
@@ -188,6 +188,26 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
         "roof": asdict(run.roof) if run.roof else None,
         "card": card,
     }
+
+
+def peaks(
+    spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run: Run, steps: Mapping[str, Step]
+) -> dict[str, int | None] | None:
+    """The most bytes each variant holds at once: always on a card, on a CPU where the benchmark asks for it."""
+    if run.device == "cuda":
+        return {variant: step.peak_bytes() for variant, step in steps.items()}
+    if not benchmark.peak_memory:
+        return None
+    return {variant: memory.peak_bytes(spec.name, name, _short(dtype), variant) for variant in steps}
+
+
+def only_variant(op: str, name: str, dtype: str, variant: str) -> Step:
+    """One variant of a CPU benchmark by its names, run once."""
+    spec = next(spec for spec in ops.specs() if spec.name == op)
+    benchmark = benchmarks_of(spec, "cpu")[name]
+    peers = {peer: call for peer, call in benchmark.peers.items() if peer == variant}
+    arguments = benchmark.make(InputMaker(getattr(torch, dtype), "cpu"))
+    return variants(replace(benchmark, peers=peers), arguments, Run("cpu", 0.0, RESULTS), ours=not peers)[variant]
 
 
 class Step:
@@ -228,10 +248,12 @@ class Step:
         return torch.autograd.grad(outputs, self._inputs, self._upstream, allow_unused=True) if outputs else None
 
 
-def variants(benchmark: Benchmark, arguments: dict[str, Any], run: Run) -> dict[str, Step]:
-    """What ``auto`` takes and every peer that runs here; for the others the reason is printed, once."""
+def variants(benchmark: Benchmark, arguments: dict[str, Any], run: Run, ours: bool = True) -> dict[str, Step]:
+    """What ``auto`` takes, if ``ours``, and every peer that runs here; for the others the reason is printed, once."""
     inputs = list(differentiable_tensors(arguments).values())
-    steps = {"vlkernels": Step(partial(benchmark.call, **arguments, impl="auto"), inputs, rival=False).trial()}
+    steps = {}
+    if ours:
+        steps["vlkernels"] = Step(partial(benchmark.call, **arguments, impl="auto"), inputs, rival=False).trial()
     for name, peer in benchmark.peers.items():
         try:
             if isinstance(peer, Peer):
@@ -271,7 +293,7 @@ def derive(timings: Timings, rivals: list[str], cost: Cost | None, roof_here: ro
 
 
 def show(
-    title: str, timings: Timings, derived: Mapping[str, Mapping[str, Any]], peak_bytes: Mapping[str, int] | None = None
+    title: str, timings: Timings, derived: Mapping[str, Mapping[str, Any]], peak_bytes: Mapping[str, int | None] | None = None
 ) -> None:
     print(title)
     ours, widest = timings["vlkernels"], max(map(len, timings))
@@ -279,8 +301,8 @@ def show(
         columns = [_column(part, parts[part], variant, derived[part]) for part in DIRECTIONS if part in parts]
         if parts.keys() == ours.keys():
             columns.append(f"{parts['total'].median / ours['total'].median:6.2f}x")
-        if peak_bytes and variant in peak_bytes:
-            columns.append(f"peak {peak_bytes[variant] / 2**20:,.0f} MiB")
+        if peak_bytes and (peak := peak_bytes.get(variant)) is not None:
+            columns.append(f"peak {peak / 2**20:,.0f} MiB")
         print(f"  {variant:<{widest}} {' | '.join(columns)}")
     for part in DIRECTIONS:
         if best := derived[part].get("best_peer"):

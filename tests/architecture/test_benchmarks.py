@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import host_cost, provenance, roof, run, timing, uniter_step
+from benchmarks import host_cost, memory, provenance, roof, run, timing, uniter_step
 from benchmarks.plain_uniter import Sizes, bert
 from benchmarks.provenance import CardLog
 from vlkernels import ops
 from vlkernels.core import dispatch
 from vlkernels.core.dispatch import Implementation
-from vlkernels.core.spec import Benchmark, Cost
+from vlkernels.core.spec import Benchmark, Cost, InputMaker
 from vlkernels.testing import contract
 
 ARGUMENTS = ["--device", "cpu", "--budget-s", "0"]
@@ -167,6 +167,13 @@ def test_peak_memory_is_that_of_a_whole_step(monkeypatch):
     monkeypatch.setattr(step, "backward", lambda: (allocate(12), allocate(-42)))
     held["most"] = 1000
     assert step.peak_bytes() == 42
+
+
+def test_peak_memory_on_a_cpu_is_what_a_process_of_its_own_holds():
+    peak = memory.peak_bytes("segment_mean", "regions", "float32", "vlkernels")
+    rows = run.benchmarks_of(next(s for s in ops.specs() if s.name == "segment_mean"), "cpu")["regions"]
+    least = rows.make(InputMaker(torch.float32))["x"].nbytes  # of the gradient
+    assert least <= peak <= 2 * least
 
 
 def test_the_roof_is_measured():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import vlkernels as vk
 from loss_cases import LOSSES, WAYS, WIDTH, Model, Pairs, value_and_gradients
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.mutants import load_mutant
 from vlkernels.core import exchange, pairs
@@ -32,6 +33,7 @@ from vlkernels.ops.triplet_loss import torch_kernels as triplet_kernels
 
 COUNTS = {2: ((5, 5), (7, 3)), 3: ((4, 4, 4), (6, 0, 5)), 4: ((3, 3, 3, 3), (5, 0, 2, 4))}
 REDUCTIONS = ("mean", "sum")
+LARGE = (40, 24)  # rows and columns on every rank, more than the statistics of all ranks' rows
 KINDS = ("contrastive", "sigmoid", "hardest", "filip")
 
 # How often texts go around the ring, their gradients not counted; against keys, those of both sides once.
@@ -75,6 +77,7 @@ def worker(rank, world, folder):
             results["found"][key], results["bytes"][key] = (loss, gradients), dict(sent)
         results["negatives"][str(counts)] = [negatives(own, counts, rank, impl=impl, **over_ranks) for impl in ("torch", "reference")]
     results["half"] = half_precision(rank, world, group)
+    results["largest"] = {way: largest_tensors(way, group) for way in ("gather", "ring")}
     results["alone"] = alone(rank)
     results["errors"] = {name: errors(name, rank, world, group) for name in KINDS}
     if world == FAULTY_WORLD:
@@ -113,6 +116,37 @@ def half_precision(rank, world, group):
         for gradient in gradients:
             dist.all_reduce(gradient)
         found[f"{name} {way}"] = loss, gradients, sent["ring"]
+    return found
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def largest_tensors(way, group):
+    """Of the losses over features, with their gradients, in numbers."""
+    features, number = torch.randn(2, *LARGE), torch.tensor(2.0)
+    over_ranks = (group.group_name, None, "mean", way, True)
+    calls = {
+        "contrastive": (contrastive_kernels.contrastive_loss, number, None, None, None, 0.0, 0.0),
+        "sigmoid": (sigmoid_kernels.sigmoid_loss, number, number, None),
+        "hardest": (triplet_kernels.triplet_loss, None, 0.2, True),
+        "summed": (triplet_kernels.triplet_loss, None, 0.2, False),
+    }
+    found = {}
+    for name, (loss, *rest) in calls.items():
+        with LargestTensor() as largest:
+            loss(*features, *rest, *over_ranks)
+        found[name] = largest.numel
     return found
 
 
@@ -251,6 +285,13 @@ def test_half_types_travel_as_they_are(ranks):
         torch.testing.assert_close(ring_loss, loss, rtol=1e-5, atol=0)
         for mine, other in zip(ring_gradients, gradients, strict=True):
             assert (mine - other).abs().max() <= 0.03 * other.abs().max()
+
+
+def test_a_rank_holds_no_more_than_its_share_in_the_ring(ranks):
+    rows, width = LARGE
+    for result, name in product(ranks, ("contrastive", "sigmoid", "hardest", "summed")):
+        assert result["largest"]["ring"][name] == rows * width, name
+        assert result["largest"]["gather"][name] == len(ranks) * rows * width, name
 
 
 def test_a_group_of_one_and_ranks_outside(ranks):

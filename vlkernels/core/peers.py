@@ -97,7 +97,7 @@ def _compare(name: str, theirs: Tensor, ours: Tensor) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1] if x.dim() else 1)
 
 
 def _flat(value: Any) -> list[Tensor]:

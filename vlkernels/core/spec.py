@@ -86,13 +86,15 @@ class Peer:
 @dataclass(frozen=True)
 class Benchmark:
     """Inputs worth timing: on which devices, in which dtypes (default: the op's), beside whom (default: the op's peers and the
-    reference). ``call`` is timed instead of the functional: it takes the inputs and ``impl``."""
+    reference). ``call`` is timed instead of the functional: it takes the inputs and ``impl``. ``peak_memory``: on a CPU the most
+    bytes held at once are measured too, in processes of their own."""
 
     make: Callable[[InputMaker], Arguments]
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: Sequence[torch.dtype] | None = None
     peers: Mapping[str, Peer] | None = None
     call: Callable[..., Any] | None = None
+    peak_memory: bool = False
 
 
 @dataclass(frozen=True)

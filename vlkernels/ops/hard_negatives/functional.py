@@ -52,7 +52,8 @@ def hard_negatives(
             ranks. Without it every rank draws afresh from torch's generator.
         stream: the constant of this call site.
         sample_ids: integers [N], what identifies the pairs; default their rows in the concatenated batch.
-        group: process group; negatives then come from all ranks. Collectives run on it, in this call alone.
+        group: process group; negatives then come from all ranks. Collectives run on it, in this call alone. They
+            gather, there is no ring: what is drawn may lie on any rank, so whoever uses it gathers more than features.
         rank_counts: N of every rank; without it all must be equal, which the first exchange checks.
         impl: "auto", "torch" or "reference".
 

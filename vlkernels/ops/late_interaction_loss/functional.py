@@ -89,12 +89,13 @@ def late_interaction_loss(
     Gradients: to both tokens, through the first of equal maxima, and to the scale; zero in rows of nobody.
         With a group and "mean" a token's gradient is W times the single process's, so that averaged parameter
         gradients equal it; the scale's averages (or adds up) to it.
-    Numerics: products, maxima and normalisers are float32 (float64 for float64), also for half types. The
+    Numerics: products, maxima and normalisers are float32 (float64 for float64), also for half types, whose
+        maxima "triton" takes of products cut to 16 bits of mantissa: what is equal there is a tie. The
         reference, which "auto" takes for few products on a CPU, rounds the products of half types to their
         dtype, as PyTorch. Two runs give the same bits.
     Memory: O(tokens D), tiles of 1024 x 1024 products, and at most 256 MB of maxima and their places, a byte
         each up to 256 tokens; what does not fit is computed twice. Gradients are computed in the forward,
-        when anything requires them. With a group the tokens of all ranks.
+        when anything requires them. With a group that gathers, the tokens of all ranks.
     Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ, and for a batch without a pair.
     Source: Yao et al. 2021 (FILIP); Li et al. 2023 (BLIP-2).
     """

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vlkernels.core.layout import SegmentLayout
-from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec, Peer
-from vlkernels.ops.late_interaction_loss import functional, reference
+from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec, Peer, Variant
+from vlkernels.core.peers import rival
+from vlkernels.ops.late_interaction_loss import functional, peers, reference
 
 
 def _scale(fill: InputMaker, value: float) -> Tensor:
@@ -145,39 +145,44 @@ def _cost(image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor | float
     )
 
 
-def _prepare_dense(
-    image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor | float, **options: Any
-) -> tuple[Callable[[], Any], list[Tensor]]:
-    """Plain PyTorch with all products at once, on samples that are padded, and masks that are made, before the clock."""
-    sides = []
-    for tokens, layout in ((image_tokens, options["image_layout"]), (text_tokens, options["text_layout"])):
-        place = torch.arange(layout.max_seqlen, device=tokens.device)
-        rows = layout.starts[:, :1] + torch.minimum(place, layout.lengths.sum(1, keepdim=True) - 1)
-        sides.append((tokens.detach()[rows.long()].requires_grad_(), place < layout.lengths.sum(1, keepdim=True)))
-    (images, image_here), (texts, text_here) = sides
-    lengths = [here.sum(1) for here in (image_here, text_here)]
-    pairs = torch.arange(len(images), device=images.device)
-    any_two = options.get("similarity") == "max"
+def _variants(architecture: int) -> Iterable[Variant]:
+    from vlkernels.ops.late_interaction_loss.gpu import variants
 
-    def loss() -> Tensor:
-        products = torch.einsum("ipd,jtd->ijpt", images, texts)
-        by_image = products.masked_fill(~text_here[None, :, None, :], -torch.inf).max(3).values
-        if any_two:
-            of_images = by_image.masked_fill(~image_here[:, None, :], -torch.inf).max(2).values
-            of_texts = of_images.T
-        else:
-            by_text = products.masked_fill(~image_here[:, None, :, None], -torch.inf).max(2).values
-            of_images = by_image.masked_fill(~image_here[:, None, :], 0).sum(2) / lengths[0][:, None]
-            of_texts = (by_text.masked_fill(~text_here[None, :, :], 0).sum(2) / lengths[1]).T
-        smoothing = options.get("label_smoothing", 0.0)
-        of_sides = (F.cross_entropy(logit_scale * s, pairs, label_smoothing=smoothing) for s in (of_images, of_texts))
-        return sum(of_sides) / 2
-
-    inputs = [images, texts] + ([logit_scale] if isinstance(logit_scale, Tensor) else [])
-    return loss, inputs
+    return variants.variants(architecture)
 
 
 TIMED = (torch.float32, torch.bfloat16)  # the dense loss in float16 takes minutes on a CPU
+DENSE = {"dense": Peer(peers.dense)}
+PACKED = DENSE | {
+    "late-interaction-kernels, two calls": rival(
+        peers.two_calls(peers.late_interaction_kernels), functional.late_interaction_loss
+    ),
+}
+EQUAL = PACKED | {"flash-maxsim, two calls": rival(peers.two_calls(peers.flash_maxsim), functional.late_interaction_loss)}
+
+
+def benchmarks(shrink: int = 1) -> dict[str, Benchmark]:
+    """``shrink`` divides the numbers of pairs, for tests."""
+
+    def equal(pairs: int) -> Callable[[InputMaker], Arguments]:
+        return lambda fill: _sides(fill, [49] * (pairs // shrink), [32] * (pairs // shrink), 256)
+
+    def captioned(pairs: int) -> Callable[[InputMaker], Arguments]:
+        return lambda fill: _captioned(fill, pairs // shrink, 49, 256)
+
+    def queries(pairs: int) -> Callable[[InputMaker], Arguments]:
+        return lambda fill: _queries(fill, pairs // shrink, 32, 256)
+
+    return {
+        "filip n64 p49 t5-32 d256": Benchmark(captioned(64), dtypes=TIMED, peers=PACKED),
+        "filip n256 p49 t5-32 d256": Benchmark(captioned(256), dtypes=TIMED, peers=PACKED),
+        "filip n256 p49 t32 d256": Benchmark(equal(256), dtypes=TIMED, peers=EQUAL),
+        "filip n512 p49 t32 d256": Benchmark(equal(512), dtypes=(torch.float32,), peers=EQUAL, peak_memory=True),
+        "filip n2048 p49 t32 d256": Benchmark(equal(2048), ("cuda",), (torch.bfloat16,), EQUAL),
+        "blip-2 n512 q32 d256": Benchmark(queries(512), dtypes=TIMED, peers=DENSE),
+        "blip-2 n4096 q32 d256": Benchmark(queries(4096), ("cuda",), (torch.bfloat16,), DENSE),
+    }
+
 
 SPECS = (
     OpSpec(
@@ -187,12 +192,9 @@ SPECS = (
         implementations=functional.IMPLEMENTATIONS,
         cases=CASES,
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        benchmarks={
-            "filip n64 p49 t5-32 d256": Benchmark(lambda fill: _captioned(fill, 64, 49, 256), dtypes=TIMED),
-            "filip n256 p49 t5-32 d256": Benchmark(lambda fill: _captioned(fill, 256, 49, 256), dtypes=TIMED),
-            "blip-2 n512 q32 d256": Benchmark(lambda fill: _queries(fill, 512, 32, 256), dtypes=TIMED),
-        },
-        peers={"dense": Peer(_prepare_dense)},
+        benchmarks=benchmarks(),
+        peers=DENSE,
         cost=_cost,
+        variants=_variants,
     ),
 )

@@ -19,7 +19,7 @@ class TileSizes(NamedTuple):
 
 # By the bytes of a token's element. Taken from compiles for absent cards: the largest tiles that spill nothing on sm_90.
 MAXIMA = {2: TileSizes(128, 128, 64, 16, 3), 4: TileSizes(64, 64, 32, 8, 2)}
-MAXIMA_OF_SM_100 = TileSizes(128, 64, 64, 8, 3)  # its tensor cores serve four or eight warps
+MAXIMA_OF_SM_100 = TileSizes(64, 128, 64, 8, 3)  # its tensor cores serve four or eight warps
 GRADIENTS = {2: TileSizes(64, 64, 256, 8, 2), 4: TileSizes(32, 32, 64, 8, 2)}
 
 

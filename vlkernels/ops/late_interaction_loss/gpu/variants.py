@@ -15,7 +15,6 @@ from vlkernels.ops.late_interaction_loss.gpu.launches import Block
 CALLS = (
     (torch.bfloat16, 256, 49, 32),
     (torch.bfloat16, 256, 196, 77),
-    (torch.float16, 256, 49, 32),
     (torch.float32, 256, 49, 32),
 )
 ANY_TWO_CALLS = ((torch.bfloat16, 256, 32, 1),)
@@ -24,7 +23,7 @@ ANY_TWO_CALLS = ((torch.bfloat16, 256, 32, 1),)
 def variants(architecture: int) -> Iterator[Variant]:
     for any_two, calls in ((False, CALLS), (True, ANY_TWO_CALLS)):
         for dtype, width, image, text in calls:
-            facts = {"dtype": str(dtype).removeprefix("torch."), "width": width, "image": image, "text": text}
+            facts = {"dtype": str(dtype).removeprefix("torch."), "width": width, "image": image, "text": text, "any_two": any_two}
             for kernel, launch in launches(dtype, width, image, text, any_two, architecture).items():
                 yield Variant(kernel, facts, launch)
 

@@ -1,0 +1,54 @@
+"""`python -m benchmarks.memory OP BENCHMARK DTYPE VARIANT`: the most bytes one forward and backward hold at once on a CPU.
+
+A process of its own per variant: what one leaves in the heap would hide what the next one needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PROCESS = Path("/proc/self")
+MAPPED_ALONE_FROM = 1 << 16  # bytes; such blocks go back to the system as soon as they are freed
+_MMAP_THRESHOLD = -3  # glibc's malloc.h
+
+
+def peak_bytes(op: str, benchmark: str, dtype: str, variant: str) -> int | None:
+    """Beside what is there before, inputs included; ``None`` where the system does not tell."""
+    if not (PROCESS / "clear_refs").exists():
+        return None
+    command = [sys.executable, "-m", "benchmarks.memory", op, benchmark, dtype, variant]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"peak memory of {variant}: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def most_held(work: Callable[[], object]) -> int:
+    """The most memory that ``work()`` holds beside what this process holds now."""
+    (PROCESS / "clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    work()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", (PROCESS / "status").read_text(), re.MULTILINE)
+    assert found, f"the system's status of a process has no {name}"
+    return int(found[1]) * 1024
+
+
+def main(op: str, benchmark: str, dtype: str, variant: str) -> None:
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MAPPED_ALONE_FROM)
+    from benchmarks.run import only_variant
+
+    step = only_variant(op, benchmark, dtype, variant)
+    print(most_held(lambda: [part() for part in step.parts().values()]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
