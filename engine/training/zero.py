@@ -212,7 +212,8 @@ class Engine:
         """Compile the transformer blocks for any number of tokens.
 
         The whole module would be compiled again for every size of its losses, minutes each time. A block has a
-        graph of its own, for its dropout constants, and others for evaluation and for another source.
+        graph of its own, for its dropout constants, and others for evaluation, for another source and for a reading
+        without gradients.
         """
         blocks = [part for part in self.module.modules() if isinstance(part, Block)]
         limits = torch._dynamo.config

@@ -1,6 +1,7 @@
 """Values by hand, and the batches that leave an objective nothing to do."""
 
 import torch
+from live_bytes import LiveBytes
 from random_batch import random_batch, small_model
 from torch.nn import functional as F
 
@@ -29,6 +30,14 @@ def test_contrastive_accuracy_tile_by_tile(monkeypatch):
     whole = ContrastiveObjective()(model, batch)[1]["contrastive_accuracy"]
     monkeypatch.setattr(contrastive, "LOGITS_AT_ONCE", 2 * 7)
     assert 0 < whole < 1 and ContrastiveObjective()(model, batch)[1]["contrastive_accuracy"] == whole
+
+
+def test_contrastive_accuracy_keeps_no_tile(monkeypatch):
+    monkeypatch.setattr(contrastive, "LOGITS_AT_ONCE", 20 * 400)
+    image, text = torch.randn(2, 400, 8)
+    with LiveBytes() as live:
+        contrastive._accuracy(image, text)
+    assert 20 * 400 * 4 < live.peak < 4 * 20 * 400 * 4
 
 
 def test_normalizers_replace_the_local_mean():
