@@ -17,7 +17,7 @@ FIELDS = tl.constexpr(4)  # largest logit, sum of exponentials relative to it, p
 
 # Numbers that differ between batches of one model: specialising on them would compile a variant for each.
 UNSPECIALIZED = ("rows", "columns", "partner", "tiles_down", "tiles_across", "strips")
-# Where a wave begins, and how far apart its rows of weights are, are multiples of 64 in every call: known, they make stores wide.
+# Where a wave begins and how far apart its rows of weights are: multiples of 64 in every call, which make stores wide.
 UNSPECIALIZED_WEIGHTS = ("rows", "columns", "partner", "end_row", "end_column")
 # A label is eight bytes, and rows of labels and statistics may begin anywhere.
 UNALIGNED = ("row_labels", "column_labels", "shares", "row_largest", "row_factor", "column_largest", "column_factor")
