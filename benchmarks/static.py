@@ -119,7 +119,8 @@ def stored(spec: OpSpec) -> dict[str, dict[str, Any]]:
 def show(op: str, row: dict[str, Any]) -> None:
     products = sum(row["opcodes"].get(name, 0) for name in offline.TENSOR_CORE)
     said = " ".join(str(row[name]) for name in ("dtype", "bias") if name in row) + " dropout" * row.get("dropout", False)
-    said += "".join(f" {letter}{row[name]}" for letter, name in (("K", "head_dim"), ("slot ", "slot"), ("D", "width")) if name in row)
+    widths = {"K": "head_dim", "slot ": "slot", "D": "width", "texts ": "texts", "images ": "images"}
+    said += "".join(f" {letter}{row[name]}" for letter, name in widths.items() if name in row)
     said += "".join(f" {name}" for name in ("labels", "keys") if row.get(name))
     print(
         f"{op} {row['kernel']:<17} {said:<36} sm_{row['architecture']:<4} {row['registers']:>4} registers "

@@ -257,10 +257,11 @@ class Taken {
 
     Item next(int64_t key_heads) {
         if (at_ == end_) {
-            at_ = items_.next->fetch_add(items_.at_once, std::memory_order_relaxed);
-            end_ = at_ + items_.at_once;
+            const int64_t share = items_.next->fetch_add(1, std::memory_order_relaxed);
+            if (share >= items_.shares) return {-1, 0};
+            at_ = items_.bounds[share];
+            end_ = items_.bounds[share + 1];
         }
-        if (at_ >= items_.count) return {-1, 0};
         const int64_t item = at_++;
         return {items_.samples[item / key_heads], item % key_heads};
     }

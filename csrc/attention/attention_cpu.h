@@ -48,10 +48,11 @@ struct AttentionBackward : Attention {
     const int64_t *first, *readers;
 };
 
-// Threads take the next items, a sample and a key head each, until none is left.
+// Threads take the next share of the items, a sample and a key head each, until none is left.
 struct Items {
-    const int64_t* samples;  // in the order they are taken; an item is a sample and a key head
-    int64_t count, at_once;
+    const int64_t* samples;  // in the order they are taken
+    const int64_t* bounds;   // share s is items bounds[s] .. bounds[s + 1]
+    int64_t shares;
     std::atomic<int64_t>* next;
 };
 

@@ -141,8 +141,20 @@ void set_inputs(Attention& op, const Arguments& from, std::vector<int64_t>& sour
     op.dropout.threshold = static_cast<int32_t>(from.threshold);
 }
 
-// Calls work(items) on torch's threads. Longest samples are taken first, so that the last items are short and
-// all threads end together. A thread is worth waking for a million products.
+// Where shares of the items end. A thread takes all heads of a sample while much is left, as their rows lie
+// side by side, and fewer towards the end, so that all threads end together.
+std::vector<int64_t> bounds_of_shares(int64_t items, int64_t heads, int64_t fewest, int64_t threads) {
+    std::vector<int64_t> bounds{0};
+    while (bounds.back() < items) {
+        const int64_t rest = items - bounds.back();
+        const int64_t taken = std::max(fewest, std::min(heads, rest / (4 * threads)));
+        bounds.push_back(bounds.back() + std::min(rest, taken));
+    }
+    return bounds;
+}
+
+// Calls work(items) on torch's threads, longest samples first, so that the last items are short. A thread is
+// worth waking for a million products.
 template <typename Work>
 void parallel_items(const Attention& op, const Samples& samples, const Work& work) {
     std::vector<int64_t> order(samples.count);
@@ -150,11 +162,14 @@ void parallel_items(const Attention& op, const Samples& samples, const Work& wor
     std::stable_sort(order.begin(), order.end(),
                      [&](int64_t a, int64_t b) { return length_of(samples, a) > length_of(samples, b); });
     const int64_t products = op.longest_query * op.longest_key * op.width * (op.heads / op.key_heads);
-    const int64_t grain = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(1, 4 * products));
+    const int64_t fewest = std::max<int64_t>(1, (1 << 20) / std::max<int64_t>(1, 4 * products));
+    const int64_t count = samples.count * op.key_heads;
+    const int64_t threads =
+        std::min<int64_t>((count + fewest - 1) / fewest, torch::stable::get_num_threads());
+    const std::vector<int64_t> bounds =
+        bounds_of_shares(count, op.key_heads, fewest, std::max<int64_t>(threads, 1));
     std::atomic<int64_t> next{0};
-    const Items items{order.data(), samples.count * op.key_heads, grain, &next};
-    const int64_t shares = (items.count + grain - 1) / grain;
-    const int64_t threads = std::min<int64_t>(shares, torch::stable::get_num_threads());
+    const Items items{order.data(), bounds.data(), static_cast<int64_t>(bounds.size()) - 1, &next};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(items); });
 }
 

@@ -62,7 +62,8 @@ def test_kernels_fit_their_cards(spec):
         if row["dtype"] == "int32":
             assert row["stack_bytes"] == 0, f"{name} spills"
             continue
-        assert sum(row["opcodes"].get(opcode, 0) for opcode in offline.TENSOR_CORE) > 0, f"{name} has no tensor-core instruction"
+        if row.get("products", True):
+            assert sum(row["opcodes"].get(opcode, 0) for opcode in offline.TENSOR_CORE) > 0, f"{name} has no tensor-core instruction"
         if row["architecture"] in (90, 100) and row.get("head_dim", 0) <= 128:
             assert offline.local_memory_accesses(row) == 0, f"{name} spills"
         else:

@@ -109,7 +109,8 @@ def test_signatures_begin_with_theirs(name):
         }
         constructor, call = known[name].split(), "self image_features text_features logit_scale logit_bias output_dict".split()
     else:
-        constructor, call = (list(inspect.signature(getattr(getattr(THEIRS, name), m)).parameters) for m in ("__init__", "forward"))
+        kind = getattr(THEIRS, name)
+        constructor, call = (list(inspect.signature(method).parameters) for method in (kind.__init__, kind.forward))
     mine = globals()[name]
     assert list(inspect.signature(mine.__init__).parameters)[: len(constructor)] == constructor
     assert list(inspect.signature(mine.forward).parameters) == call
@@ -163,7 +164,8 @@ def worker(rank, world, folder):
     store = dist.FileStore(f"{folder}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     results = {"reference": dict(all_cases(vk.integrations.open_clip, rank, world))}
-    contrastive.FEW_LOGITS, sigmoid.FEW_PAIRS = (dict.fromkeys(table, 0) for table in (contrastive.FEW_LOGITS, sigmoid.FEW_PAIRS))
+    contrastive.FEW_LOGITS = dict.fromkeys(contrastive.FEW_LOGITS, 0)
+    sigmoid.FEW_PAIRS = dict.fromkeys(sigmoid.FEW_PAIRS, 0)
     with dispatch.recorded() as served:
         results["torch"] = dict(all_cases(vk.integrations.open_clip, rank, world))
     assert {impl for _, impl in served} == {"torch"}, served

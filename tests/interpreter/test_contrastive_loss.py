@@ -1,4 +1,4 @@
-"""The contrastive loss in Triton, interpreted with the tiles of sm_90: the contract at every size, many waves, what is launched."""
+"""The contrastive loss in Triton, interpreted with the tiles of sm_90: the contract at every size, waves, launches."""
 
 import dataclasses
 import hashlib
@@ -78,7 +78,8 @@ def test_odd_inputs(case, dtype):
 
 @pytest.fixture
 def small_waves(monkeypatch):
-    """Waves of a few tiles, and several splits and strips of several tiles each."""
+    """Waves of a few tiles, several splits and strips of several tiles each, and several visits."""
+    monkeypatch.setattr(tiles, "VISIT", 320)
     monkeypatch.setattr(similarity, "WAVE_ROWS", 256)
     monkeypatch.setattr(similarity, "WHOLE_TILES", 128)
     monkeypatch.setattr(similarity, "WORKSPACE_BYTES", 256 * 256 * 4)
@@ -169,7 +170,10 @@ def digest(launched):
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("dtype, width, labelled", ((torch.float32, 24, False), (torch.bfloat16, 64, True), (torch.float16, 8, False)))
+CALLS = ((torch.float32, 24, False), (torch.bfloat16, 64, True), (torch.float16, 8, False))
+
+
+@pytest.mark.parametrize("dtype, width, labelled", CALLS)
 def test_launches_and_grids_are_those_of_sm_90(monkeypatch, dtype, width, labelled):
     launched, run = [], triton_runtime.Launch.run
     monkeypatch.setattr(triton_runtime.Launch, "run", lambda launch: (launched.append(launch), run(launch)))

@@ -29,7 +29,7 @@ CASES = {case.name: case for case in (*SPEC.cases, Case("waves", _waves), Case("
 
 MUTANTS = {  # name: (module, old, new, the case that must notice)
     "another row's partner": (kernels, "(row + partner)[:, None] ==", "(row + partner + 1)[:, None] ==", "pairs"),
-    "a tile of partners passed over": (kernels, "row + partner < first_column + COLUMNS", "row + partner < first_column", "waves"),
+    "a tile of partners passed over": (kernels, "partner < first_column + COLUMNS", "partner < first_column", "waves"),
     "rows past the end": (kernels, "tl.where((row < rows)[:, None] & ", "tl.where(", "pairs"),
     "columns past the end": (kernels, " & (column < columns)[None, :], logits", ", logits", "pairs"),
     "sums of earlier tiles": (kernels, "total = keep * total", "total = total", "waves"),
@@ -39,7 +39,7 @@ MUTANTS = {  # name: (module, old, new, the case that must notice)
     "columns of the split before": (kernels, "down > first_tile)", "down >= first_tile)", "waves"),
     "joined at the wrong height": (kernels, "tl.exp2((other_largest - both)", "tl.exp2((largest - both)", "waves"),
     "labels of columns": (kernels, "tl.store(place, tl.load(place", "tl.store(place, 2 * tl.load(place", "duplicates_waves"),
-    "rows' largest for the columns": (kernels, "(logits - largest[None, :]) * LOG2_E) * share", "logits * LOG2_E) * share", "pairs"),
+    "rows' largest for the columns": (kernels, "(logits - largest[None, :]) * LOG2_E", "logits * LOG2_E", "pairs"),
     "softmax of rows without its sum": (kernels, "weights *= tl.load(row_factor", "weights += 0 * tl.load(row_factor", "pairs"),
     "targets of one direction": (kernels, "== column[None, :], hard, 0.0)", "== column[None, :], 1.0, 0.0)", "pairs"),
     "shares of labels": (kernels, "wanted = hard * tl.load(shares", "wanted = hard + 0 * tl.load(shares", "duplicates"),
@@ -48,7 +48,7 @@ MUTANTS = {  # name: (module, old, new, the case that must notice)
     "logits without the scale": (kernels, "sums * tl.load(scale_base)", "sums", "pairs"),
     "tiles of a wave in one column": (triton_similarity, "program % across", "program % 1", "waves"),
     "tiles of a wave in one row": (triton_similarity, "program // across * ROWS", "program // across * 0", "waves"),
-    "weights written in one column": (triton_similarity, "(own_columns - first_column)", "own_columns * 0", "waves"),
+    "weights written in one column": (triton_similarity, "* stride + own_columns", "* stride + own_columns * 0", "waves"),
     "width past the end": (triton_similarity, "if WIDTH % DEPTH != 0:", "if False:", "pairs"),
 }  # fmt: skip
 

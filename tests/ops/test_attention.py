@@ -177,10 +177,11 @@ def test_packed_form_gives_one_gradient_and_reads_views_in_place():
 
 @compiled
 @pytest.mark.parametrize("level", native.CPU_ISA_LEVELS)
-@pytest.mark.parametrize("width", (5, 32, 72))
-def test_every_instruction_set_gives_the_same_result(level, width):
+@pytest.mark.parametrize(("width", "spread"), ((5, 1), (32, 1), (32, 40), (72, 1)))
+def test_every_instruction_set_gives_the_same_result(level, width, spread):
     layout = vk.SegmentLayout([[16, 5], [16, 15], [0, 1], [7, 33]])
     tensors = dict(zip("qkv", torch.randn(3, layout.num_tokens, 2, width, dtype=torch.float64)))
+    tensors["q"] *= spread  # 40: most probabilities are near 0 or 0
     options = {"layout": layout, "mask": vk.SegmentMask.prefix_lm(), "dropout_p": 0.2, "stream": 1}
     truth = results(reference.attention, tensors, options, torch.float64)
     eager = results(reference.attention, tensors, options, torch.float32)

@@ -1,5 +1,8 @@
 """What is special to the contrastive loss: tiles, ALBEF's targets, memory, who serves, errors."""
 
+import functools
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +10,10 @@ import vlkernels as vk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlkernels.core import dispatch
-from vlkernels.core.spec import InputMaker
-from vlkernels.ops.contrastive_loss import torch_kernels
+from vlkernels.core.spec import InputMaker, Peer
+from vlkernels.ops.contrastive_loss import peers, torch_kernels
 from vlkernels.ops.contrastive_loss.spec import SPECS
+from vlkernels.testing import contract
 
 OPTIONS = {
     "plain": {},
@@ -54,6 +58,35 @@ def value_and_gradients(arguments, impl):
 def test_many_tiles_give_what_the_whole_matrix_gives(option, small_tiles):
     mine = value_and_gradients(inputs(option), "torch")
     for tensor, true in zip(mine, value_and_gradients(inputs(option), "reference"), strict=True):
+        torch.testing.assert_close(tensor, true, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("pairs", "peaked", "aligned", "smoothed", "duplicates", "momentum_queue", "distilled"))
+def test_many_tiles_obey_the_error_rule(name, dtype, small_tiles):
+    contract.verify(SPECS[0], next(case for case in SPECS[0].cases if case.name == name), dtype, "torch")
+
+
+def test_one_exponential_serves_rows_and_columns_unless_a_tile_is_too_wide():
+    logits = torch.randn(40, 30, dtype=torch.float64)
+    for spread, shared in ((1.0, True), (12.0, True), (100.0, False)):
+        tile = spread * logits
+        found = torch_kernels.softmax_of_tile(tile, torch.empty_like(tile))
+        assert (found is not None) == shared
+        if found is not None:
+            for dim, largest, total in ((1, found.largest, found.total), (0, found.column_largest, found.column_total)):
+                torch.testing.assert_close(largest + total.log(), tile.logsumexp(dim), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(found.shares * found.weight[:, None], (tile - tile.max()).exp(), rtol=1e-10, atol=0)
+
+
+def test_wide_and_narrow_tiles_of_one_call_agree_with_the_whole_matrix(small_tiles, monkeypatch):
+    arguments = inputs("plain")
+    kinds, share = [], torch_kernels.softmax_of_tile
+    monkeypatch.setattr(torch_kernels, "WIDEST", 12.0)
+    monkeypatch.setattr(torch_kernels, "softmax_of_tile", lambda *a: (kinds.append(type(made := share(*a))), made)[1])
+    mine = value_and_gradients(arguments, "torch")
+    assert len(set(kinds)) == 2
+    for tensor, true in zip(mine, value_and_gradients(arguments, "reference"), strict=True):
         torch.testing.assert_close(tensor, true, rtol=1e-11, atol=1e-12)
 
 
@@ -213,8 +246,34 @@ def test_mistakes_are_one_clear_line(change, message):
         vk.contrastive_loss(**arguments | change)
 
 
-def test_benchmarks_and_peer_compute_the_same():
-    arguments = SPECS[0].benchmarks["quickstart_n128_d64"](InputMaker(torch.float32))
-    torch.testing.assert_close(
-        SPECS[0].peers["torch"](**arguments), vk.contrastive_loss(**arguments, impl="torch")
-    )
+class Library:
+    """Stands for other people's code: ``ClipLoss`` and ``cal_flash_loss`` as they are called."""
+
+    @staticmethod
+    def ClipLoss():
+        return lambda image_features, text_features, logit_scale: peers.dense(image_features, text_features, logit_scale)
+
+    @staticmethod
+    def cal_flash_loss(q, k, scale):
+        return F.cross_entropy(scale * q @ k.T, torch.arange(len(q)))
+
+
+def test_peers_compute_the_same_or_are_not_timed(monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, backend, dynamic: compile(call, backend="eager", dynamic=dynamic))
+    for name in ("open_clip.loss", "inf_cl"):
+        monkeypatch.setitem(sys.modules, name, Library)
+    arguments = inputs("plain", pairs=12, width=16, dtype=torch.float32)
+    wanted = vk.contrastive_loss(**arguments, impl="torch")
+    for peer in peers.ALL.values():
+        call = peer.prepare(**arguments)[0] if isinstance(peer, Peer) else functools.partial(peer, **arguments)
+        torch.testing.assert_close(call(), wanted, rtol=1e-4, atol=0)
+    monkeypatch.setattr(Library, "cal_flash_loss", lambda q, k, scale: (scale * q @ k.T).mean())
+    with pytest.raises(ValueError, match="it computes something else"):
+        peers.ALL["inf_cl"].prepare(**arguments)
+
+
+def test_a_peer_that_is_not_installed_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "inf_cl", None)
+    with pytest.raises(ImportError, match="inf_cl"):
+        peers.ALL["inf_cl"].prepare(**inputs("plain"))

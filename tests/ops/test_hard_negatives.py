@@ -32,6 +32,23 @@ def test_blocks_and_tiles_draw_what_the_whole_matrix_draws(labelled, small_block
     assert not torch.equal(mine[0], mine[1])
 
 
+@pytest.mark.parametrize("pairs", [1, 2, 65, 1000])
+def test_any_number_of_pairs(pairs):
+    images, texts = (f.double() for f in features(pairs))
+    options = {"labels": torch.randint(0, 9, (pairs,)), "rng": vk.Rng(pairs)}
+    drawn = [vk.hard_negatives(images, texts, 3.0, **options, impl=impl) for impl in IMPLS]
+    for mine, true in zip(*drawn):
+        assert torch.equal(mine, true) and mine.shape == (pairs,)
+        has_one = (options["labels"] != options["labels"][:, None]).any(1)
+        assert torch.equal(mine >= 0, has_one) and (mine < pairs).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_batch_without_a_pair_is_refused(impl):
+    with pytest.raises(ValueError, match="a batch must hold at least one pair, got N = 0 on one process"):
+        vk.hard_negatives(torch.zeros(0, 4), torch.zeros(0, 4), 1.0, impl=impl)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_draws_follow_the_softmax_of_the_others(impl, small_blocks):
     pairs, draws = 9, 400

@@ -1,8 +1,8 @@
 """The losses of open_clip under their own names, over the losses of vlkernels: no matrix of all similarities is stored.
 
-Constructors, calls, each rank's value and each rank's gradients are open_clip's, which are not those of ``vk.contrastive_loss`` and
-``vk.sigmoid_loss`` over a group: they say, for every mode, which rank's loss reaches which features. Values are float32 also for
-half types. As in open_clip ranks meet on the default group and hold equally many pairs.
+Constructors, calls, the value and the gradients of each rank are open_clip's, which are not those of ``vk.contrastive_loss``
+and ``vk.sigmoid_loss`` over a group: a mode says which rank's loss reaches which features. Values are float32 also for half
+types. As in open_clip ranks meet on the default group and hold equally many pairs.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class ClipLoss(nn.Module):
 class SigLipLoss(nn.Module):
     """``open_clip.SigLipLoss``: a rank's value is its images' share of the sigmoid loss, over the number of its own pairs.
 
-    The losses of all ranks reach a rank's texts. ``dist_impl`` only says how open_clip sends texts around, and ``chunk_size`` what
-    it stores at once: values and gradients are the same for all, and here texts are gathered and logits never stored.
+    The losses of all ranks reach a rank's texts. ``dist_impl`` only says how open_clip sends texts around, and ``chunk_size``
+    what it stores at once: values and gradients are the same for all. Here texts are gathered and logits never stored.
 
     Example::
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec
-from vlkernels.ops.contrastive_loss import functional, reference
+from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec
+from vlkernels.ops.contrastive_loss import functional, peers, reference
 from vlkernels.ops.contrastive_loss.gpu import variants
 
 
@@ -98,11 +98,14 @@ def _cost(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | f
     )
 
 
-def _dense(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float) -> Tensor:
-    """Plain PyTorch as open_clip writes it, with the whole matrix of logits."""
-    logits = logit_scale * image_features @ text_features.T
-    pairs = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+def _on_cpu(pairs: int) -> Benchmark:
+    return Benchmark(
+        lambda fill: _features(fill, pairs, 512), ("cpu",), (torch.float32,), peers=peers.DENSE, peak_memory=True
+    )
+
+
+def _on_card(pairs: int, width: int, beside: Mapping[str, Any]) -> Benchmark:
+    return Benchmark(lambda fill: _features(fill, pairs, width), ("cuda",), (torch.bfloat16,), peers=beside)
 
 
 SPECS = (
@@ -115,8 +118,13 @@ SPECS = (
         benchmarks={
             "quickstart_n128_d64": lambda fill: _features(fill, 128, 64),
             "n4096_d512": lambda fill: _features(fill, 4096, 512),
+            "n8192_d512": _on_cpu(8192),
+            "n16384_d512": _on_cpu(16384),
+            "n32768_d512": _on_card(32768, 512, peers.ALL),
+            "n65536_d768": _on_card(65536, 768, peers.ALL),
+            "n262144_d768": _on_card(262144, 768, peers.TILED),
         },
-        peers={"torch": _dense},
+        peers=peers.DENSE,
         cost=_cost,
         variants=variants.variants,
     ),

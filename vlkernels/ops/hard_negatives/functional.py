@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from vlkernels.core import checks, collectives, dispatch, library
 from vlkernels.core.collectives import ProcessGroup
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.random import Rng, check_stream, resolve_rng
+from vlkernels.core.triton_runtime import TritonImplementation
 from vlkernels.ops.hard_negatives import reference, torch_kernels
+from vlkernels.ops.hard_negatives.gpu import launches
 
-IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+IMPLEMENTATIONS = (TritonImplementation(supports=launches.refusal), Implementation("torch"), Implementation("reference"))
 
 # Below so many logits a CPU is faster with the whole matrix: two levels cost more than they save.
 FEW_LOGITS = 2**25
@@ -55,7 +58,7 @@ def hard_negatives(
         group: process group; negatives then come from all ranks. Collectives run on it, in this call alone. They
             gather, there is no ring: what is drawn may lie on any rank, so whoever uses it gathers more than features.
         rank_counts: N of every rank; without it all must be equal, which the first exchange checks.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         ``(text_index, image_index)``, int64 [N]: rows of the concatenated batch; -1 where there is no
@@ -63,8 +66,9 @@ def hard_negatives(
 
     Gradients: none. Numerics: similarities and weights in float32 (float64 for float64), by inverse CDF of
     one uniform draw.
-    Memory: O(N D) and two tiles of a million logits; never waits for the device.
-    Errors: ``ValueError`` for shapes, dtypes, counts that differ.
+    Memory: O(N D), and two tiles of a million logits or, with "triton", 2^22 weights of blocks a few times; never waits for
+    the device.
+    Errors: ``ValueError`` for shapes, dtypes, counts that differ, and for a batch without a pair.
     Source: Li et al. 2021 (ALBEF).
     """
     _check(image_features, text_features, logit_scale, labels, sample_ids)
@@ -73,7 +77,7 @@ def hard_negatives(
     collectives.check_group(pairs, group, rank_counts)
     few = pairs * pairs < FEW_LOGITS and image_features.device.type == "cpu"
     order = IMPLEMENTATIONS[::-1] if few else IMPLEMENTATIONS
-    chosen = dispatch.resolve("hard_negatives", impl, order, image_features.device)
+    chosen = dispatch.resolve("hard_negatives", impl, order, image_features.device, {"dtype": image_features.dtype})
     if chosen == "reference":
         with torch.no_grad():
             return reference.hard_negatives(
@@ -139,5 +143,8 @@ _forward = library.define(
     "Tensor state, SymInt stream, Tensor? sample_ids, str group, SymInt[]? rank_counts, str impl) "
     "-> (Tensor, Tensor)",
     fake=_fake,
-    kernels={"torch": torch_kernels.hard_negatives},
+    kernels={
+        "torch": torch_kernels.hard_negatives,
+        "triton": functools.partial(torch_kernels.hard_negatives, draw=launches.draw),
+    },
 )

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows
+from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows
+from vlkernels.core.pairs import locate_pairs
 from vlkernels.core.random import Rng, resolve_rng, uniform
 
 IMAGE_TO_TEXT, TEXT_TO_IMAGE = 0, 1
@@ -25,10 +26,7 @@ def hard_negatives(
     group: ProcessGroup | None = None,
     rank_counts: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rows = locate_rows(image_features, group, rank_counts)
-    if rows.total == 0:
-        nobody = torch.empty(0, dtype=torch.int64, device=image_features.device)
-        return nobody, nobody.clone()
+    rows = locate_pairs(image_features, group, rank_counts)
     state = resolve_rng(rng, image_features.device)
     all_labels = None if labels is None else gather_rows(labels, rows)
 

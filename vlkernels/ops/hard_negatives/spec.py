@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec
 from vlkernels.ops.hard_negatives import functional, reference
+from vlkernels.ops.hard_negatives.gpu import variants
 
 
 def _features(fill: InputMaker, pairs: int, width: int, scale: float = 5.0, **options: Any) -> Arguments:
@@ -28,7 +29,6 @@ CASES = (
     Case("sample_ids", lambda fill: _features(fill, 30, 8, sample_ids=fill.integers(0, 1000, (30,)))),
     Case("scale_tensor", lambda fill: _features(fill, 20, 8) | {"logit_scale": fill.normal(1, grad=False)}),
     Case("single_pair", lambda fill: _features(fill, 1, 8)),
-    Case("empty", lambda fill: _features(fill, 0, 8)),
 )
 
 
@@ -52,5 +52,6 @@ SPECS = (
             "n4096_d256": lambda fill: _features(fill, 4096, 256),
         },
         cost=_cost,
+        variants=variants.variants,
     ),
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from vlkernels.core import collectives
+from vlkernels.core.pairs import locate_pairs
 from vlkernels.core.random import uniform
 from vlkernels.ops.hard_negatives.reference import (
     IMAGE_TO_TEXT,
@@ -24,6 +25,11 @@ TILE_ROWS, TILE_COLUMNS = 256, 4096
 BLOCK = 32
 
 
+# (queries, keys, logit_scale, row of the first query in the concatenated batch, labels of all keys, uniform draws) -> rows
+# of the concatenated batch, -1 for no negative.
+Draw = Callable[[Tensor, Tensor, Tensor, int, Tensor | None, Tensor], Tensor]
+
+
 def hard_negatives(
     image_features: Tensor,
     text_features: Tensor,
@@ -34,26 +40,29 @@ def hard_negatives(
     sample_ids: Tensor | None,
     group: str,
     rank_counts: Sequence[int] | None,
+    *,
+    draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(text of every image, image of every text) as rows of the concatenated batch, -1 for no negative."""
-    rows = collectives.locate_rows(image_features, collectives.named_group(group), rank_counts)
+    rows = locate_pairs(image_features, collectives.named_group(group), rank_counts)
     all_labels = None if labels is None else collectives.gather_rows(labels, rows)
     ids = sample_ids_or_rows(sample_ids, rows, image_features.device)
 
-    def draw(queries: Tensor, keys: Tensor, direction: int) -> Tensor:
+    def one_way(queries: Tensor, keys: Tensor, direction: int) -> Tensor:
         draws = uniform(state, stream, ids, direction)
         keys = collectives.gather_rows(keys, rows)
-        drawn = torch.empty(len(queries), dtype=torch.int64, device=keys.device)
-        for first in range(0, len(queries), TILE_ROWS):
-            span = slice(first, first + TILE_ROWS)
-            scaled = wide(queries[span]) * logit_scale
-            own = torch.arange(rows.start, rows.stop, device=keys.device)[span]
-            drawn[span] = _draw(scaled, keys, own, all_labels, draws[span])
-        return drawn
+        return (draw or _draw_by_spans)(queries, keys, logit_scale, rows.start, all_labels, draws)
 
-    return draw(image_features, text_features, IMAGE_TO_TEXT), draw(
-        text_features, image_features, TEXT_TO_IMAGE
-    )
+    return one_way(image_features, text_features, IMAGE_TO_TEXT), one_way(text_features, image_features, TEXT_TO_IMAGE)
+
+
+def _draw_by_spans(queries: Tensor, keys: Tensor, scale: Tensor, first: int, labels: Tensor | None, draws: Tensor) -> Tensor:
+    drawn = torch.empty(len(queries), dtype=torch.int64, device=keys.device)
+    own = torch.arange(first, first + len(queries), device=keys.device)
+    for start in range(0, len(queries), TILE_ROWS):
+        span = slice(start, start + TILE_ROWS)
+        drawn[span] = _draw(wide(queries[span]) * scale, keys, own[span], labels, draws[span])
+    return drawn
 
 
 def _draw(queries: Tensor, keys: Tensor, own: Tensor, labels: Tensor | None, draws: Tensor) -> Tensor:

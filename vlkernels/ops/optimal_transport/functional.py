@@ -11,7 +11,9 @@ from torch import Tensor
 from vlkernels.core import checks, dispatch, library, native
 from vlkernels.core.dispatch import Facts, Implementation
 from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.triton_runtime import TritonImplementation
 from vlkernels.ops.optimal_transport import reference
+from vlkernels.ops.optimal_transport.gpu import launches
 
 # Below, the scales of the plan leave the range of float32 on tokens that are equal or opposite (MATH.md).
 SMALLEST_BETA = 0.1
@@ -24,6 +26,7 @@ def _computes_in_float32(facts: Facts) -> str | None:
 
 
 IMPLEMENTATIONS = (
+    TritonImplementation(supports=launches.refusal),
     Implementation(
         "cpp",
         devices=("cpu",),
@@ -71,7 +74,7 @@ def optimal_transport(
         text_segment: the segment of ``text_layout`` that holds the text tokens.
         beta: the weight of a step's proximity, at least 0.1; a larger one takes smaller steps.
         iterations: proximal steps, at least 1.
-        impl: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         ``[B]`` in float32 (float64 for float64): between 0 and 2; 0 where a side has no token.
@@ -81,13 +84,16 @@ def optimal_transport(
     Numerics: costs, plan and sums in float32 (float64 for float64), also under autocast; norms are at least
         1e-5. Between steps a pair keeps 1e-35 of the plan, which can show beyond ``100 * beta`` iterations
         (MATH.md). NaN or infinite tokens make their own sample NaN and no other.
-    Memory: for the backward the plans, ``[B, longest text, longest image]``, and the tokens.
+    Memory: for the backward the plans, ``[B, longest text, longest image]``, and the tokens. ``"triton"`` also takes room for
+        plans and cosines where a sample may have more than 8,192 pairs, its sides rounded up to powers of two.
     Errors: ``ValueError`` for shapes, dtypes, devices and values out of range.
     Source: Xie et al. 2019 (IPOT); Chen et al. 2020 (UNITER).
     """
     _check(image_tokens, image_layout, image_segment, text_tokens, text_layout, text_segment)
     _check_steps(beta, iterations)
-    facts = {"dtype": image_tokens.dtype}
+    longest_image = image_layout.max_segment_lengths[image_segment]
+    longest_text = text_layout.max_segment_lengths[text_segment]
+    facts = {"dtype": image_tokens.dtype, "longest_image": longest_image}
     chosen = dispatch.resolve("optimal_transport", impl, IMPLEMENTATIONS, image_tokens.device, facts)
     if chosen == "reference":
         return reference.optimal_transport(
@@ -100,7 +106,7 @@ def optimal_transport(
             beta=beta,
             iterations=iterations,
         )
-    return _distance(
+    arguments = (
         image_tokens.contiguous(),
         text_tokens.contiguous(),
         image_layout.starts,
@@ -109,12 +115,13 @@ def optimal_transport(
         text_layout.lengths,
         image_segment,
         text_segment,
-        image_layout.max_segment_lengths[image_segment],
-        text_layout.max_segment_lengths[text_segment],
+        longest_image,
+        longest_text,
         float(beta),
         iterations,
         torch.is_grad_enabled() and (image_tokens.requires_grad or text_tokens.requires_grad),
-    )[0]
+    )
+    return (_triton(*arguments, chosen) if chosen == "triton" else _compiled(*arguments))[0]
 
 
 def _check(
@@ -157,42 +164,65 @@ def _check_steps(beta: float, iterations: int) -> None:
 
 
 def _fake(image_tokens: Tensor, text_tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    image_lengths, longest_image, longest_text, gradient = rest[1], rest[6], rest[7], rest[-1]
+    image_lengths, longest_image, longest_text, gradient = rest[1], rest[6], rest[7], rest[10]
     samples = image_lengths.shape[0]
     shape = (samples, longest_text, longest_image) if gradient else (0,)
     distances = image_tokens.new_empty(samples, dtype=torch.float32)
     return distances, image_tokens.new_empty(shape, dtype=torch.float32)
 
 
+def _fake_with_factors(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    distances, plans = _fake(*inputs)
+    longest_image, longest_text, gradient = inputs[8], inputs[9], inputs[12]
+    shape = (2, distances.shape[0], longest_text + longest_image) if gradient else (0,)
+    return distances, plans, distances.new_empty(shape)
+
+
+def _fake_backward(grad: Tensor, image_tokens: Tensor, text_tokens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return image_tokens.new_empty(image_tokens.shape), text_tokens.new_empty(text_tokens.shape)
+
+
 _SIDES = (
     "Tensor image_tokens, Tensor text_tokens, Tensor image_starts, Tensor image_lengths, Tensor text_starts, "
     "Tensor text_lengths, int image_segment, int text_segment"
 )
-_forward = library.define(
-    f"optimal_transport_forward({_SIDES}, SymInt longest_image, SymInt longest_text, float beta, "
-    "SymInt iterations, bool gradient) -> (Tensor distances, Tensor plans)",
-    fake=_fake,
-)
+_FORWARD = f"{_SIDES}, SymInt longest_image, SymInt longest_text, float beta, SymInt iterations, bool gradient"
+
+_forward = library.define(f"optimal_transport_forward({_FORWARD}) -> (Tensor distances, Tensor plans)", fake=_fake)
 _backward = library.define_backward(
-    f"optimal_transport_backward(Tensor grad_distances, {_SIDES}, Tensor plans) -> (Tensor, Tensor)",
-    fake=lambda grad, image, text, *rest: (image.new_empty(image.shape), text.new_empty(text.shape)),
+    f"optimal_transport_backward(Tensor grad_distances, {_SIDES}, Tensor plans) -> (Tensor, Tensor)", fake=_fake_backward
+)
+_triton_forward = library.define(
+    f"optimal_transport_triton_forward({_FORWARD}, str impl) -> (Tensor distances, Tensor plans, Tensor factors)",
+    fake=_fake_with_factors,
+    kernels={"triton": launches.forward},
+)
+_triton_backward = library.define_backward(
+    f"optimal_transport_triton_backward(Tensor grad_distances, {_SIDES}, Tensor plans, Tensor factors, str impl) "
+    "-> (Tensor, Tensor)",
+    fake=_fake_backward,
+    kernels={"triton": launches.backward},
 )
 
 
-def _keep_plans(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _keep_plans(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs[:6], output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:6], *output[1:])
     ctx.segments = inputs[6:8]
+    ctx.impl = inputs[13:]  # for the op that has one
 
 
-def _differentiate(ctx: Any, grad_distances: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_distances: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (11 + len(ctx.impl))
     if grad_distances is None:
-        return (None,) * 13
-    *tensors, plans = ctx.saved_tensors
-    gradients = _backward(grad_distances.contiguous(), *tensors, *ctx.segments, plans)
+        return None, None, *nothing
+    sides, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    backward = _triton_backward if ctx.impl else _backward
+    gradients = backward(grad_distances.contiguous(), *sides, *ctx.segments, *kept, *ctx.impl)
     wanted = zip(gradients, ctx.needs_input_grad[:2], strict=True)
-    return *(gradient if needed else None for gradient, needed in wanted), *(None,) * 11
+    return *(gradient if needed else None for gradient, needed in wanted), *nothing
 
 
-_distance = library.differentiable(_forward, setup_context=_keep_plans, backward=_differentiate)
+_compiled = library.differentiable(_forward, setup_context=_keep_plans, backward=_differentiate)
+_triton = library.differentiable(_triton_forward, setup_context=_keep_plans, backward=_differentiate)

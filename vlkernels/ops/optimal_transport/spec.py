@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkernels.core.layout import SegmentLayout
-from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec, Peer
+from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec, Peer
 from vlkernels.ops.optimal_transport import functional, reference
+from vlkernels.ops.optimal_transport.gpu import variants
 
 IMAGES = [7, 4, 1, 0, 9, 6]
 TEXTS = [3, 5, 1, 4, 0, 2]
@@ -110,6 +111,12 @@ def _uniter_like(fill: InputMaker) -> Arguments:
     return _joint(fill, images, texts, width=768)
 
 
+def _vilt_like(fill: InputMaker) -> Arguments:
+    """A batch of ViLT's: captions and the patches of their images in one stream."""
+    images, texts = (fill.integers(low, high, (64,)).tolist() for low, high in ((120, 241), (10, 41)))
+    return _joint(fill, images, texts, width=768)
+
+
 def _cost(image_tokens: Tensor, text_tokens: Tensor, image_layout: SegmentLayout, **options: Any) -> Cost:
     """Every token read, every gradient written; three products, and five operations per pair and step."""
     images = image_layout.lengths[:, options.get("image_segment", 0)].long()
@@ -174,8 +181,10 @@ SPECS = (
         benchmarks={
             "b64 text 10-20 regions 10-100": _uniter_like,
             "b256 text 40 regions 40": lambda fill: _joint(fill, [40] * 256, [40] * 256, width=768),
+            "b64 text 10-40 patches 120-240": Benchmark(_vilt_like, devices=("cuda",)),
         },
         peers={"eager, padded": Peer(_prepare_eager)},
         cost=_cost,
+        variants=variants.variants,
     ),
 )

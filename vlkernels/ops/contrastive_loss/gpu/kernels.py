@@ -17,7 +17,7 @@ FIELDS = tl.constexpr(4)  # largest logit, sum of exponentials relative to it, p
 
 # Numbers that differ between batches of one model: specialising on them would compile a variant for each.
 UNSPECIALIZED = ("rows", "columns", "partner", "tiles_down", "tiles_across", "strips")
-# Where a wave begins, and how far apart its rows of weights are, are multiples of 64 in every call: known, they make stores wide.
+# Where a wave begins, and how far apart its rows of weights are, are multiples of 64 in every call, which makes stores wide.
 UNSPECIALIZED_WEIGHTS = ("rows", "columns", "partner", "end_row", "end_column")
 # A label is eight bytes, and rows of labels and statistics may begin anywhere.
 UNALIGNED = ("row_labels", "column_labels", "shares", "row_largest", "row_factor", "column_largest", "column_factor")
@@ -97,12 +97,12 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED_WEIGHTS, do_not_specialize_on_alignment=UNALIGNED)
 def weights_kernel(
     x_base, y_base, scale_base, row_largest, row_factor, column_largest, column_factor, row_labels, column_labels, shares,
-    weights_base, alignments, x_stride, y_stride, weights_stride, rows, columns, partner, first_row, first_column, end_row, end_column,
-    hard, factor,
+    weights_base, alignments, x_stride, y_stride, weights_stride, rows, columns, partner,
+    first_row, first_column, end_row, end_column, hard, factor,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
     LABELS: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    """The weights of a tile: exponentials of the rows or, ``BY_COLUMN``, softmax of rows + softmax of columns - ``hard`` targets.
+    """The weights of a tile: exponentials of rows or, ``BY_COLUMN``, softmax of rows + softmax of columns - ``hard`` targets.
 
     Adds the sum of weights times similarities, not yet rounded, to the program's own place in ``alignments``.
     """
@@ -139,8 +139,8 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED_WEIGHTS, do_not_specialize_on_alignment=UNALIGNED)
 def targets_kernel(
-    row_labels, column_labels, shares, weights_base, weights_stride, rows, columns, first_row, first_column, end_row, end_column,
-    factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    row_labels, column_labels, shares, weights_base, weights_stride, rows, columns,
+    first_row, first_column, end_row, end_column, factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The hard targets of a tile as weights: keys with the label of the query, in equal shares."""
     row_start, column_start = tile_of_wave(tl.program_id(0), first_row, first_column, end_column, ROWS, COLUMNS)

@@ -59,8 +59,9 @@ def weights_launch(
     sizes = tile_sizes(x, of_columns is not None, labels is not None, False, architecture)
     row_labels, column_labels, shares = labels or (None, None, None)
     arguments = (
-        x, y, scale, *of_rows, *(of_columns or (None, None)), row_labels, column_labels, shares, wave.weights, alignments, x.stride(0),
-        y.stride(0), wave.weights.stride(0), len(x), len(y), partner, *_corners(wave), hard, similarity.FACTOR[x.dtype],
+        x, y, scale, *of_rows, *(of_columns or (None, None)), row_labels, column_labels, shares, wave.weights, alignments,
+        x.stride(0), y.stride(0), wave.weights.stride(0), len(x), len(y), partner, *_corners(wave), hard,
+        similarity.FACTOR[x.dtype],
     )  # fmt: skip
     flags = {"LABELS": labels is not None, "BY_COLUMN": of_columns is not None}
     return _launch(_kernels().weights_kernel, wave.programs(sizes), arguments, sizes, WIDTH=x.shape[1], **flags)

@@ -14,6 +14,7 @@ from vlkernels.ops.contrastive_loss import driver
 from vlkernels.ops.contrastive_loss.driver import Statistics, Targets
 from vlkernels.ops.contrastive_loss.gpu import launches
 
+VISIT = 2**17  # rows and columns that one launch takes statistics of, so that their parts fill 64 MiB at most
 UNSEEN = -1e30  # as in the kernels: less than any logit, and finite
 
 
@@ -27,17 +28,9 @@ class Tiles:
         self._architecture = triton_runtime.architecture(scale.device)
 
     def statistics(self, images: Block, texts: Block, of_images: Statistics, of_texts: Statistics) -> None:
-        row_parts, column_parts = self._visit(images, texts, by_column=True)
-        _join(of_images, images.span, row_parts)
-        _join(of_texts, texts.span, column_parts)
-        positive, share = row_parts[:, 2].sum(0), self._targets.share
-        if share is not None:
-            of_images.positive[images.span] += share[images.span] * positive
-            of_texts.positive[texts.span] += share[texts.span] * column_parts[:, 2].sum(0)
-            return
-        both = pairs.shared(images, texts)
-        of_images.positive[images.span] += positive
-        of_texts.positive[both] += positive[both.start - images.start : both.stop - images.start]
+        for i in images.cut(VISIT):
+            for j in texts.cut(VISIT):
+                self._take(i, j, of_images, of_texts)
 
     def differentiate(
         self,
@@ -73,16 +66,34 @@ class Tiles:
     def attend(
         self, queries: Block, keys: Block, of_queries: Statistics, mixed: Tensor | None, wanted: Tensor | None
     ) -> None:
+        for i in queries.cut(VISIT):
+            for j in keys.cut(VISIT):
+                self._attend(i, j, of_queries, *(t if t is None else t[queries.within(i)] for t in (mixed, wanted)))
+
+    def _take(self, images: Block, texts: Block, of_images: Statistics, of_texts: Statistics) -> None:
+        row_parts, column_parts = self._visit(images, texts, by_column=True)
+        _join(of_images, images.span, row_parts)
+        _join(of_texts, texts.span, column_parts)
+        positive, share = row_parts[:, 2].sum(0), self._targets.share
+        if share is not None:
+            of_images.positive[images.span] += share[images.span] * positive
+            of_texts.positive[texts.span] += share[texts.span] * column_parts[:, 2].sum(0)
+            return
+        both = pairs.shared(images, texts)
+        of_images.positive[images.span] += positive
+        of_texts.positive[both] += positive[both.start - images.start : both.stop - images.start]
+
+    def _attend(
+        self, queries: Block, keys: Block, of_queries: Statistics, mixed: Tensor | None, wanted: Tensor | None
+    ) -> None:
         parts, _ = self._visit(queries, keys, by_column=False)
         shrink = _join(of_queries, queries.span, parts, excess=True)
         positive, share = parts[:, 2].sum(0), self._targets.share
         of_queries.positive[queries.span] += positive if share is None else share[queries.span] * positive
-        x, y, largest = queries.features, keys.features, of_queries.largest[queries.span]
+        x, y, of_rows = queries.features, keys.features, (of_queries.largest[queries.span], None)
 
         def weigh(wave: Wave) -> None:
-            launches.weights_launch(
-                x, y, self.scale, (largest, None), None, None, 0, 0.0, wave, None, self._architecture
-            ).run()
+            launches.weights_launch(x, y, self.scale, of_rows, None, None, 0, 0.0, wave, None, self._architecture).run()
 
         def want(wave: Wave) -> None:
             launches.targets_launch(*self._labels(queries, keys), wave).run()

@@ -1,0 +1,1 @@
+"""The transport distance as Triton kernels: a program is a sample."""
