@@ -1,5 +1,9 @@
 """What is special to the linear cross-entropy: chunks, ignored rows, teachers, memory, errors."""
 
+import importlib.util
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +11,10 @@ import vlkernels as vk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlkernels.core import dispatch
-from vlkernels.core.spec import InputMaker
-from vlkernels.ops.linear_cross_entropy import torch_kernels
+from vlkernels.core.spec import Case, InputMaker
+from vlkernels.ops.linear_cross_entropy import benchmarks, peers, torch_kernels
 from vlkernels.ops.linear_cross_entropy.spec import SPECS
+from vlkernels.testing import contract
 
 SPEC = SPECS[0]
 ROWS, WIDTH, ENTRIES = 25, 8, 60
@@ -33,6 +38,36 @@ OPTIONS = {
     "smoothed": {"label_smoothing": 0.2, "z_loss": 1e-2},
     "taught": {"distillation": 0.4, "temperature": 2.0},
 }
+
+
+# Rows, width, entries: beside whole tiles and cache lines, and BERT's vocabulary, which is no multiple of 8.
+RAGGED = ((1, 8, 5), (2, 64, 1000), (63, 768, 5), (65, 64, 1000), (257, 8, 1000), (2, 64, 30522))
+
+
+def ragged_case(rows, width, entries):
+    def make(fill):
+        targets = fill.integers(0, entries, (rows,))
+        targets[1::3] = -100
+        weight = fill.normal(entries, width, scale=width**-0.5)
+        return {"hidden": fill.normal(rows, width), "weight": weight, "targets": targets, "bias": fill.normal(entries)}
+
+    return Case(f"{rows}x{width}x{entries}", make)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", RAGGED)
+def test_ragged_sizes(sizes, dtype):
+    contract.verify(SPEC, ragged_case(*sizes), dtype, "torch")
+
+
+def test_an_evaluation_keeps_nothing():
+    hidden, weight, targets, bias = problem()
+    with torch.no_grad():
+        loss = vk.linear_cross_entropy(hidden, weight, targets, bias=bias, impl="torch")
+    found = torch.ops.vlkernels.linear_cross_entropy(
+        hidden.detach(), weight.detach(), bias.detach(), targets, None, None, None, -100, 0.0, 0.0, 0.0, 1.0, "mean", False, "torch"
+    )  # fmt: skip
+    assert torch.equal(found[0], loss) and not any(t.numel() for t in found[1:4])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -224,6 +259,28 @@ def test_mistakes_are_one_clear_line(change, message):
         vk.linear_cross_entropy(**arguments | change)
 
 
-def test_benchmarks_and_peer_compute_the_same():
-    arguments = SPEC.benchmarks["quickstart_m300_v2000_d128"](InputMaker(torch.float32))
-    torch.testing.assert_close(SPEC.peers["torch"](**arguments), vk.linear_cross_entropy(**arguments))
+@pytest.mark.parametrize("name", ["torch", "F.linear_cross_entropy"])
+def test_benchmarks_and_peers_compute_the_same(name):
+    arguments = SPEC.benchmarks["quickstart_m300_v2000_d128"].make(InputMaker(torch.float32))
+    call, inputs = SPEC.peers[name].prepare(**arguments)  # raises where they differ
+    loss = call()
+    torch.testing.assert_close(loss, vk.linear_cross_entropy(**arguments))
+    assert len(torch.autograd.grad(loss, inputs)) == 3
+
+
+def test_peers_that_are_not_installed_say_so():
+    builds = benchmarks.CARD_BUILDS
+    arguments = benchmarks.head(InputMaker(torch.float32), 4, 8, 10)
+    for name, module in (("Liger", "liger_kernel"), ("cut cross-entropy", "cut_cross_entropy"), ("QuACK", "quack")):
+        if importlib.util.find_spec(module) is None:
+            with pytest.raises(ModuleNotFoundError, match=module):
+                builds[name](**arguments)
+
+
+def test_a_peer_without_our_bias_is_not_timed(monkeypatch):
+    stand_in = types.SimpleNamespace(chunked_linear_cross_entropy=peers.dense)
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", stand_in)
+    quack = benchmarks.CARD_PEERS["QuACK"]
+    with pytest.raises(NotImplementedError, match="its chunks take no bias"):
+        quack.prepare(**benchmarks.head(InputMaker(torch.float32), 4, 8, 10))
+    quack.prepare(**benchmarks.head(InputMaker(torch.float32), 4, 8, 10, bias=False))

@@ -92,6 +92,14 @@ def add_product(total: Tensor, weights: Tensor, features: Tensor) -> None:
         total.addmm_(weights, features.to(total.dtype))
 
 
+def fake_loss(features: Sequence[Tensor], numbers: Sequence[Tensor], gradient: bool) -> tuple[Tensor, ...]:
+    """The outputs, without values, of an op that returns its loss and the gradients of its first arguments, empty when not wanted."""
+    loss = features[0].new_empty((), dtype=wide(features[0]))
+    if not gradient:
+        return loss, *(loss.new_empty(0) for _ in (*features, *numbers))
+    return loss, *(loss.new_empty(t.shape) for t in features), *(torch.empty_like(t) for t in numbers)
+
+
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """``setup_context`` of an op that returns its loss and the gradients of its first arguments."""
     ctx.set_materialize_grads(False)

@@ -183,16 +183,7 @@ def _check_options(similarity: str, label_smoothing: float) -> None:
 
 
 def _fake(image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    gradient = rest[-2]
-    wide = pairs.wide(image_tokens)
-    loss = image_tokens.new_empty((), dtype=wide)
-    if not gradient:
-        return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
-    of_tokens = (
-        torch.empty_like(tokens, dtype=wide, memory_format=torch.contiguous_format)
-        for tokens in (image_tokens, text_tokens)
-    )
-    return loss, *of_tokens, torch.empty_like(logit_scale)
+    return pairs.fake_loss((image_tokens, text_tokens), (logit_scale,), gradient=rest[-2])
 
 
 _forward = library.define(

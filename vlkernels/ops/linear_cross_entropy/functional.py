@@ -9,11 +9,17 @@ from torch import Tensor
 
 from vlkernels.core import checks, dispatch, library
 from vlkernels.core.dispatch import Implementation
+from vlkernels.core.triton_runtime import TritonImplementation
 from vlkernels.ops.linear_cross_entropy import reference, torch_kernels
 from vlkernels.ops.linear_cross_entropy.call import saved_dtype
+from vlkernels.ops.linear_cross_entropy.gpu import launches
 from vlkernels.ops.linear_cross_entropy.reference import Teacher
 
-IMPLEMENTATIONS = (Implementation("torch"), Implementation("reference"))
+IMPLEMENTATIONS = (
+    TritonImplementation(supports=launches.refusal),
+    Implementation("torch"),
+    Implementation("reference"),
+)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -77,7 +83,8 @@ def linear_cross_entropy(
     if len(targets):
         live = torch.where(targets == ignore_index, 0, targets)
         checks.check_values_between("targets (ignore_index aside)", live, 0, weight.shape[0])
-    chosen = dispatch.resolve("linear_cross_entropy", impl, IMPLEMENTATIONS, hidden.device)
+    facts = {"dtype": hidden.dtype, "teacher_dtype": None if teacher is None else teacher[0].dtype}
+    chosen = dispatch.resolve("linear_cross_entropy", impl, IMPLEMENTATIONS, hidden.device, facts)
     if chosen == "reference":
         return reference.linear_cross_entropy(
             hidden,
@@ -189,13 +196,13 @@ _forward = library.define(
     f"linear_cross_entropy({_ARGUMENTS}, str reduction, bool gradient, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
-    kernels={"torch": torch_kernels.forward},
+    kernels={"torch": torch_kernels.forward, "triton": launches.forward},
 )
 
 _backward = library.define_backward(
     f"linear_cross_entropy_backward(Tensor grad, {_ARGUMENTS}, str impl) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    kernels={"torch": torch_kernels.backward},
+    kernels={"torch": torch_kernels.backward, "triton": launches.backward},
 )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from vlkernels.core.spec import Arguments, Case, Cost, InputMaker, OpSpec
-from vlkernels.ops.linear_cross_entropy import functional, reference
+from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
+from vlkernels.ops.linear_cross_entropy import benchmarks, functional, reference
+from vlkernels.ops.linear_cross_entropy.gpu import variants
 
 IGNORED = -100
 
@@ -42,6 +41,18 @@ def _confident(fill: InputMaker) -> Arguments:
     }
 
 
+def _extreme(fill: InputMaker) -> Arguments:
+    """Logits of some thousands, a few of them level, and an entry that nothing can reach."""
+    arguments = _rows(fill, 19, 16, 90, label_smoothing=0.0)
+    with torch.no_grad():
+        arguments["hidden"] *= 2048
+        arguments["weight"][40:44] = arguments["weight"][40]
+        arguments["bias"][40:44] = 0
+        arguments["bias"][7] = -1e30
+    arguments["targets"][arguments["targets"] == 7] = 8
+    return arguments
+
+
 def _taught(fill: InputMaker, **options: Any) -> Arguments:
     teacher = (
         fill.normal(24, 12, grad=False),
@@ -57,6 +68,8 @@ CASES = (
     Case("none", lambda fill: _rows(fill, 23, 16, 66, reduction="none")),
     Case("without_bias", _without_bias),
     Case("confident", _confident),
+    Case("extreme", _extreme),
+    Case("longer_than_a_tile", lambda fill: _rows(fill, 67, 24, 1100, label_smoothing=0.1, z_loss=1e-2)),
     Case("smoothed", lambda fill: _rows(fill, 30, 16, 70, label_smoothing=0.1)),
     Case("z_loss", lambda fill: _rows(fill, 30, 16, 70, z_loss=1e-2, label_smoothing=0.05)),
     Case("z_loss_none", lambda fill: _rows(fill, 30, 16, 70, z_loss=1e-2, reduction="none")),
@@ -73,18 +86,6 @@ CASES = (
 )
 
 
-def _cost(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Cost:
-    product = 2 * hidden.shape[0] * weight.numel()
-    moved = (hidden.numel() + weight.numel()) * hidden.element_size()
-    return Cost(
-        forward_bytes=moved, backward_bytes=2 * moved, forward_flops=product, backward_flops=2 * product
-    )
-
-
-def _plain(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight, bias), targets)
-
-
 SPECS = (
     OpSpec(
         name="linear_cross_entropy",
@@ -92,11 +93,9 @@ SPECS = (
         reference=reference.linear_cross_entropy,
         implementations=functional.IMPLEMENTATIONS,
         cases=CASES,
-        benchmarks={
-            "quickstart_m300_v2000_d128": lambda fill: _rows(fill, 300, 128, 2000, ignored=0),
-            "bert_m1024_v30522_d768": lambda fill: _rows(fill, 1024, 768, 30522, ignored=0),
-        },
-        peers={"torch": _plain},
-        cost=_cost,
+        benchmarks=benchmarks.benchmarks(),
+        peers=benchmarks.PEERS,
+        cost=benchmarks.cost,
+        variants=variants.variants,
     ),
 )
