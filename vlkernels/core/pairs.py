@@ -29,9 +29,11 @@ def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor
     checks.check_same_device(image_features=image_features, text_features=text_features, labels=labels, **tensors)
 
 
-def locate_pairs(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
+def locate_pairs(
+    own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None, **options: object
+) -> Rows:
     """Where this rank's pairs lie in the concatenated batch, which holds one at least; a rank may have none."""
-    rows = locate_rows(own, group, rank_counts)
+    rows = locate_rows(own, group, rank_counts, **options)
     if rows.total == 0:
         raise ValueError(f"a batch must hold at least one pair, got N = 0 on {'every rank' if group else 'one process'}")
     return rows
@@ -91,7 +93,7 @@ def add_product(total: Tensor, weights: Tensor, features: Tensor) -> None:
 
 
 def fake_loss(features: Sequence[Tensor], numbers: Sequence[Tensor], gradient: bool) -> tuple[Tensor, ...]:
-    """The outputs, without values, of an op that returns its loss and the gradients of its first arguments, empty when not wanted."""
+    """What an op returns that keeps its gradients, without values; they are empty when not wanted."""
     loss = features[0].new_empty((), dtype=wide(features[0]))
     if not gradient:
         return loss, *(loss.new_empty(0) for _ in (*features, *numbers))

@@ -27,7 +27,7 @@ IMPLEMENTATIONS = (
 # Below so many pairs a CPU is faster with the whole matrix: tiles cost more than they save.
 # In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
 FEW_PAIRS = {torch.float64: 2**18, torch.float32: 2**18, torch.bfloat16: 2**20, torch.float16: 2**10}
-FEW_PAIRS_SUMMED = FEW_PAIRS | {torch.bfloat16: 2**24}
+FEW_PAIRS_SUMMED = FEW_PAIRS | {torch.bfloat16: 2**22}
 
 
 def triplet_loss(
