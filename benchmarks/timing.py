@@ -13,6 +13,7 @@ import torch
 
 WARM_UP_ROUNDS = 2
 FEWEST_ROUNDS = 5
+FEWEST_LONG_ROUNDS = 3  # where one takes longer than the budget
 L2_FLUSH_BYTES = 256 * 2**20
 MOST_FLUSHES = 64
 
@@ -37,7 +38,7 @@ class Reading(NamedTuple):
 
 
 def interleaved(variants: Mapping[str, Callable[[], object]], device: str, budget_s: float = 3.0) -> dict[str, Timing]:
-    """Time every variant once per round until the budget of seconds is spent (at least five rounds)."""
+    """Time every variant once per round until the budget of seconds is spent: at least five rounds, three of long ones."""
     timings = interleaved_parts({name: {"call": call} for name, call in variants.items()}, device, budget_s)
     return {name: parts["call"] for name, parts in timings.items()}
 
@@ -49,11 +50,13 @@ def interleaved_parts(variants: Mapping[str, Parts], device: str, budget_s: floa
     def one_round() -> dict[str, list[Reading]]:
         return {name: [clock.measure((name, part), call) for part, call in parts.items()] for name, parts in variants.items()}
 
-    for _ in range(WARM_UP_ROUNDS):
+    is_long = host_seconds(one_round) > budget_s > 0
+    for _ in range(0 if is_long else WARM_UP_ROUNDS - 1):
         one_round()
+    fewest = FEWEST_LONG_ROUNDS if is_long else FEWEST_ROUNDS
     rounds: list[dict[str, list[Reading]]] = []
     started = time.perf_counter()
-    while len(rounds) < FEWEST_ROUNDS or time.perf_counter() - started < budget_s:
+    while len(rounds) < fewest or time.perf_counter() - started < budget_s:
         rounds.append(one_round())
     return {name: _summaries(list(parts), [readings[name] for readings in rounds]) for name, parts in variants.items()}
 

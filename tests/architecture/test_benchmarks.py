@@ -234,6 +234,12 @@ def test_parts_are_timed_one_after_the_other_and_summed():
     assert timings["a"]["total"].runs == timing.FEWEST_ROUNDS
 
 
+def test_a_round_longer_than_the_budget_is_repeated_less_often():
+    runs = []
+    timings = timing.interleaved({"long": lambda: (runs.append(None), time.sleep(0.02))}, "cpu", budget_s=0.01)
+    assert timings["long"].runs == timing.FEWEST_LONG_ROUNDS and len(runs) == timing.FEWEST_LONG_ROUNDS + 1
+
+
 def test_clocks_and_power_are_read_while_numbers_are_taken():
     script = "echo '1980, 3201, 690.5, 61'; echo '[N/A], 1, 2, 3'; echo '1800, 3201, 699.5, 63'; sleep 20"
     with CardLog(("sh", "-c", script)) as card:

@@ -1,7 +1,9 @@
 """What is special to the sigmoid loss: tiles, shapes, half types, memory, who serves, errors, faults."""
 
+import sys
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.mutants import load_mutant
 from vlkernels.core import dispatch
 from vlkernels.core.spec import Case, InputMaker
-from vlkernels.ops.sigmoid_loss import driver, torch_kernels
-from vlkernels.ops.sigmoid_loss.spec import SPECS, features
+from vlkernels.ops.sigmoid_loss import driver, peers, torch_kernels
+from vlkernels.ops.sigmoid_loss.spec import ON_A_CARD, SPECS, features
 from vlkernels.testing import contract
 
 TENSORS = ("image_features", "text_features", "logit_scale", "logit_bias")
@@ -195,6 +197,30 @@ def test_mistakes_are_one_clear_line(change, message):
 def test_benchmarks_and_peer_compute_the_same():
     arguments = SPECS[0].benchmarks["quickstart_n128_d64"](InputMaker(torch.float32))
     torch.testing.assert_close(SPECS[0].peers["torch"](**arguments), vk.sigmoid_loss(**arguments, impl="torch"))
+
+
+def test_libraries_on_a_card_are_called_as_they_want_to_be(monkeypatch):
+    """Stand-ins with the libraries' arguments; one that computes something else is not timed."""
+    wrong = 0.0
+
+    def fused_siglip_loss(img_features, txt_features, log_temperature, bias):
+        return peers.eager(img_features, txt_features, log_temperature.exp(), bias + wrong)
+
+    class SigLipLoss(torch.nn.Module):
+        def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict=False):
+            return peers.eager(image_features, text_features, logit_scale, logit_bias)
+
+    for name, held in (("siglip_kernel", fused_siglip_loss), ("open_clip.loss", SigLipLoss)):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{held.__name__: held}))
+    arguments = inputs(dtype=torch.float32)
+    libraries = [ON_A_CARD[name] for name in ("open_clip SigLipLoss", "siglip-kernel")]
+    for library in libraries:
+        call, differentiated = library.prepare(**arguments)
+        torch.testing.assert_close(call(), vk.sigmoid_loss(**arguments))
+        assert len(differentiated) == 4
+    wrong = 1.0
+    with pytest.raises(ValueError, match="it computes something else"):
+        libraries[1].prepare(**arguments)
 
 
 MUTANTS = {

@@ -29,9 +29,11 @@ def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor
     checks.check_same_device(image_features=image_features, text_features=text_features, labels=labels, **tensors)
 
 
-def locate_pairs(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
+def locate_pairs(
+    own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None, **options: object
+) -> Rows:
     """Where this rank's pairs lie in the concatenated batch, which holds one at least; a rank may have none."""
-    rows = locate_rows(own, group, rank_counts)
+    rows = locate_rows(own, group, rank_counts, **options)
     if rows.total == 0:
         raise ValueError(f"a batch must hold at least one pair, got N = 0 on {'every rank' if group else 'one process'}")
     return rows
@@ -88,6 +90,14 @@ def add_product(total: Tensor, weights: Tensor, features: Tensor) -> None:
         total.add_(weights.to(features.dtype) @ features)
     else:
         total.addmm_(weights, features.to(total.dtype))
+
+
+def fake_loss(features: Sequence[Tensor], numbers: Sequence[Tensor], gradient: bool) -> tuple[Tensor, ...]:
+    """What an op returns that keeps its gradients, without values; they are empty when not wanted."""
+    loss = features[0].new_empty((), dtype=wide(features[0]))
+    if not gradient:
+        return loss, *(loss.new_empty(0) for _ in (*features, *numbers))
+    return loss, *(loss.new_empty(t.shape) for t in features), *(torch.empty_like(t) for t in numbers)
 
 
 def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -184,19 +184,8 @@ def _check(
     )
 
 
-def _fake(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradient = rest[-2]
-    wide = pairs.wide(image_features)
-    loss = image_features.new_empty((), dtype=wide)
-    if not gradient:
-        return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
-    of_features = (
-        torch.empty_like(f, dtype=wide, memory_format=torch.contiguous_format)
-        for f in (image_features, text_features)
-    )
-    return loss, *of_features, torch.empty_like(logit_scale)
+def _fake(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return pairs.fake_loss((image_features, text_features), (logit_scale,), gradient=rest[-2])
 
 
 _forward = library.define(

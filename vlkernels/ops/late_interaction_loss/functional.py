@@ -93,10 +93,11 @@ def late_interaction_loss(
         maxima "triton" takes of products cut to 16 bits of mantissa: what is equal there is a tie. The
         reference, which "auto" takes for few products on a CPU, rounds the products of half types to their
         dtype, as PyTorch. Two runs give the same bits.
-    Memory: O(tokens D), tiles of 1024 x 1024 products, and at most 256 MB of maxima and their places, a byte
-        each up to 256 tokens; what does not fit is computed twice. Gradients are computed in the forward,
-        when anything requires them. With a group that gathers, the tokens of all ranks.
-    Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ, and for a batch without a pair.
+    Memory: O(tokens D), tiles of 1024 x 1024 products ("triton" stores none), and at most 256 MB of maxima and
+        their places, a byte each up to 256 tokens; what does not fit is computed twice. Gradients are computed in
+        the forward, when anything requires them. With a group that gathers, the tokens of all ranks.
+    Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ, a batch
+        without a pair.
     Source: Yao et al. 2021 (FILIP); Li et al. 2023 (BLIP-2).
     """
     _check(image_tokens, text_tokens, logit_scale, image_layout, text_layout)
@@ -183,16 +184,7 @@ def _check_options(similarity: str, label_smoothing: float) -> None:
 
 
 def _fake(image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    gradient = rest[-2]
-    wide = pairs.wide(image_tokens)
-    loss = image_tokens.new_empty((), dtype=wide)
-    if not gradient:
-        return loss, loss.new_empty(0), loss.new_empty(0), loss.new_empty(0)
-    of_tokens = (
-        torch.empty_like(tokens, dtype=wide, memory_format=torch.contiguous_format)
-        for tokens in (image_tokens, text_tokens)
-    )
-    return loss, *of_tokens, torch.empty_like(logit_scale)
+    return pairs.fake_loss((image_tokens, text_tokens), (logit_scale,), gradient=rest[-2])
 
 
 _forward = library.define(

@@ -109,11 +109,7 @@ def sigmoid_loss(
 def _fake(
     image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    gradient = rest[-2]
-    loss = image_features.new_empty((), dtype=pairs.wide(image_features))
-    if not gradient:
-        return loss, *(loss.new_empty(0) for _ in range(4))
-    return loss, *(loss.new_empty(t.shape) for t in (image_features, text_features, logit_scale, logit_bias))
+    return pairs.fake_loss((image_features, text_features, logit_scale, logit_bias), (), gradient=rest[-2])
 
 
 _forward = library.define(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vlkernels.core.peers import compiled, loaded, rival
 from vlkernels.core.spec import Arguments, Benchmark, Case, Cost, InputMaker, OpSpec
-from vlkernels.ops.sigmoid_loss import functional, reference
+from vlkernels.ops.sigmoid_loss import functional, peers, reference
 from vlkernels.ops.sigmoid_loss.gpu import variants
 
 
@@ -66,13 +66,21 @@ def _cost(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | f
     return Cost(forward_bytes=moved, backward_bytes=2 * moved, forward_flops=product, backward_flops=2 * product)
 
 
-def _dense(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, logit_bias: Tensor | float
-) -> Tensor:
-    """Plain PyTorch as open_clip writes it, with the whole matrix of logits."""
-    logits = logit_scale * image_features @ text_features.T + logit_bias
-    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - torch.ones_like(logits)
-    return -F.logsigmoid(signs * logits).sum() / len(logits)
+PEERS = {"torch": peers.eager}
+ON_A_CARD = {
+    "torch": peers.eager,
+    "torch.compile": rival(compiled(loaded(lambda: peers.eager)), functional.sigmoid_loss),
+    "open_clip SigLipLoss": rival(loaded(peers.open_clip), functional.sigmoid_loss),
+    "siglip-kernel": rival(loaded(peers.siglip_kernel), functional.sigmoid_loss),
+}
+
+
+def _on_cpu(count: int) -> Benchmark:
+    return Benchmark(lambda fill: features(fill, count, 512), ("cpu",), (torch.float32,), PEERS)
+
+
+def _on_a_card(count: int, width: int) -> Benchmark:
+    return Benchmark(lambda fill: features(fill, count, width), ("cuda",), (torch.bfloat16,), ON_A_CARD)
 
 
 SPECS = (
@@ -85,9 +93,11 @@ SPECS = (
         benchmarks={
             "quickstart_n128_d64": lambda fill: features(fill, 128, 64),
             "n4096_d512": lambda fill: features(fill, 4096, 512),
-            "n65536_d768": Benchmark(lambda fill: features(fill, 65536, 768), devices=("cuda",)),
+            "n8192_d512": _on_cpu(8192),
+            "n16384_d512": _on_cpu(16384),
+            **{f"n{count}_d{width}": _on_a_card(count, width) for count, width in ((16384, 768), (65536, 768), (32768, 512))},
         },
-        peers={"torch": _dense},
+        peers=PEERS,
         cost=_cost,
         variants=variants.variants,
     ),

@@ -66,7 +66,8 @@ SPECS = (
         benchmarks={
             "hardest_n128_d1024": lambda fill: features(fill, 128, 1024),
             "hardest_n4096_d512": lambda fill: features(fill, 4096, 512),
-            "summed_n4096_d512": Benchmark(lambda fill: features(fill, 4096, 512, hardest=False), devices=("cpu",)),
+            "summed_n4096_d512": lambda fill: features(fill, 4096, 512, hardest=False),
+            "hardest_n32768_d1024": Benchmark(lambda fill: features(fill, 32768, 1024), ("cuda",), (torch.bfloat16,)),
         },
         peers={"torch": _dense},
         cost=_cost,

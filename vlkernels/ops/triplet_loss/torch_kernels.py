@@ -116,7 +116,15 @@ def _push(rows: Block, others: Block, hardest: Hardest, toward_row: Tensor | Non
     if toward_row is not None:
         toward_row.addcmul_(weights, others.features[place].to(toward_row.dtype))
     if toward_other is not None:
-        toward_other.index_add_(0, place, weights * rows.features)
+        _add_rows(toward_other, place, weights * rows.features)
+
+
+def _add_rows(total: Tensor, places: Tensor, rows: Tensor) -> None:
+    """Add rows to places, some of them equal, in an order that is always the same: on a card ``index_add_`` has none."""
+    if total.is_cuda:
+        total.index_put_((places,), rows, accumulate=True)
+    else:
+        total.index_add_(0, places, rows)
 
 
 triplet_loss = partial(driver.triplet_loss, Tiles)

@@ -8,7 +8,7 @@ import triton.language as tl
 from vlkernels.core import triton_math
 from vlkernels.core.triton_similarity import similarity_tile, store_weights, tile_of_wave
 
-# Where a wave begins, and how far apart its rows of weights are, are multiples of 64 in every call: known, they make stores wide.
+# Where a wave begins and how far apart its rows of weights are: multiples of 64 in every call, which make stores wide.
 UNSPECIALIZED = ("rows", "columns", "partner")
 UNALIGNED = ("image_labels", "text_labels", "scale", "bias", "sums")
 

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from vlkernels.core.triton_similarity import similarity_tile, store_weights, tile_of_wave
 
-# Where a wave begins, and how far apart its rows of weights are, are multiples of 64 in every call: known, they make stores wide.
+# Where a wave begins and how far apart its rows of weights are: multiples of 64 in every call, which make stores wide.
 UNSPECIALIZED = ("rows", "columns", "partner", "image_start", "text_start")
 UNALIGNED = (
     "image_labels", "text_labels", "of_images", "of_texts", "least_images", "least_texts", "image_pushes", "text_pushes", "sums",
