@@ -6,19 +6,20 @@ What they tell is declared in benchmarks/lines.py. A row without its provenance 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.lines import DTYPES, LINES, PADDED, Line
-from benchmarks.measured import Amounts, Figure, Machine, Refused, Row, figures, read, seconds
+from benchmarks.measured import Amounts, Machine, Refused, Row, figures, peak_bytes, read, seconds
 from benchmarks.provenance import ROOT
 
 BEGIN = "<!-- measured: `python -m benchmarks.report` writes what stands from here -->"
 END = "<!-- to here -->"
-PICTURES = ("![times as fast as each way of padding, against the share of padding](docs/attention_padding.svg)",)
 PADDINGS = {share: f"32 x 1..128, {share}% padding, H12 K64" for share in (25, 50, 75)}
+BATCHES = {pairs: f"n{pairs}_d512" for pairs in (4096, 8192, 16384)}
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -26,10 +27,16 @@ def pages(root: Path) -> dict[Path, str]:
     rows = read(root / "benchmarks" / "results")
     machine = told_machine(rows)
     own = [row for row in rows if row.machine == machine]
+    plotted = {
+        "attention_padding": ("attention: times as fast as each way of padding", attention_plot(own, machine)),
+        "contrastive_batch": ("contrastive loss: seconds and memory against the batch", contrastive_plot(own, machine)),
+    }
+    drawn = {name: (words, plot) for name, (words, plot) in plotted.items() if plot}
+    pictures = [f"![{words}](docs/{name}.svg)" for name, (words, _) in drawn.items()]
     readme = root / "README.md"
     return {
-        readme: between_marks(readme.read_text(), table(own, machine)),
-        root / "docs" / "attention_padding.svg": attention_plot(own, machine),
+        readme: between_marks(readme.read_text(), "\n".join([*table(own, machine), "", *pictures])),
+        **{root / "docs" / f"{name}.svg": plot for name, (_, plot) in drawn.items()},
     }
 
 
@@ -57,7 +64,7 @@ def _missing(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def table(rows: Sequence[Row], machine: Machine) -> str:
+def table(rows: Sequence[Row], machine: Machine) -> list[str]:
     shown = [figure.row for line in LINES for dtype in line.dtypes for figure in line.figures(rows, dtype)]
     days = sorted({row.values["date"][:10] for row in shown})
     versions = " and ".join(sorted({row.values["torch"] for row in shown}))
@@ -66,7 +73,7 @@ def table(rows: Sequence[Row], machine: Machine) -> str:
     heads = ("what", "against", *(f"times as fast, {dtype}" for dtype in DTYPES), "rows")
     body = [(line.what, line.against, *(_cell(line, rows, dtype) for dtype in DTYPES), _rows(line, machine)) for line in LINES]
     cells = (heads, ["---"] * len(heads), *body)
-    return "\n".join([f"{told}{starred}", "", *(f"| {' | '.join(some)} |" for some in cells), "", *PICTURES])
+    return [f"{told}{starred}", "", *(f"| {' | '.join(some)} |" for some in cells)]
 
 
 def _cell(line: Line, rows: Sequence[Row], dtype: str) -> str:
@@ -105,10 +112,14 @@ def attention_plot(rows: Sequence[Row], machine: Machine) -> str:
     shown: list[Row] = []
 
     def curve(peer: str, dtype: str) -> plots.Curve:
-        names = {share: ("attention_qkvpacked", name, dtype) for share, name in PADDINGS.items()}
-        own = {share: _latest(rows, names[share], seconds, (peer,)) for share in names}
-        shown.extend(figure.row for figure in own.values())
-        return plots.Curve(f"against {peer}", [(share, figure.times) for share, figure in own.items()])
+        points = []
+        for share, benchmark in PADDINGS.items():
+            own = [row for row in rows if row.is_of("attention_qkvpacked", benchmark, dtype)]
+            if not (found := figures(own, seconds, "vlkernels", (peer,))):
+                raise Refused(f"a plot has no row of {benchmark}, {dtype}, with {peer}, on {machine}: run `make bench`")
+            points.append((share, found[0].times))
+            shown.append(found[0].row)
+        return plots.Curve(f"against {peer}", points)
 
     panels = [
         plots.Panel(
@@ -122,11 +133,28 @@ def attention_plot(rows: Sequence[Row], machine: Machine) -> str:
     return plots.draw(panels, caption(shown, machine))
 
 
-def _latest(rows: Sequence[Row], names: tuple[str, str, str], amounts: Amounts, peers: tuple[str, ...]) -> Figure:
-    found = figures([row for row in rows if row.is_of(*names)], amounts, "vlkernels", peers)
-    if not found:
-        raise Refused(f"no row of {', '.join(names)} tells a plot {amounts.__name__} of {', '.join(peers)}: run `make bench`")
-    return found[0]
+def contrastive_plot(rows: Sequence[Row], machine: Machine) -> str | None:
+    """Time and peak memory against the number of pairs, once the memory of two batches is known."""
+    variants = {"vlkernels": "vlkernels, in tiles", "torch": "PyTorch, the dense N x N loss"}
+
+    def latest(amounts: Amounts) -> dict[int, Row]:
+        own = {n: [row for row in rows if row.is_of("contrastive_loss", name, "float32")] for n, name in BATCHES.items()}
+        found = {n: figures(some, amounts, "vlkernels", ("torch",)) for n, some in own.items()}
+        return {n: some[0].row for n, some in found.items() if some}
+
+    def panel(label: str, amounts: Amounts, unit: float, own: Mapping[int, Row]) -> plots.Panel:
+        points = {variant: [(n, amounts(row.values)[variant] / unit) for n, row in own.items()] for variant in variants}
+        curves = [plots.Curve(name, points[variant]) for variant, name in variants.items()]
+        return plots.Panel("contrastive loss, width 512, float32", "pairs in the batch", label, curves, math.log2)
+
+    timed, weighed = latest(seconds), latest(peak_bytes)
+    if len(weighed) < 2:
+        return None
+    panels = [
+        panel("seconds, forward and backward", seconds, 1.0, timed),
+        panel("MiB held at once, beside the inputs", peak_bytes, 2.0**20, weighed),
+    ]
+    return plots.draw(panels, caption([*timed.values(), *weighed.values()], machine))
 
 
 def caption(rows: Sequence[Row], machine: Machine) -> list[str]:

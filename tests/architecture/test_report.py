@@ -157,6 +157,21 @@ def test_the_machine_with_every_line_is_told(copy):
     assert "\nAnother, " not in report.pages(copy)[copy / "README.md"]
 
 
+def test_time_and_memory_are_plotted_once_the_memory_of_two_batches_is_known(copy):
+    path = results_of(copy, "contrastive_loss")
+    rewrite(path, lambda row: row if row["benchmark"] in ("n4096_d512", "quickstart_n128_d64") else None)
+    plot = copy / "docs" / "contrastive_batch.svg"
+    assert plot not in report.pages(copy)
+    made = next(row for row in map(json.loads, path.read_text().splitlines()) if row["benchmark"] == "n4096_d512")
+    for pairs in (8192, 16384):
+        peaks = {"peak_bytes": {"vlkernels": pairs * 2**14, "torch": pairs * 2**18}}
+        with path.open("a") as file:
+            file.write(json.dumps(made | {"benchmark": f"n{pairs}_d512", "dtype": "torch.float32"} | peaks) + "\n")
+    pages = report.pages(copy)
+    assert "](docs/contrastive_batch.svg)" in pages[copy / "README.md"] and pages[plot].count("<circle") == 2 * 3 + 2 * 2
+    assert all(told in pages[plot] for told in (made["device"], made["date"][:10], made["commit"][:10]))
+
+
 def test_every_line_names_a_benchmark_and_peers_that_are_declared():
     declared = {spec.name: benchmarks_of(spec, "cpu") for spec in ops.specs()}
     for line in lines.LINES:
