@@ -91,7 +91,7 @@ def add_product(total: Tensor, weights: Tensor, features: Tensor) -> None:
 
 
 def fake_loss(features: Sequence[Tensor], numbers: Sequence[Tensor], gradient: bool) -> tuple[Tensor, ...]:
-    """The outputs, without values, of an op that returns its loss and the gradients of its first arguments, empty when not wanted."""
+    """What an op returns that keeps its gradients, without values; they are empty when not wanted."""
     loss = features[0].new_empty((), dtype=wide(features[0]))
     if not gradient:
         return loss, *(loss.new_empty(0) for _ in (*features, *numbers))

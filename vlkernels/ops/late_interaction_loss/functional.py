@@ -93,10 +93,11 @@ def late_interaction_loss(
         maxima "triton" takes of products cut to 16 bits of mantissa: what is equal there is a tie. The
         reference, which "auto" takes for few products on a CPU, rounds the products of half types to their
         dtype, as PyTorch. Two runs give the same bits.
-    Memory: O(tokens D), tiles of 1024 x 1024 products, and at most 256 MB of maxima and their places, a byte
-        each up to 256 tokens; what does not fit is computed twice. Gradients are computed in the forward,
-        when anything requires them. With a group that gathers, the tokens of all ranks.
-    Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ, and for a batch without a pair.
+    Memory: O(tokens D), tiles of 1024 x 1024 products ("triton" stores none), and at most 256 MB of maxima and
+        their places, a byte each up to 256 tokens; what does not fit is computed twice. Gradients are computed in
+        the forward, when anything requires them. With a group that gathers, the tokens of all ranks.
+    Errors: ``ValueError`` for shapes, dtypes, ranges, samples without a token, counts that differ, a batch
+        without a pair.
     Source: Yao et al. 2021 (FILIP); Li et al. 2023 (BLIP-2).
     """
     _check(image_tokens, text_tokens, logit_scale, image_layout, text_layout)

@@ -1,1 +1,1 @@
-"""impl "triton": both maxima from one visit of a tile of token similarities, gradients as products with what the maxima chose."""
+"""Late interaction in Triton: kernels, their launches and tiles, and the arithmetic of two blocks by them."""

@@ -65,20 +65,17 @@ class TritonArithmetic:
         return Tile(Maxima(*parts))
 
     def toward_images(self, tile: Tile, i: Block, j: Block, by_images: Tensor, by_texts: Tensor, gradient: Tensor) -> None:
-        _, _, rows_chose, columns_chose = tile.maxima
-        if self._any_two:
-            _run(gradient_launch(gradient, i, j, by_images + by_texts.T, None, rows_chose, columns_chose, self._architecture), i)
-        else:
-            _run(gradient_launch(gradient, i, j, by_images, by_texts, rows_chose, columns_chose, self._architecture), i)
+        _, _, *places = tile.maxima
+        weights = (by_images + by_texts.T, None) if self._any_two else (by_images, by_texts)
+        _run(gradient_launch(gradient, i, j, *weights, *places, self._architecture), i)
 
     def toward_texts(self, tile: Tile, i: Block, j: Block, by_images: Tensor, by_texts: Tensor, gradient: Tensor) -> None:
-        _, _, rows_chose, columns_chose = tile.maxima
+        _, _, of_images, of_texts = tile.maxima
         if self._any_two:
-            turned = (matrix.T.contiguous() for matrix in (by_images + by_texts.T, columns_chose, rows_chose))
-            weights, *places = turned
-            _run(gradient_launch(gradient, j, i, weights, None, *places, self._architecture), i)
+            weights, *places = (pairs.T.contiguous() for pairs in (by_images + by_texts.T, of_texts, of_images))
+            _run(gradient_launch(gradient, j, i, weights, None, *places, self._architecture), j)
         else:
-            _run(gradient_launch(gradient, j, i, by_texts, by_images, columns_chose, rows_chose, self._architecture), i)
+            _run(gradient_launch(gradient, j, i, by_texts, by_images, of_texts, of_images, self._architecture), j)
 
 
 def _cut(samples: Samples, size: int) -> Iterator[Block]:

@@ -1,7 +1,8 @@
-"""The kernels of impl "triton": maxima and their places from one visit of each tile, gradients by products with one-hot weights.
+"""The kernels of impl "triton": maxima and their places from one visit of a tile, gradients by products with one-hot weights.
 
-A tile has a *slot* of ``SLOT`` rows for each of ``GROUP`` samples. What a sample leaves of its slot repeats its last token, which
-changes no maximum; samples longer than a slot are taken chunk by chunk. Places are kept as ``[samples of the other side, tokens]``.
+A tile has a *slot* of ``SLOT`` rows for each of ``GROUP`` samples. What a sample leaves of its slot repeats its last token,
+which changes no maximum; samples longer than a slot are taken chunk by chunk. Places are kept as ``[samples of the other side,
+tokens]``.
 """
 
 from __future__ import annotations
@@ -227,16 +228,18 @@ def gradient_kernel(
             chosen = tl.load(column_places + pair, mask=met, other=0).to(tl.int32)
         else:
             weight = weight / r_length[:, None]
-            chosen = tl.load(row_places + j.to(tl.int64)[None, :] * row_count + (r_offset + r_place)[:, None], mask=met, other=0)
-            chosen = chosen.to(tl.int32)
+            kept = row_places + j.to(tl.int64)[None, :] * row_count + (r_offset + r_place)[:, None]
+            chosen = tl.load(kept, mask=met, other=0).to(tl.int32)
         place = column_chunk + tl.arange(0, COLUMN_SLOT)
         weights = tl.where(chosen[:, :, None] == place[None, None, :], weight[:, :, None], 0.0)
         weights = tl.reshape(weights, [ROWS, COLUMNS])
         if not ANY_TWO:
             met = (i < row_samples)[:, None] & (c_exists & (c_place < c_length))[None, :]
-            weight = tl.load(by_columns + c.to(tl.int64)[None, :] * row_samples + i[:, None], mask=met, other=0.0) / c_length[None, :]
-            chosen = tl.load(column_places + i.to(tl.int64)[:, None] * column_count + (c_offset + c_place)[None, :], mask=met, other=0)
-            sent = tl.where(chosen.to(tl.int32)[:, None, :] == slot_place[None, :, None], weight[:, None, :], 0.0)
+            pair = c.to(tl.int64)[None, :] * row_samples + i[:, None]
+            weight = tl.load(by_columns + pair, mask=met, other=0.0) / c_length[None, :]
+            kept = column_places + i.to(tl.int64)[:, None] * column_count + (c_offset + c_place)[None, :]
+            chosen = tl.load(kept, mask=met, other=0).to(tl.int32)
+            sent = tl.where(chosen[:, None, :] == slot_place[None, :, None], weight[:, None, :], 0.0)
             weights += tl.reshape(sent, [ROWS, COLUMNS])
         columns = (c_start + tl.minimum(c_place, c_length - 1)).to(tl.int64)
         tokens = tl.load(column_tokens + columns[:, None] * WIDTH + depth[None, :], mask=(depth < WIDTH)[None, :], other=0.0)

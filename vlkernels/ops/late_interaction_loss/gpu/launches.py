@@ -98,7 +98,7 @@ def gradient_launch(
     """
     sizes = _sizes("gradient", own, architecture)
     row_slot, row_group = slot(own.longest, sizes.rows)
-    column_slot, column_group = slot(others.longest, sizes.columns)
+    column_slot, _ = slot(others.longest, sizes.columns)
     row_chunks, column_chunks = -(-own.longest // row_slot), -(-others.longest // column_slot)
     width = gradient.shape[1]
     arguments = (
@@ -116,9 +116,9 @@ def gradient_launch(
     return Launch(_kernels().gradient_kernel, (grid,), arguments, constants, sizes.warps, sizes.stages)
 
 
-def _maxima_launch(
-    kernel: Any, rows: Block, columns: Block, arguments: tuple[Any, ...], architecture: int
-) -> Launch:
+# D goes to the kernels of maxima as a number beside the constant: a loop whose bound the compiler knows it unrolls, and the
+# addresses of every turn fill the registers.
+def _maxima_launch(kernel: Any, rows: Block, columns: Block, arguments: tuple[Any, ...], architecture: int) -> Launch:
     sizes = _sizes("maxima", rows, architecture)
     constants = {
         **_slots(rows, columns, sizes),

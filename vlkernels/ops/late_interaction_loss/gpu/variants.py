@@ -23,7 +23,8 @@ ANY_TWO_CALLS = ((torch.bfloat16, 256, 32, 1),)
 def variants(architecture: int) -> Iterator[Variant]:
     for any_two, calls in ((False, CALLS), (True, ANY_TWO_CALLS)):
         for dtype, width, image, text in calls:
-            facts = {"dtype": str(dtype).removeprefix("torch."), "width": width, "image": image, "text": text, "any_two": any_two}
+            name = str(dtype).removeprefix("torch.")
+            facts = {"dtype": name, "width": width, "image": image, "text": text, "any_two": any_two}
             for kernel, launch in launches(dtype, width, image, text, any_two, architecture).items():
                 yield Variant(kernel, facts, launch)
 
