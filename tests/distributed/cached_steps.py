@@ -11,7 +11,7 @@ from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import Objectives, Optimizer, Schedule, Train, Zero
 from engine.training import zero
 from engine.training.optimizer import make_optimizer
-from engine.training.step import agree, normalizers, run_window
+from engine.training.step import StepResult, agree, normalizers, run_window
 
 PAIRS = 512
 RATE = 1024.0
@@ -70,19 +70,27 @@ def partition_everything(config: Config, world: int) -> dict:
 _deepspeed_config = zero.deepspeed_config
 
 
-def zero_step(stage: int, micro_batch: int, precision: str = "fp32") -> dict:
-    """The same through the engine, on all ranks."""
+def zero_engine(stage: int, micro_batch: int, precision: str = "fp32") -> tuple[zero.Engine, zero.Ranks]:
     config = configuration(stage, micro_batch, precision)
     ranks = zero.join(config)
     module = training_module(recompute=True)
     rule = make_optimizer(config.optimizer, module.model.named_parameters(), ranks.device)
-    before = weights_of(module)
     with patch.object(zero, "deepspeed_config", partition_everything):
-        engine = zero.Engine(config, module, rule, ranks)
-    window = cut(micro_batch, ranks.rank, ranks.world)
+        return zero.Engine(config, module, rule, ranks), ranks
+
+
+def take_window(engine: zero.Engine, ranks: zero.Ranks, window: list[Batch]) -> StepResult:
     agreement = agree(window, ranks, stop=False)
     result = run_window(engine, window, agreement.counts, ranks, engine.module.model.rng)
     assert result.applied
+    return result
+
+
+def zero_step(stage: int, micro_batch: int, precision: str = "fp32") -> dict:
+    """The same through the engine, on all ranks."""
+    engine, ranks = zero_engine(stage, micro_batch, precision)
+    before = weights_of(training_module(recompute=True))
+    result = take_window(engine, ranks, cut(micro_batch, ranks.rank, ranks.world))
     means = ranks.mean(torch.stack(list(result.values.values())))
     with engine.whole_module() as whole:
         return outcome(dict(zip(result.values, means, strict=True)), before, weights_of(whole))

@@ -9,6 +9,7 @@ from cached_steps import PAIRS, STAGES
 from launch import run
 from mutants import load_mutant
 from process_group import process_group_of_one
+from random_batch import random_batch
 
 from engine.objectives import batch_coupled, pretraining
 from engine.training import feature_cache, step
@@ -71,6 +72,19 @@ def distance(found: dict, truth: dict) -> float:
 def test_bfloat16_is_no_worse_for_the_cut(plain, stage):
     uncut, cut = (distance(cached_steps.zero_step(stage, size, "bf16"), plain) for size in (PAIRS, 128))
     assert cut < 1.2 * uncut < 0.05, (cut, uncut)
+
+
+def test_zero_3_keeps_the_order_that_it_prefetches_by(monkeypatch):
+    """The second reading begins with the whole of the first: what DeepSpeed has recorded is broken off once, at the
+    beginning, and not in every step."""
+    engine, ranks = cached_steps.zero_engine(3, 128)
+    coordinator = engine.deepspeed.optimizer.parameter_offload.get_param_coordinator()
+    broken, invalidate = [], coordinator._invalidate_trace
+    monkeypatch.setattr(coordinator, "_invalidate_trace", lambda: (broken.append(1), invalidate()))
+    window = [random_batch(range(first, first + 4)) for first in range(0, 16, 4)]
+    for _ in range(3):
+        cached_steps.take_window(engine, ranks, window)
+    assert len(broken) == 1
 
 
 def test_every_parameter_has_a_gradient(plain):

@@ -168,6 +168,7 @@ def errors(name, rank, world, group):
         "wrong": [error(name, uneven, group=group, rank_counts=wrong, **way) for way in WAYS.values()],
         "differing": error(name, even, group=group, rank_counts=[2] * (world - 1) + [2 + rank]),
     }
+    told["options"] = error(name, even, group=group, exchange=("ring", "gather")[rank == 0], impl="torch")
     if name != "filip":  # a layout without samples does not exist
         told["empty"] = [error(name, Pairs.drawn(0), group=group, **way) for way in WAYS.values()]
     return told
@@ -261,7 +262,7 @@ def text_tokens(counts, rank):
 
 
 def test_a_gather_sends_a_rank_s_rows_to_every_other(ranks):
-    """Padded to those of the longest rank; and the count of every rank with a digest of all counts."""
+    """Padded to those of the longest rank; and the count of every rank with digests of all counts and of options."""
     world = len(ranks)
     for counts, name, way in product(COUNTS[world], LOSSES, ("gather", "ring")):
         base = "keys" if name == "distilled" else name.removesuffix("_labels")
@@ -269,7 +270,7 @@ def test_a_gather_sends_a_rank_s_rows_to_every_other(ranks):
             continue
         numbers = GATHERED[base] if way == "gather" else PARTNERS.get(base, 0)
         labels = max(counts) * (name.endswith("labels") or name == "distilled")
-        expected = 8 * (world - 1) * (max(counts) * numbers + labels + 2)
+        expected = 8 * (world - 1) * (max(counts) * numbers + labels + 3)
         for result in ranks:
             sent = result["bytes"][str((counts, name, "mean", way))]
             assert sent["gather"] == expected, (counts, name, way)
@@ -322,6 +323,8 @@ def test_mistakes_of_some_ranks_are_one_clear_line_on_all(ranks, name):
         prefix = "rank_counts must be {} on every rank, the rows they have, got {}"
         assert set(told["wrong"]) == {prefix.format(held, [2] * world)}
         assert told["differing"] == prefix.format([2] * world, [2] * (world - 1) + [2 + rank])
+        mine = f"all ranks must call with the same options, rank {rank} has exchange = {('ring', 'gather')[rank == 0]}, gradient = "
+        assert told["options"].startswith(mine)
         nothing = "a batch must hold at least one pair, got N = 0 on every rank"
         assert set(told.get("empty", [nothing])) == {nothing}
 

@@ -117,34 +117,46 @@ def check_rank_reduction(rank_reduction: str) -> None:
         raise ValueError(f'rank_reduction must be "mean" or "sum", got "{rank_reduction}"')
 
 
-def locate_rows(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
+def locate_rows(
+    own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None, **options: object
+) -> Rows:
     """Where the rows of ``own`` lie in the concatenated batch.
 
-    Without ``rank_counts`` every rank must hold equally many. The first exchange shows every rank whether all are right:
-    if not, all raise an error with the counts on a CPU, and a device-side assertion fails elsewhere.
+    Without ``rank_counts`` every rank must hold equally many. The first exchange shows every rank whether all counts are
+    right and all ranks call with the same ``options``, on which their collectives depend: if not, all raise an error on a
+    CPU, and a device-side assertion fails elsewhere.
     """
     count = own.shape[0]
     if group is None:
         return Rows((count,))
-    counts = (count,) * group.size() if rank_counts is None else tuple(rank_counts)
+    counts = (count,) * group.size() if rank_counts is None else tuple(map(int, rank_counts))
     rows = Rows(counts, group.rank(), group)
-    digest = zlib.crc32(repr(counts).encode())
-    right = digest if counts[rows.rank] == count else WRONG
-    mine = [torch.full((1, 1), number, dtype=torch.int64, device=own.device) for number in (count, right)]
-    found = _all_gather(torch.cat(mine, dim=1), group)
-    all_right = (found[:, 1] == digest).all()
+    of_counts = _digest(counts) if counts[rows.rank] == count else WRONG
+    numbers = count, of_counts, _digest(options)
+    mine = torch.cat([torch.full((1, 1), number, dtype=torch.int64, device=own.device) for number in numbers], dim=1)
+    found = _all_gather(mine, group)
     if own.device.type != "cpu":
-        torch._assert_async(all_right)
-    if right == WRONG or (own.device.type == "cpu" and not all_right):
-        _refuse(found, rank_counts)
+        torch._assert_async((found[:, 1:] == mine[:, 1:]).all())
+    if of_counts == WRONG or own.device.type == "cpu":
+        _refuse_what_differs(found.tolist(), rows, rank_counts, numbers[2], options)
     return rows
 
 
-def _refuse(found: Tensor, rank_counts: Sequence[int] | None) -> None:
-    counts = found[:, 0].tolist()
-    if rank_counts is None:
-        raise ValueError(f"ranks hold {counts} rows: pass rank_counts when they differ")
-    raise ValueError(f"rank_counts must be {counts} on every rank, the rows they have, got {list(rank_counts)}")
+def _digest(value: object) -> int:
+    return zlib.crc32(repr(value).encode())
+
+
+def _refuse_what_differs(
+    found: list[list[int]], rows: Rows, rank_counts: Sequence[int] | None, of_options: int, options: dict[str, object]
+) -> None:
+    held, of_counts, of_all_options = (list(column) for column in zip(*found, strict=True))
+    if any(digest != _digest(rows.counts) for digest in of_counts):
+        if rank_counts is None:
+            raise ValueError(f"ranks hold {held} rows: pass rank_counts when they differ")
+        raise ValueError(f"rank_counts must be {held} on every rank, the rows they have, got {list(rows.counts)}")
+    if any(digest != of_options for digest in of_all_options):
+        mine = ", ".join(f"{name} = {value}" for name, value in options.items())
+        raise ValueError(f"all ranks must call with the same options, rank {rows.rank} has {mine}")
 
 
 def gather_rows(own: Tensor, rows: Rows) -> Tensor:

@@ -29,9 +29,11 @@ def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor
     checks.check_same_device(image_features=image_features, text_features=text_features, labels=labels, **tensors)
 
 
-def locate_pairs(own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None) -> Rows:
+def locate_pairs(
+    own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None, **options: object
+) -> Rows:
     """Where this rank's pairs lie in the concatenated batch, which holds one at least; a rank may have none."""
-    rows = locate_rows(own, group, rank_counts)
+    rows = locate_rows(own, group, rank_counts, **options)
     if rows.total == 0:
         raise ValueError(f"a batch must hold at least one pair, got N = 0 on {'every rank' if group else 'one process'}")
     return rows

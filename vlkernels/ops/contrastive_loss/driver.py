@@ -78,7 +78,15 @@ def contrastive_loss(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of image_features, text_features and logit_scale), gradients empty when not wanted."""
-    rows = pairs.locate_pairs(image_features, collectives.named_group(group), rank_counts)
+    options = {
+        "exchange": exchange,
+        "gradient": gradient,
+        "keys": image_keys is not None,
+        "labels": labels is not None,
+        "distillation": distillation,
+        "label_smoothing": label_smoothing,
+    }
+    rows = pairs.locate_pairs(image_features, collectives.named_group(group), rank_counts, **options)
     scale = logit_scale.reshape(()).to(pairs.wide(image_features))
     own = image_features, text_features
     # Without keys every label is a row's; gather_keys then finds no queue behind them.

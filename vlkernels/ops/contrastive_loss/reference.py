@@ -26,7 +26,7 @@ def contrastive_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_features, group, rank_counts)
+    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference")
     images = _all_ranks(image_features, rows, rank_reduction)
     texts = _all_ranks(text_features, rows, rank_reduction)
     scale = _scale(logit_scale, images, rows, rank_reduction)

@@ -91,7 +91,8 @@ def late_interaction_loss(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of image_tokens, text_tokens and logit_scale), gradients empty when not wanted."""
-    rows = pairs.locate_pairs(image_lengths, collectives.named_group(group), rank_counts)
+    options = {"exchange": exchange, "gradient": gradient}
+    rows = pairs.locate_pairs(image_lengths, collectives.named_group(group), rank_counts, **options)
     scale = logit_scale.reshape(()).to(pairs.wide(image_tokens))
     meet = _Meeting(
         gather_bounds(len(image_tokens), image_starts, image_lengths, longest_image, rows),

@@ -47,7 +47,7 @@ def late_interaction_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_layout.lengths, group, rank_counts)
+    rows = pairs.locate_pairs(image_layout.lengths, group, rank_counts, impl="reference")
 
     def side(tokens: Tensor, layout: SegmentLayout) -> Side:
         bounds = gather_bounds(len(tokens), *sample_bounds(layout), layout.max_seqlen, rows)
