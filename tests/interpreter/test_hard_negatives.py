@@ -13,17 +13,19 @@ from vlkernels.testing import contract
 SPEC = spec.SPECS[0]
 CASES = {case.name: case for case in SPEC.cases}
 CASES["several blocks"] = Case(
-    "several blocks", lambda fill: spec._features(fill, 200, 40, labels=fill.integers(0, 3, (200,)), stream=2)
+    "several blocks", lambda fill: spec._features(fill, 140, 40, labels=fill.integers(0, 3, (140,)), stream=2)
 )
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", launches.DTYPES)
+CALLS = [(name, dtype) for name in CASES for dtype in launches.DTYPES if dtype == torch.float32 or name == "pairs"]
+
+
+@pytest.mark.parametrize("name, dtype", CALLS)
 def test_contract(name, dtype):
     contract.verify(SPEC, CASES[name], dtype, "triton")
 
 
-@pytest.mark.parametrize("pairs, width", [(1, 8), (2, 100), (65, 8), (300, 24)])
+@pytest.mark.parametrize("pairs, width", [(1, 8), (2, 100), (65, 8), (150, 24)])
 def test_any_number_of_pairs_in_spans(monkeypatch, pairs, width):
     monkeypatch.setattr(launches, "MOST_BLOCKS", 100)
     images, texts = torch.randn(2, pairs, width).unbind()
