@@ -14,6 +14,8 @@ triton = pytest.importorskip("triton")
 from benchmarks import offline, static  # noqa: E402
 from vlkernels.core.triton_runtime import Launch  # noqa: E402
 from vlkernels.ops.attention.gpu import variants  # noqa: E402
+from vlkernels.ops.sigmoid_loss.gpu import variants as sigmoid  # noqa: E402
+from vlkernels.ops.triplet_loss.gpu import variants as triplet  # noqa: E402
 
 SPECS = [spec for spec in ops.specs() if spec.variants is not None]
 
@@ -89,6 +91,16 @@ def test_a_thousand_layouts_compile_each_kernel_once():
             for kernel, launch in variants.launches(torch.bfloat16, 16, False, 90, layout).items():
                 compiled.setdefault(kernel, set()).add(launch.compile().hash)
     assert {kernel: len(hashes) for kernel, hashes in compiled.items()} == {kernel: 1 for kernel in compiled}
+
+
+def test_batches_of_every_size_compile_each_kernel_once():
+    compiled = {}
+    with offline.card(90):
+        for size in ((1, 1), (16, 17), (300, 300), (4097, 9001)):
+            launches = {"pairs": sigmoid.pairs_launch(torch.bfloat16, 64, True, True, 90, *size)}
+            for kernel, launch in (launches | triplet.call_launches(torch.bfloat16, 64, True, 90, *size)).items():
+                compiled.setdefault(kernel, set()).add(launch.compile().hash)
+    assert {kernel: len(hashes) for kernel, hashes in compiled.items()} == {"pairs": 1, "hardest": 1, "exceeding": 1}
 
 
 def test_occupancy_is_cudas():

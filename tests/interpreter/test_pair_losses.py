@@ -19,6 +19,7 @@ from vlkernels.ops.sigmoid_loss.gpu import variants as sigmoid_variants
 from vlkernels.ops.triplet_loss import spec as triplet
 from vlkernels.ops.triplet_loss import torch_kernels as triplet_torch
 from vlkernels.ops.triplet_loss.driver import Hardest
+from vlkernels.ops.triplet_loss.gpu import launches as triplet_launches
 from vlkernels.ops.triplet_loss.gpu import tiles as triplet_tiles
 from vlkernels.ops.triplet_loss.gpu import variants as triplet_variants
 from vlkernels.testing import contract
@@ -69,6 +70,12 @@ def test_many_waves(small_waves, labelled, dtype):
     contract.verify(SIGMOID, Case("waves", lambda fill: sigmoid.features(fill, 300, 24) | labels), dtype, "triton")
     summed = Case("waves", lambda fill: triplet.features(fill, 300, 24, hardest=False) | labels)
     contract.verify(TRIPLET, summed, dtype, "triton")
+
+
+def test_many_bands_of_tiles(monkeypatch):
+    monkeypatch.setattr(triplet_launches, "BAND", 2)
+    case = Case("bands", lambda fill: triplet.features(fill, 300, 24))
+    contract.verify(TRIPLET, case, torch.bfloat16, "triton")
 
 
 def test_the_first_of_equally_hard_negatives_takes_the_gradient():

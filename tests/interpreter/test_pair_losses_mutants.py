@@ -90,6 +90,8 @@ MUTANTS = {  # name: (module, old, new, the case that must notice)
     "sums of the last wave": (sigmoid_tiles, "total.add_(", "total.copy_(", _of_sigmoid),
     "partners that are negatives": (triplet_kernels, "inside & (positive == 0)", "inside", _of_hardest),
     "texts of nobody": (triplet_kernels, " & (texts < columns)[None, :]", "", _of_opposites),
+    "a last band as high as the others": (triplet_kernels, "tl.minimum(down - first, BAND)", "BAND", _of_hardest),
+    "every band the first": (triplet_kernels, "(first + inside % height)", "(inside % height)", _of_hardest),
     "places within the tile": (triplet_kernels, "text_start + column + place", "text_start + place", _of_hardest),
     "places of images within the tile": (triplet_kernels, "image_start + row + place", "image_start + place", _of_hardest),
     "the hardest of the last tile": (triplet_kernels, "tl.atomic_max(of_images", "tl.atomic_xchg(of_images", _of_hardest),
@@ -115,6 +117,7 @@ MUTANTS = {  # name: (module, old, new, the case that must notice)
 
 @pytest.fixture(autouse=True)
 def small_waves(monkeypatch):
+    monkeypatch.setattr(triplet_launches, "BAND", 2)
     monkeypatch.setattr(similarity, "WAVE_ROWS", 128)
     monkeypatch.setattr(similarity, "WHOLE_TILES", 64)
     monkeypatch.setattr(similarity, "WORKSPACE_BYTES", 128 * 128 * 4)

@@ -75,8 +75,8 @@ def sigmoid_loss(
     Numerics: similarities, losses and the gradients of scale and bias are float32 (float64 for float64), also for half
     types; products of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
     "auto" takes for few pairs on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
-    Memory: O(N D), in a ring with the N of a rank, and 3 tiles of 1024 x 1024 (13 MB). Gradients are computed in the
-    forward, when anything requires them.
+    Memory: O(N D), in a ring with the N of a rank, and 3 tiles of 1024 x 1024 (13 MB) or, "triton", at most 32 MB.
+    Gradients are computed in the forward, when anything requires them.
     Errors: ``ValueError`` for shapes, dtypes, counts that differ, and for a batch without a pair.
     Source: Zhai et al. 2023 (SigLIP).
     """

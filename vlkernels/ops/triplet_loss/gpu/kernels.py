@@ -36,17 +36,29 @@ def _ranked(similarity, place):
     return (ordered.to(tl.int64) << 32) | (place ^ MAGNITUDE).to(tl.int64)
 
 
+@triton.jit
+def _tile_of_band(program, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BAND: tl.constexpr):
+    """(row, column) where the tile of a program begins: down a band of ``BAND`` tiles of rows, then down its next column.
+
+    Programs that run together then read few rows of either side; along rows they would read other columns each.
+    """
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    first, inside = program // (BAND * across) * BAND, program % (BAND * across)
+    height = tl.minimum(down - first, BAND)
+    return (first + inside % height) * ROWS, inside // height * COLUMNS
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def hardest_kernel(
     image_base, text_base, image_labels, text_labels, of_images, of_texts, rows, columns, partner, image_start, text_start,
     image_stride, text_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """Raise the ranks of the hardest negatives, int64, of the images and of the texts of a tile.
 
     Places count from ``image_start`` and ``text_start``. A maximum of integers is the same in every order of programs.
     """
-    row, column = tile_of_wave(tl.program_id(0), 0, 0, columns, ROWS, COLUMNS)
+    row, column = _tile_of_band(tl.program_id(0), rows, columns, ROWS, COLUMNS, BAND)
     similarities = similarity_tile(
         image_base, text_base, row, column, rows, columns, image_stride, text_stride, ROWS, COLUMNS, DEPTH, WIDTH
     )  # fmt: skip

@@ -13,6 +13,8 @@ from vlkernels.core.triton_runtime import Launch
 
 Pair = tuple[Tensor, Tensor]
 
+# Tiles of rows that the programs of the maxima go down together: 16 by 16 tiles of 1,024 values are 8 MB of a card's second cache.
+BAND = 16
 # A program of the gather adds so many features of a row at a time, so many columns of them.
 TAKEN, COLUMNS, WARPS = 8, 256, 4
 
@@ -26,7 +28,8 @@ def hardest_launch(images: Block, texts: Block, labels: Tensor | None, ranks: Pa
         images.start, texts.start, images.features.stride(0), texts.features.stride(0),
     )  # fmt: skip
     grid = (-(-rows // sizes.rows) * -(-columns // sizes.columns),)
-    return Launch(_kernels().hardest_kernel, grid, arguments, _constants(images, sizes), sizes.warps, sizes.stages)
+    constants = {**_constants(images, sizes), "BAND": BAND}
+    return Launch(_kernels().hardest_kernel, grid, arguments, constants, sizes.warps, sizes.stages)
 
 
 def exceeding_launch(
