@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -42,9 +43,6 @@ TINY = {
     "evaluation.rerank_top": 4,
 }
 """What `--tiny true` caps, and at how much, where the run has it."""
-
-TINY_MICRO_BATCH = 3
-"""A divisor of the tiny global batch, for runs that say how large a micro-batch is."""
 
 
 @dataclass
@@ -121,18 +119,24 @@ class Config:
     def _shrink(self) -> None:
         for name, section in vars(self).items():
             setattr(self, name, copy.deepcopy(section))  # what the caller passed stays as it was
-        if self.train.micro_batch is not None:
-            self.train.micro_batch = min(self.train.micro_batch, TINY_MICRO_BATCH)
+        batch = self.train.global_batch
         for path, cap in TINY.items():
             *sections, name = path.split(".")
             section = functools.reduce(lambda inner, part: inner and getattr(inner, part), sections, self)
             if section is not None:
                 value = getattr(section, name)
                 setattr(section, name, cap if value is None else min(value, cap))
+        self._shrink_micro_batch(batch)
         if self.data.tiny_source is not None:
             self.data.source = self.data.held_out = self.data.tiny_source
             for one in (self.data.sets or {}).values():
                 one.source = self.data.tiny_source
+
+    def _shrink_micro_batch(self, batch: int) -> None:
+        """Cut the tiny global batch into as many parts as `batch` was, or the most of them that divide both."""
+        train = self.train
+        if train.micro_batch is not None and batch % train.micro_batch == 0:
+            train.micro_batch = train.global_batch // math.gcd(train.global_batch, batch // train.micro_batch)
 
     def _check_shapes(self) -> None:
         image, text, data = self.model.image, self.model.text or self.model.joint, self.data

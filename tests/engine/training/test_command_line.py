@@ -162,6 +162,16 @@ def test_micro_steps_follow_from_the_micro_batch_and_the_ranks():
     assert [tiny.micro_steps(world) for world in (1, 2, 4)] == [4, 2, 1]
 
 
+@pytest.mark.parametrize(("batch", "micro_batch", "tiny"), [(128, 128, 12), (128, 64, 6), (10, 5, 5), (8, 4, 4), (120, 24, 12)])
+def test_a_tiny_run_has_as_many_micro_batches_as_it_can_of_the_whole_one(batch, micro_batch, tiny):
+    """Where the whole run has one, and so may draw matching's negatives from all ranks, the tiny one has one too."""
+    argv = [*QUICKSTART, f"--train.global_batch={batch}", f"--train.micro_batch={micro_batch}"]
+    world = batch // micro_batch
+    assert parse(argv).micro_steps(world) == 1
+    config = parse([*argv, "--tiny=true"])
+    assert config.train.micro_batch == tiny and config.micro_steps(config.train.global_batch // tiny) == 1
+
+
 def test_the_run_ends_at_the_smaller_limit():
     limits = ["--train.global_batch=128", "--train.max_pairs=1000", "--train.max_steps=7"]
     train = parse([*QUICKSTART, *limits]).train
