@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -169,14 +170,19 @@ def errors(name, rank, world, group):
         "differing": error(name, even, group=group, rank_counts=[2] * (world - 1) + [2 + rank]),
     }
     told["options"] = error(name, even, group=group, exchange=("ring", "gather")[rank == 0], impl="torch")
+    dtype = (torch.float32, torch.float64)[rank == 0]
+    of_kind = Pairs.drawn(2, dtype)
+    told["kinds"] = [error(name, of_kind, dtype, group=group, **way) for way in WAYS.values()]
+    labelled = replace(even, labels=even.labels.to((torch.int32, torch.int64)[rank == 0]))
+    told["labels"] = error("contrastive_labels", labelled, group=group)
     if name != "filip":  # a layout without samples does not exist
         told["empty"] = [error(name, Pairs.drawn(0), group=group, **way) for way in WAYS.values()]
     return told
 
 
-def error(name, own, **over_ranks):
+def error(name, own, dtype=torch.float64, **over_ranks):
     try:
-        Model()(name, own, **over_ranks)
+        Model(dtype)(name, own, **over_ranks)
     except ValueError as raised:
         return str(raised)
     return "no error"
@@ -325,6 +331,9 @@ def test_mistakes_of_some_ranks_are_one_clear_line_on_all(ranks, name):
         assert told["differing"] == prefix.format([2] * world, [2] * (world - 1) + [2 + rank])
         mine = f"all ranks must call with the same options, rank {rank} has exchange = {('ring', 'gather')[rank == 0]}, gradient = "
         assert told["options"].startswith(mine)
+        assert told["labels"].startswith("all ranks must call with the same options, rank")
+        kind = f"torch.float{64 if rank == 0 else 32}"
+        assert all(line.startswith("all ranks must call") and kind in line for line in told["kinds"])
         nothing = "a batch must hold at least one pair, got N = 0 on every rank"
         assert set(told.get("empty", [nothing])) == {nothing}
 

@@ -123,12 +123,14 @@ def locate_rows(
     """Where the rows of ``own`` lie in the concatenated batch.
 
     Without ``rank_counts`` every rank must hold equally many. The first exchange shows every rank whether all counts are
-    right and all ranks call with the same ``options``, on which their collectives depend: if not, all raise an error on a
-    CPU, and a device-side assertion fails elsewhere.
+    right and all ranks call with rows of one kind and the same ``options``, on which their collectives depend: if not, all
+    raise an error on a CPU, and a device-side assertion fails elsewhere.
     """
     count = own.shape[0]
     if group is None:
         return Rows((count,))
+    # Ranks that took each other's bytes for rows of another kind would end without a word, or with wrong numbers.
+    options |= {"dtype": own.dtype, "shape of a row": list(own.shape[1:])}
     counts = (count,) * group.size() if rank_counts is None else tuple(map(int, rank_counts))
     rows = Rows(counts, group.rank(), group)
     of_counts = _digest(counts) if counts[rows.rank] == count else WRONG

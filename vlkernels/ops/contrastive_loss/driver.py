@@ -82,7 +82,7 @@ def contrastive_loss(
         "exchange": exchange,
         "gradient": gradient,
         "keys": image_keys is not None,
-        "labels": labels is not None,
+        "labels": None if labels is None else labels.dtype,
         "distillation": distillation,
         "label_smoothing": label_smoothing,
     }

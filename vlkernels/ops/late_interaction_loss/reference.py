@@ -47,7 +47,8 @@ def late_interaction_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_layout.lengths, group, rank_counts, impl="reference")
+    kind = image_tokens.dtype, image_tokens.shape[1]
+    rows = pairs.locate_pairs(image_layout.lengths, group, rank_counts, impl="reference", tokens=kind)
 
     def side(tokens: Tensor, layout: SegmentLayout) -> Side:
         bounds = gather_bounds(len(tokens), *sample_bounds(layout), layout.max_seqlen, rows)
