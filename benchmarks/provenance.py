@@ -11,7 +11,7 @@ import platform
 import statistics
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SOURCES = ("benchmarks", "csrc", "vlkernels")
+# What every row has, so that it may be shown; what a machine cannot tell (MAY_BE_UNKNOWN) is there as null.
+REQUIRED = ("date", "commit", "modified", "python", "torch", "triton", "device", "arch")
+REQUIRED_OF_A_PROCESSOR = ("threads",)
+REQUIRED_OF_A_CARD = ("cuda", "cudnn", "driver, power limit, highest clock", "peers")
+MAY_BE_UNKNOWN = ("commit", "modified", "triton", "cudnn", "driver, power limit, highest clock")
+SOURCE_SINCE = "2026-11-20T17:18:31+00:00"  # required, too, of rows from then on
 PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "liger-kernel", "quack-kernels")
 
 
@@ -51,6 +57,19 @@ def stored(name: str, device: str, folder: Path = RESULTS) -> set[tuple[str, str
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     here = source_digest(), torch.__version__, _version("triton")
     return {(row["benchmark"], row["dtype"]) for row in rows if (row.get("source"), row["torch"], row["triton"]) == here}
+
+
+def lacking(row: Mapping[str, Any], on_card: bool) -> list[str]:
+    """The fields of its provenance that a stored row does not have and could have."""
+    required = [*REQUIRED, *(REQUIRED_OF_A_CARD if on_card else REQUIRED_OF_A_PROCESSOR)]
+    if str(row.get("date")) >= SOURCE_SINCE:
+        required.append("source")
+    return [name for name in required if name not in row or (row[name] in (None, "") and name not in MAY_BE_UNKNOWN)]
+
+
+def names_its_code(row: Mapping[str, Any]) -> bool:
+    """A commit without changes does, and so does the digest of the source."""
+    return "source" in row or (row["commit"] is not None and row["modified"] is False)
 
 
 def device_folder(device: str) -> str:

@@ -1,0 +1,132 @@
+"""What the README's table of measured ratios tells: one entry, one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.measured import Amounts, Figure, Row, figures, packed_step, seconds
+
+DTYPES = ("float32", "bfloat16")
+PADDED = ("padded SDPA", "length-sorted SDPA")
+
+
+@dataclass(frozen=True)
+class Line:
+    """``file`` and ``benchmark`` name the rows; the best of ``peers`` counts. ``targets``: lower bounds, by dtype."""
+
+    what: str
+    against: str
+    file: str
+    benchmark: str
+    peers: tuple[str, ...]
+    targets: Mapping[str, float] = field(default_factory=dict)
+    dtypes: tuple[str, ...] = DTYPES
+    ours: str = "vlkernels"
+    amounts: Amounts = seconds
+
+    def figures(self, rows: Sequence[Row], dtype: str) -> list[Figure]:
+        own = [row for row in rows if row.is_of(self.file, self.benchmark, dtype)]
+        return figures(own, self.amounts, self.ours, self.peers)
+
+    def missing(self, rows: Sequence[Row]) -> list[str]:
+        return [dtype for dtype in self.dtypes if not self.figures(rows, dtype)]
+
+
+STEP = {
+    "file": "uniter_step",
+    "benchmark": "UNITER-base step",
+    "ours": "packed",
+    "amounts": packed_step,
+    "dtypes": ("float32",),
+}
+ATTENTION = {"file": "attention_qkvpacked", "against": "the better of padded and length-sorted SDPA"}
+LINES = (
+    Line(
+        "a whole UNITER-base step, COCO-like lengths, random batches of 32",
+        "the same model in plain, padded PyTorch",
+        peers=("mlm, random",),
+        targets={"float32": 2.0},
+        **STEP,
+    ),
+    Line(
+        "the same on UNITER's length-bucketed batches",
+        "the same",
+        peers=("mlm, bucketed",),
+        targets={"float32": 1.08},
+        **STEP,
+    ),
+    Line(
+        "a whole quickstart step: engine, ZeRO 1, data loading",
+        "the same model in plain, padded PyTorch",
+        "quickstart_step",
+        "quickstart step",
+        ("plain padded PyTorch",),
+        ours="engine",
+        dtypes=("float32",),
+    ),
+    Line(
+        "attention, 32 samples of 1 to 128 tokens, half of the padded batch padding",
+        "the best of padded, length-sorted and jagged SDPA",
+        "attention_qkvpacked",
+        "32 x 1..128, 50% padding, H12 K64",
+        (*PADDED, "jagged SDPA"),
+        {"float32": 2.0, "bfloat16": 2.0},
+    ),
+    Line("attention, 16 samples of 1 to 256 tokens", benchmark="16 x 1..256, H12 K64", peers=PADDED, **ATTENTION),
+    Line("attention, 128 captions of 5 to 15 tokens", benchmark="128 x 5..15, H4 K32", peers=PADDED, **ATTENTION),
+    Line(
+        "LayerNorm(x + residual)",
+        "PyTorch, one operator after the other",
+        "layer_norm",
+        "residual 8192x768",
+        ("eager",),
+        {"float32": 1.2, "bfloat16": 1.7},
+    ),
+    Line(
+        "LayerNorm(residual + dropout(x + bias))",
+        "PyTorch, one operator after the other",
+        "layer_norm",
+        "bias, dropout, residual 8192x768",
+        ("eager",),
+    ),
+    Line("RMSNorm(x + residual)", "PyTorch, one operator after the other", "rms_norm", "residual 8192x768", ("eager",)),
+    Line("embeddings + LayerNorm", "PyTorch", "embed_layer_norm", "BERT 8192x768", ("eager",)),
+    Line(
+        "words and regions with their own norms and dropout",
+        "PyTorch: two embedders, concatenate, gather",
+        "embed_layer_norm",
+        "UNITER 8192x768, dropout",
+        ("eager",),
+    ),
+    Line(
+        "pack two padded streams",
+        "the best of concatenating, then `gather`, `index_select` or a boolean index",
+        "pack",
+        "captions and regions",
+        ("cat + gather", "cat + index_select", "cat + boolean index"),
+        {"float32": 2.0, "bfloat16": 2.0},
+    ),
+    Line(
+        "patches of images of many sizes",
+        "the better of reshape + permute and `unfold`, image by image",
+        "patchify",
+        "native sizes",
+        ("reshape + permute", "unfold"),
+    ),
+    Line("contrastive loss, 4,096 pairs, width 512", "the dense N x N loss", "contrastive_loss", "n4096_d512", ("torch",)),
+    Line(
+        "FILIP's late interaction, 256 pairs of 49 patches and up to 32 words",
+        "the dense loss",
+        "late_interaction_loss",
+        "filip n256 p49 t5-32 d256",
+        ("dense",),
+    ),
+    Line(
+        "linear cross-entropy, 1,024 x 30,522",
+        "linear, then cross-entropy",
+        "linear_cross_entropy",
+        "bert_m1024_v30522_d768",
+        ("torch",),
+    ),
+)
