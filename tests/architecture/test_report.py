@@ -158,7 +158,7 @@ def test_the_machine_with_every_line_is_told(copy):
         rewrite(path, lambda row: row | {"device": "Another", "source": "s", "date": row["date"].replace("2026", "2027")})
     assert "\nAnother, " in report.pages(copy)[copy / "README.md"]
     (there / "rms_norm.jsonl").unlink()
-    assert "\nAnother, " not in report.pages(copy)[copy / "README.md"]
+    assert not report.stale(report.pages(copy))
 
 
 def test_time_and_memory_are_plotted_once_the_memory_of_two_batches_is_known(copy):
@@ -174,6 +174,13 @@ def test_time_and_memory_are_plotted_once_the_memory_of_two_batches_is_known(cop
     pages = report.pages(copy)
     assert "](docs/contrastive_batch.svg)" in pages[copy / "README.md"] and pages[plot].count("<circle") == 2 * 3 + 2 * 2
     assert all(told in pages[plot] for told in (made["device"], made["date"][:10], made["commit"][:10]))
+
+
+def test_the_order_of_rows_in_a_file_tells_nothing(copy):
+    path = results_of(copy, "layer_norm")
+    told = report.pages(copy)
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert report.pages(copy) == told
 
 
 def test_every_line_names_a_benchmark_and_peers_that_are_declared():
