@@ -62,17 +62,17 @@ def linear_cross_entropy(
             logits / t)``.
         temperature: t > 0.
         reduction: "mean" over rows that are not ignored (0 when all are), "sum" or "none" ([M]).
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         The loss in float32 (float64 for float64 inputs).
 
     Gradients: to hidden, weight and bias; with "mean" and "sum" computed in the forward, when anything
-    requires them, so that each logit is computed once; with "none" the logits are computed again in the
-    backward.
+    requires them, and given away by the first backward; with "none", and in a second backward, the logits are
+    computed again.
     Numerics: losses, and gradients of weight and bias over all rows, accumulate in float32 (float64 for
     float64).
-    Memory: one chunk of 2^25 logits, and the gradients.
+    Memory: the gradients and one chunk of logits: 2^23 on a CPU, 2^25 elsewhere, 32 MiB in Triton.
     Errors: ``ValueError`` for shapes, dtypes, ranges, and targets outside [0, V) on a CPU (a device-side
     assertion on a GPU).
     Source: Hsu et al. 2024 (Liger) for gradients in the forward; Li et al. 2021 (ALBEF), Sanh et al. 2019 for
