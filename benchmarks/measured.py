@@ -79,9 +79,9 @@ def _rows_of(path: Path, results: Path) -> Iterator[Row]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         where = f"{path.relative_to(results)}:{number}"
         try:
-            values = json.loads(line)
-        except ValueError:
-            raise Refused(f"{where}: not a line of JSON") from None
+            values = dict(json.loads(line))
+        except (TypeError, ValueError):
+            raise Refused(f"{where}: not an object of JSON") from None
         lacking = provenance.lacking(values, on_card=not path.parent.name.startswith("cpu-"))
         if lacking:
             raise Refused(f"{where}: not shown, its provenance has no {', no '.join(lacking)}")

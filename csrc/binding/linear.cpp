@@ -13,10 +13,9 @@ Matrix matrix(const Tensor& tensor, const char* name) {
 
 Matrix transposed(Matrix matrix) { return {matrix.data, matrix.column, matrix.row}; }
 
-Tensor multiply(const Tensor& like, Product op) {
-    Tensor out = torch::stable::new_empty(like, {op.rows, op.columns});
+void multiply(Tensor& out, Product op) {
     const int64_t strips = (op.columns + strip_columns - 1) / strip_columns;
-    Tensor packed = torch::stable::new_empty(like, {op.depth * strips * strip_columns});
+    Tensor packed = torch::stable::new_empty(out, {op.depth * strips * strip_columns});
     op.out = static_cast<float*>(out.mutable_data_ptr());
     op.packed = static_cast<float*>(packed.mutable_data_ptr());
     const int64_t strip_bytes = strip_columns * op.depth * static_cast<int64_t>(sizeof(float));
@@ -26,6 +25,11 @@ Tensor multiply(const Tensor& like, Product op) {
     torch::stable::parallel_for(
         0, (op.rows + strip_rows - 1) / strip_rows, 1,
         [&, kernel = VLK_CPU(multiply_rows)](int64_t begin, int64_t end) { kernel(op, begin, end); });
+}
+
+Tensor product(const Tensor& like, const Product& op) {
+    Tensor out = torch::stable::new_empty(like, {op.rows, op.columns});
+    multiply(out, op);
     return out;
 }
 
@@ -39,7 +43,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor
         check_numel(*bias, op.columns, "bias");
         op.bias = read<float>(*bias, ScalarType::Float, "bias");
     }
-    return multiply(x, op);
+    return product(x, op);
 }
 
 Tensor input_gradient(const Tensor& dy, const Tensor& weight) {
@@ -48,7 +52,7 @@ Tensor input_gradient(const Tensor& dy, const Tensor& weight) {
     op.right = matrix(weight, "weight");
     op.rows = dy.size(0), op.depth = dy.size(1), op.columns = weight.size(1);
     STD_TORCH_CHECK(weight.size(0) == op.depth, "rows of dy must be as long as weight");
-    return multiply(dy, op);
+    return product(dy, op);
 }
 
 Tensor weight_gradient(const Tensor& dy, const Tensor& x) {
@@ -57,7 +61,7 @@ Tensor weight_gradient(const Tensor& dy, const Tensor& x) {
     op.right = matrix(x, "x");
     op.rows = dy.size(1), op.depth = dy.size(0), op.columns = x.size(1);
     STD_TORCH_CHECK(x.size(0) == op.depth, "dy and x must have equally many rows");
-    return multiply(dy, op);
+    return product(dy, op);
 }
 
 // Gradients by x and by weight, empty where they are not wanted.
@@ -67,9 +71,24 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
     return {of_x ? input_gradient(dy, weight) : empty(), of_weight ? weight_gradient(dy, x) : empty()};
 }
 
+// out = (out +) left right
+void multiply_into(Tensor out, const Tensor& left, const Tensor& right, bool add) {
+    Product op{};
+    op.left = matrix(left, "left");
+    op.right = matrix(right, "right");
+    op.rows = left.size(0), op.depth = left.size(1), op.columns = right.size(1), op.add = add;
+    STD_TORCH_CHECK(right.size(0) == op.depth, "left and right do not fit each other");
+    check_type(out, ScalarType::Float, "out");
+    check_contiguous(out, "out");
+    STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == op.rows && out.size(1) == op.columns,
+                    "out must be [rows of left, columns of right]");
+    multiply(out, op);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(vlkernels, CPU, m) {
     m.impl("linear_forward", TORCH_BOX(&forward));
     m.impl("linear_backward", TORCH_BOX(&backward));
+    m.impl("multiply_into", TORCH_BOX(&multiply_into));
 }
 
 }  // namespace

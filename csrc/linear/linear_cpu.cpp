@@ -106,8 +106,8 @@ void multiply_row_of_tiles(const Product& op, int64_t row, int64_t rows, const f
         const float* right = block + column * depth;
         float* out = op.out + row * op.columns + column;
         const float* bias = op.bias ? op.bias + column : nullptr;
-        const float* start = k ? out : bias;
-        const int64_t start_stride = k ? op.columns : 0;
+        const float* start = k || op.add ? out : bias;
+        const int64_t start_stride = start == out ? op.columns : 0;
         if (column + tile_columns <= op.columns) {
             multiply_some<tile_rows>(rows, left, right, depth, start, start_stride, out, op.columns);
         } else {

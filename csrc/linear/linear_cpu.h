@@ -11,11 +11,12 @@ struct Matrix {
     int64_t row, column;
 };
 
-// out [rows, columns] = left [rows, depth] right [depth, columns] + bias, all float32.
+// out [rows, columns] = (out +) left [rows, depth] right [depth, columns] + bias, all float32; no bias with `add`.
 struct Product {
     int64_t rows, depth, columns;
     Matrix left, right;
     const float* bias;  // null: none
+    bool add;
     float* packed;      // [depth, columns rounded up to strips]: right as the tiles read it
     float* out;         // rows are `columns` floats apart
 };

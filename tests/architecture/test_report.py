@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,16 +97,19 @@ def test_a_row_that_says_nothing_of_its_device_or_is_no_json_is_refused(copy):
     rewrite(path, lambda row: row | {"device": None})
     with pytest.raises(Refused, match=r"rms_norm\.jsonl:1: not shown, its provenance has no device$"):
         report.pages(copy)
-    path.write_text('{"op": \n')
-    with pytest.raises(Refused, match=r"rms_norm\.jsonl:1: not a line of JSON$"):
-        report.pages(copy)
+    for line in ('{"op": ', "3"):
+        path.write_text(f"{line}\n")
+        with pytest.raises(Refused, match=r"rms_norm\.jsonl:1: not an object of JSON$"):
+            report.pages(copy)
 
 
-def test_a_new_row_has_what_is_required_and_a_card_needs_more():
+def test_a_new_row_has_what_is_required(monkeypatch):
     row = provenance.provenance("cpu")
-    assert set(row) == set(FIELDS)
-    assert provenance.lacking(row, on_card=False) == []
+    assert set(row) == set(FIELDS) and provenance.lacking(row, on_card=False) == []
     assert provenance.lacking(row, on_card=True) == list(provenance.REQUIRED_OF_A_CARD)
+    card = SimpleNamespace(name="a card", major=9, minor=0)
+    monkeypatch.setattr(provenance.torch.cuda, "get_device_properties", lambda _: card)
+    assert set(provenance.provenance("cuda")) == {*provenance.REQUIRED, *provenance.REQUIRED_OF_A_CARD, "source"}
 
 
 def test_rows_older_than_the_digest_are_shown_where_a_commit_names_their_code(copy):
@@ -154,7 +158,7 @@ def test_the_machine_with_every_line_is_told(copy):
         rewrite(path, lambda row: row | {"device": "Another", "source": "s", "date": row["date"].replace("2026", "2027")})
     assert "\nAnother, " in report.pages(copy)[copy / "README.md"]
     (there / "rms_norm.jsonl").unlink()
-    assert "\nAnother, " not in report.pages(copy)[copy / "README.md"]
+    assert not report.stale(report.pages(copy))
 
 
 def test_time_and_memory_are_plotted_once_the_memory_of_two_batches_is_known(copy):
@@ -170,6 +174,13 @@ def test_time_and_memory_are_plotted_once_the_memory_of_two_batches_is_known(cop
     pages = report.pages(copy)
     assert "](docs/contrastive_batch.svg)" in pages[copy / "README.md"] and pages[plot].count("<circle") == 2 * 3 + 2 * 2
     assert all(told in pages[plot] for told in (made["device"], made["date"][:10], made["commit"][:10]))
+
+
+def test_the_order_of_rows_in_a_file_tells_nothing(copy):
+    path = results_of(copy, "layer_norm")
+    told = report.pages(copy)
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert report.pages(copy) == told
 
 
 def test_every_line_names_a_benchmark_and_peers_that_are_declared():

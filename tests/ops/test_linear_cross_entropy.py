@@ -64,9 +64,8 @@ def test_an_evaluation_keeps_nothing():
     hidden, weight, targets, bias = problem()
     with torch.no_grad():
         loss = vk.linear_cross_entropy(hidden, weight, targets, bias=bias, impl="torch")
-    found = torch.ops.vlkernels.linear_cross_entropy(
-        hidden.detach(), weight.detach(), bias.detach(), targets, None, None, None, -100, 0.0, 0.0, 0.0, 1.0, "mean", False, "torch"
-    )  # fmt: skip
+    options = -100, 0.0, 0.0, 0.0, 1.0, "mean", False
+    found = torch_kernels.forward(hidden.detach(), weight.detach(), bias.detach(), targets, None, None, None, *options)
     assert torch.equal(found[0], loss) and not any(t.numel() for t in found[1:4])
 
 
@@ -284,3 +283,16 @@ def test_a_peer_without_our_bias_is_not_timed(monkeypatch):
     with pytest.raises(NotImplementedError, match="its chunks take no bias"):
         quack.prepare(**benchmarks.head(InputMaker(torch.float32), 4, 8, 10))
     quack.prepare(**benchmarks.head(InputMaker(torch.float32), 4, 8, 10, bias=False))
+
+
+def test_any_number_of_rows_compiles_each_kernel_once():
+    pytest.importorskip("triton")
+    from benchmarks import offline
+    from vlkernels.ops.linear_cross_entropy.gpu import variants
+
+    compiled = {}
+    with offline.card(90):
+        for rows in (1, 2, 16, 130, 1030, 9000):
+            for kernel, launch in variants.launches(torch.bfloat16, 64, False, 90, rows=rows).items():
+                compiled.setdefault(kernel, set()).add(launch.compile().hash)
+    assert {kernel: len(hashes) for kernel, hashes in compiled.items()} == {"statistics": 1, "losses": 1, "slopes": 1}

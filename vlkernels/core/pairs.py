@@ -11,6 +11,7 @@ from torch import Tensor
 from vlkernels.core import checks
 from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows, scale_gradient
 from vlkernels.core.exchange import Block
+from vlkernels.core.products import multiply
 
 
 def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor | None, **numbers: Tensor | float) -> None:
@@ -89,7 +90,7 @@ def add_product(total: Tensor, weights: Tensor, features: Tensor) -> None:
     if features.dtype == torch.bfloat16:
         total.add_(weights.to(features.dtype) @ features)
     else:
-        total.addmm_(weights, features.to(total.dtype))
+        multiply(weights, features.to(total.dtype), total, add=True)
 
 
 def fake_loss(features: Sequence[Tensor], numbers: Sequence[Tensor], gradient: bool) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlkernels.core import pairs
 from vlkernels.core.exchange import Block
+from vlkernels.core.products import multiply
 from vlkernels.ops.contrastive_loss import driver
 from vlkernels.ops.contrastive_loss.driver import Statistics, Targets
 
@@ -95,7 +96,7 @@ class Tiles:
         # Whether a tile is too wide is asked on the host, which a device would have to wait for.
         share = share and self.scale.device.type == "cpu" and self._targets.labels is None and not _meet(i, j)
         logits = self._logits[: shape[0] * shape[1]].view(shape) if share or kept is None else kept
-        torch.mm(self.scale * queries, keys.T, out=logits)
+        multiply(self.scale * queries, keys.T, logits)
         tile: Tensor | Softmax = logits
         if share:
             memory = self._of_columns[: logits.numel()].view(shape) if kept is None else kept

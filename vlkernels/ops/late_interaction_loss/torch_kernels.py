@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlkernels.core.products import multiply
 from vlkernels.ops.late_interaction_loss import driver
 from vlkernels.ops.late_interaction_loss.driver import Samples, Targets
 from vlkernels.ops.late_interaction_loss.tiles import Tiles, place_dtype
@@ -39,8 +40,8 @@ class TorchArithmetic:
         rows, columns = len(i.tokens), len(j.tokens)
         if rows * columns > len(self._workspace):
             self._workspace = self._workspace.new_empty(rows * columns)
-        products = torch.mm(i.tokens, j.tokens.T, out=self._workspace[: rows * columns].view(rows, columns))
-        return self._tile.of(products, i, j)
+        products = self._workspace[: rows * columns].view(rows, columns)
+        return self._tile.of(multiply(i.tokens, j.tokens.T, products), i, j)
 
     def restore(self, parts: Sequence[Tensor]) -> _MeanMax | _Max:
         return self._tile(*parts)

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlkernels.core import checks, dispatch, library, native
+from vlkernels.core import checks, dispatch, library, native, products
 from vlkernels.core.dispatch import Facts, Implementation
 from vlkernels.ops.linear import reference
 
-# Below either, PyTorch's own is faster: host time and packing outweigh what the kernel saves (MATH.md).
-FEWEST_ROWS, FEWEST_PRODUCTS = 512, 1 << 26
 
 
 def _kernel_supports(facts: Facts) -> str | None:
@@ -81,21 +79,17 @@ def _better_elsewhere(x: Tensor, weight: Tensor) -> str | None:
     if not _products_are_slow_here():
         return "PyTorch's own was not measured to be slower on this processor"
     if not torch.compiler.is_compiling():  # whose graphs are for any number of rows
-        products, rows = x.numel() * weight.shape[0], math.prod(x.shape[:-1])
-        if rows < FEWEST_ROWS or products < FEWEST_PRODUCTS:
-            return f"PyTorch's own is faster below {FEWEST_ROWS} rows and below {FEWEST_PRODUCTS:,} products"
+        count, rows = x.numel() * weight.shape[0], math.prod(x.shape[:-1])
+        if rows < products.FEWEST_ROWS or count < products.FEWEST_PRODUCTS:
+            return (
+                f"PyTorch's own is faster below {products.FEWEST_ROWS} rows and below {products.FEWEST_PRODUCTS:,} products"
+            )
     return None
 
 
 @torch.compiler.assume_constant_result
 def _products_are_slow_here() -> bool:
-    return _runs_amd_with_avx512()
-
-
-@functools.cache
-def _runs_amd_with_avx512() -> bool:
-    info = native.build_info()
-    return info.get("cpu_vendor") == "amd" and info["cpu_isa"] == "avx512"
+    return products.pytorchs_are_slow_here()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:

@@ -76,7 +76,7 @@ ON_A_CARD = {
 
 
 def _on_cpu(count: int) -> Benchmark:
-    return Benchmark(lambda fill: features(fill, count, 512), ("cpu",), (torch.float32,), PEERS)
+    return Benchmark(lambda fill: features(fill, count, 512), ("cpu",), (torch.float32,), PEERS, peak_memory=True)
 
 
 def _on_a_card(count: int, width: int) -> Benchmark:

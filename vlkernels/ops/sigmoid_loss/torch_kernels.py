@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlkernels.core import pairs
 from vlkernels.core.exchange import Block
+from vlkernels.core.products import multiply
 from vlkernels.ops.sigmoid_loss import driver
 
 TILE = 1024
@@ -50,7 +51,7 @@ class Tiles:
         self._products, self._logits, self._other = (
             memory[: shape[0] * shape[1]].view(shape) for memory in self._memory
         )
-        torch.mm(images, texts.T, out=self._products)
+        multiply(images, texts.T, self._products)
         torch.mul(self._products, self._scale, out=self._logits).add_(self._bias)
         self._negate_positives(self._logits, i, j)
 

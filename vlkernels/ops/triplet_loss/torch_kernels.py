@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlkernels.core import pairs
 from vlkernels.core.exchange import Block
+from vlkernels.core.products import multiply
 from vlkernels.ops.triplet_loss import driver
 from vlkernels.ops.triplet_loss.driver import Hardest
 
@@ -78,7 +79,7 @@ class Tiles:
         """Similarities, minus infinity where the pair is positive."""
         images, texts = i.features.to(self._dtype), j.features.to(self._dtype)
         out = self._part(0, (len(images), len(texts)))
-        torch.mm(images, texts.T, out=out)
+        multiply(images, texts.T, out)
         if self._labels is not None:
             return out.masked_fill_(self._labels[i.span, None] == self._labels[j.span], -torch.inf)
         pairs.partners(out, i, j).fill_(-torch.inf)
