@@ -34,6 +34,16 @@ def test_any_number_of_pairs_in_spans(monkeypatch, pairs, width):
     assert all(torch.equal(mine, true) for mine, true in zip(*drawn))
 
 
+def test_no_span_begins_within_a_tile(monkeypatch):
+    """Where rows are no multiple of 16 bytes, how a span begins would depend on N and make another kernel."""
+    monkeypatch.setattr(launches, "MOST_BLOCKS", 100)
+    firsts, draw_span = [], launches._draw_span
+    monkeypatch.setattr(launches, "_draw_span", lambda span, *rest: firsts.append(span.first) or draw_span(span, *rest))
+    features = torch.randn(150, 3)
+    vk.hard_negatives(features, features, 1.0, rng=vk.Rng(0), impl="triton")
+    assert firsts == [0, 64, 128] * 2
+
+
 def test_a_threshold_past_all_shares_takes_the_last_admissible_key():
     """Rounding may leave the shares of a block below a draw near 1."""
     features = torch.zeros(70, 8)

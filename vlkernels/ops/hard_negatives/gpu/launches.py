@@ -42,9 +42,11 @@ def refusal(facts: Mapping[str, Any]) -> str | None:
 def draw(queries: Tensor, keys: Tensor, scale: Tensor, first: int, labels: Tensor | None, draws: Tensor) -> Tensor:
     """One key for each query, -1 where there is none; see ``torch_kernels.Draw``."""
     queries, keys, architecture = rows_of(queries), rows_of(keys), triton_runtime.architecture(queries.device)
-    blocks = -(-len(keys) // block_size(queries, architecture))
+    sizes = tile_sizes(queries.dtype, queries.shape[1], architecture)
+    blocks = -(-len(keys) // sizes.columns)
     drawn = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
-    size = max(1, MOST_BLOCKS // blocks)
+    # Whole tiles: a span then begins as well aligned as the queries do, or it would need kernels of its own.
+    size = max(1, MOST_BLOCKS // blocks // sizes.rows) * sizes.rows
     with torch.cuda.device_of(queries):
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
