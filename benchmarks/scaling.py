@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 PARAMETER_BYTES = {"fp32": 4, "bf16": 2}
 REDUCE_BUCKET = 500_000_000  # DeepSpeed's defaults, in elements
@@ -41,19 +42,23 @@ class Part:
     passes: int = 1  # how often a step reads a sample in it
 
 
+def _assumed(value: Any, meaning: str) -> Any:
+    return field(default=value, metadata={"meaning": meaning})
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """Everything that is neither counted nor measured here. Rates are of a machine we imagine, not of one that ran this."""
 
-    peak_bf16: float = 990e12  # floating-point operations of one accelerator in a second, in products of matrices
-    peak_fp32: float = 65e12
-    mfu: float = 0.40  # the share of the peak that the model's products reach, communication aside
-    inside: float = 300e9  # bytes a rank sends in a second to one of its node, and to one of another
-    between: float = 40e9
-    latency: float = 10e-6  # seconds of each hop of a collective
-    hidden: tuple[float, ...] = (0.0, 0.0, 0.0, 0.7)  # by stage: share of the compute behind which parameters may travel
-    layer_bytes: int = 34  # activations kept for a token, a layer and a column in half precision; attention is not materialised
-    checkpoint_bytes: int = 2  # the same with checkpointing, which keeps the input of a layer
+    peak_bf16: float = _assumed(990e12, "operations of an accelerator in a second, in products of bfloat16 matrices")
+    peak_fp32: float = _assumed(65e12, "the same in float32")
+    mfu: float = _assumed(0.40, "share of the peak that the model's products reach, communication aside")
+    inside: float = _assumed(300e9, "bytes that a rank sends in a second to one of its node")
+    between: float = _assumed(40e9, "the same to a rank of another node")
+    latency: float = _assumed(10e-6, "seconds of each hop of a collective")
+    hidden: tuple[float, ...] = _assumed((0, 0, 0, 0.7), "by stage, share of the products' time that may hide the wire's")
+    layer_bytes: int = _assumed(34, "of activations of a token, layer and column in half precision, without attention's matrix")
+    checkpoint_bytes: int = _assumed(2, "the same with checkpointing, which keeps the input of a layer")
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Run:
     per_node: int = 8
     exchange: str | None = None  # of the contrastive loss: None, gather, ring
     loss_width: int = 0
-    loss_samples: int | None = None  # pairs of a rank in one loss; with a feature cache those of all its micro-steps
+    loss_samples: int | None = None  # of a rank in one loss of the whole step; the reading ahead that this takes is left out
     activation_bytes: int | None = None  # given, instead of estimated
     checkpointing: bool = False
     reuse_distance: int = REUSE_DISTANCE
@@ -154,10 +159,10 @@ def _touched(group: Sequence[int], partition: int, rank: int) -> int:
 
 
 def _sharded_states(run: Run, rank: int) -> tuple[int, int, int]:
-    """A share of every parameter; small ones are beside that whole on every rank."""
+    """A share of every parameter; small ones are beside that whole on every one of several ranks."""
     share = sum(math.ceil(w.numel / run.ranks) for w in run.trained)
     frozen = sum(math.ceil(w.numel / run.ranks) for w in run.weights if not w.trained)
-    whole = sum(padded(w.numel, run.ranks) for w in run.weights if persistent(w))
+    whole = sum(padded(w.numel, run.ranks) for w in run.weights if persistent(w) and run.ranks > 1)
     return run.element * (share + frozen + whole), 4 * share, 12 * share
 
 
@@ -177,7 +182,7 @@ def memory(run: Run, given: Assumptions = Assumptions(), rank: int = 0) -> dict[
 
 def _gathered_bytes(run: Run) -> int:
     """Under stage 3 a parameter stays whole until its backward if that comes soon enough."""
-    if run.stage < 3:
+    if run.stage < 3 or run.ranks == 1:
         return 0
     sizes = [(padded(w.numel, run.ranks), w.trained and times == 1) for w, times in _gathers(run)]
     passing = max((size for size, kept in sizes if not kept), default=0)
@@ -240,7 +245,7 @@ def wire(run: Run) -> dict[str, int]:
     sent = Counter(parameters=0, gradients=0, norm=0, loss=0)
     if run.ranks > 1:
         sent.update(_sharded_wire(run) if run.stage == 3 else _flat_wire(run))
-        sent["loss"] = run.micro_steps * _loss_wire(run)
+        sent["loss"] = _loss_wire(run) * (run.micro_steps if run.loss_samples is None else 1)
     return dict(sent)
 
 
@@ -313,13 +318,13 @@ def flops(run: Run) -> float:
 
 
 def step_time(run: Run, given: Assumptions = Assumptions()) -> StepTime:
-    """The slowest link of the ring paces it; the loss's exchange waits for features, so nothing hides it."""
+    """The slowest link of a ring paces it, the norm takes a tree; the loss's exchange waits for features: nothing hides it."""
     peak = given.peak_bf16 if run.dtype == "bf16" else given.peak_fp32
     compute = flops(run) / (peak * given.mfu)
     link = given.inside if run.ranks <= run.per_node else given.between
     sent = wire(run)
-    hops = given.latency * (run.ranks - 1)
-    seconds = {kind: nbytes / link + (hops if nbytes else 0) for kind, nbytes in sent.items()}
+    hops = {kind: run.ranks - 1 for kind in sent} | {"norm": 2 * math.ceil(math.log2(run.ranks))}
+    seconds = {kind: nbytes / link + given.latency * hops[kind] if nbytes else 0.0 for kind, nbytes in sent.items()}
     communication = sum(seconds.values())
     unseen = min(seconds["parameters"] + seconds["gradients"], given.hidden[run.stage] * compute)
     return StepTime(compute, communication, communication - unseen)

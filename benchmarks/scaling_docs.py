@@ -73,14 +73,12 @@ def generated() -> str:
 
 def _assumptions() -> str:
     given = Assumptions()
-    rows = [f"| `{field.name}` | {_plain(getattr(given, field.name))} |" for field in fields(given)]
-    return "| assumption | value |\n|---|---|\n" + "\n".join(rows) + "\n"
+    rows = [f"| `{each.name}` | {_plain(getattr(given, each.name))} | {each.metadata['meaning']} |" for each in fields(given)]
+    return "| assumption | value | |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _plain(value: float | tuple[float, ...]) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(f"{each:g}" for each in value) + " (stage 0, 1, 2, 3)"
-    return f"{value:g}"
+    return ", ".join(f"{each:g}" for each in (value if isinstance(value, tuple) else (value,)))
 
 
 def _table(model: Model) -> str:
@@ -124,7 +122,7 @@ def zero_picture() -> str:
                 name: [value(planned(model, stage, ranks)) / 1e9 for ranks in RANKS] for stage, name in enumerate(COLORS)
             }
             panels.append(_panel(f"{model.name}: {title}", curves, COLORS, column * WIDTH, row * HEIGHT))
-    note = "predicted; states, gathered parameters, bucket; ZeRO 0 in fp32, others bf16"
+    note = "predicted; states, gathered, bucket; 0 in fp32, others bf16"
     return _page(panels, COLORS, 2 * HEIGHT, note)
 
 
@@ -176,9 +174,10 @@ def _panel(title: str, curves: Curves, colors: dict[str, str], left: int, top: i
         parts.append(_label(x0 - 6, y + 4, f"{mark:g}", "end"))
     for ranks in RANKS:
         parts.append(_label(x0 + _along(ranks), y0 + PLOT_HEIGHT + 16, f"{ranks}", "middle"))
-    for name, curve in curves.items():
+    for later, (name, curve) in zip(reversed(range(len(curves))), curves.items(), strict=True):
         points = " ".join(f"{x0 + _along(r):.1f},{y0 + _down(v, marks):.1f}" for r, v in zip(RANKS, curve, strict=True))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colors[name]}" stroke-width="2"/>')
+        width = 2 + 2 * later  # curves that meet stay visible
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colors[name]}" stroke-width="{width}"/>')
     return "\n".join(parts)
 
 

@@ -1,28 +1,35 @@
-"""One rank of test_scaling: what a step of small towers sends and holds, by ZeRO stage, training dtype and loss exchange."""
+"""The ranks of test_scaling: what a step of small towers sends and holds, by ZeRO stage, training dtype and loss exchange."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import inspect
 import json
-import sys
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import vlkernels as vk
+from launch import free_port
 from standin import small_config
 from torch import Tensor, nn
 
-from benchmarks.scaling import PERSISTENT_UP_TO, REUSE_DISTANCE, Part, Run, Weight, all_reduce_bytes
+from benchmarks.scaling import PERSISTENT_UP_TO, REUSE_DISTANCE, Part, Weight, all_reduce_bytes
 from engine.config import Config
 from engine.sections import Optimizer
 from engine.training import zero
 from engine.training.optimizer import make_optimizer
 
+WORLDS = (1, 2, 4)
 SAMPLES, WIDTH, LOSS_WIDTH, STEPS = 3, 331, 5, 3
 Case = tuple[int, str, int, str, int]  # stage, dtype, micro-steps, exchange, stage 3's reuse distance
 CASES: list[Case] = [
@@ -35,6 +42,7 @@ CASES: list[Case] = [
     (3, "bf16", 2, "ring", REUSE_DISTANCE),
     (3, "fp32", 2, "ring", 2 * WIDTH**2),  # far enough that the first matrix is gathered again for its backward
 ]
+assert WIDTH**2 > PERSISTENT_UP_TO > WIDTH
 
 
 class Towers(nn.Module):
@@ -57,9 +65,6 @@ class Towers(nn.Module):
         hidden = hidden + taught
         with wire.of_loss():
             return vk.contrastive_loss(self.image(hidden), self.text(hidden), self.scale.float(), **over_ranks)
-
-
-assert WIDTH**2 > PERSISTENT_UP_TO > WIDTH
 
 
 UNFORESEEN = ("reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all_single", "all_to_all", "gather", "scatter")
@@ -114,11 +119,12 @@ def weights_of(module: nn.Module) -> tuple[Weight, ...]:
     return tuple(Weight(p.numel(), p.dim() >= 2, p.requires_grad) for p in module.parameters())
 
 
-def run_of(case: Case, ranks: int) -> Run:
+def run_of(case: Case, ranks: int, model: ModuleType) -> Any:
+    """The same as a run of the model, or of a mutant of it."""
     stage, dtype, micro_steps, exchange, reuse = case
     parts = (Part("towers", weights_of(Towers())),)
     loss = {"exchange": exchange, "loss_width": LOSS_WIDTH}
-    return Run(parts, stage, ranks, dtype, SAMPLES, micro_steps, reuse_distance=reuse, **loss)
+    return model.Run(parts, stage, ranks, dtype, SAMPLES, micro_steps, reuse_distance=reuse, **loss)
 
 
 def with_reuse_distance(elements: int) -> Callable[..., dict]:
@@ -193,14 +199,44 @@ def _new_storages(tensors: Iterable[Tensor], seen: set[int]) -> Iterator[int]:
             yield storage.nbytes()
 
 
-def measure(cases: list[Case]) -> list[dict]:
-    wire = Wire()
-    return [measured(case, wire) for case in cases]
+def rank_of(world: int, rank: int, port: int, folder: Path) -> None:
+    """A rank of one of the worlds, forked after the slow imports: it leaves its results in a file."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in own.items()}, MASTER_PORT=str(port))
+
+    def work() -> int:
+        wire = Wire()
+        results = [measured(case, wire) for case in CASES]
+        (folder / f"{world} {rank}.json").write_text(json.dumps(results))
+        return 0
+
+    zero.leave(work)
+
+
+def import_once() -> None:
+    """What every rank would import, seconds each; and DeepSpeed collects garbage often, which need not look at all that."""
+    zero.import_deepspeed(torch.device("cpu"))
+    for name in ("bf16_optimizer", "zero.muon.muon_optimizer", "superoffload.superoffload_stage3"):
+        importlib.import_module(f"deepspeed.runtime.{name}")
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # torch's compiler
+    gc.freeze()
 
 
 def main() -> int:
-    chosen = [CASES[int(number)] for number in sys.argv[1:]] or CASES
-    print(json.dumps(measure(chosen)))
+    """All worlds, one after another; prints the results by world, rank and case."""
+    import_once()
+    fork, found = torch.multiprocessing.get_context("fork"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world in WORLDS:
+            port = free_port()
+            ranks = [fork.Process(target=rank_of, args=(world, rank, port, Path(folder))) for rank in range(world)]
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join()
+            assert not any(process.exitcode for process in ranks), [process.exitcode for process in ranks]
+            found[world] = [json.loads((Path(folder) / f"{world} {rank}.json").read_text()) for rank in range(world)]
+    print(json.dumps(found))
     return 0
 
 
