@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.measured import Amounts, Figure, Row, figures, packed_step, seconds
+from benchmarks.measured import Amounts, Figure, Row, figures, packed_step, peak_bytes, seconds
 
 DTYPES = ("float32", "bfloat16")
 PADDED = ("padded SDPA", "length-sorted SDPA")
@@ -114,7 +114,41 @@ LINES = (
         "native sizes",
         ("reshape + permute", "unfold"),
     ),
+    Line(
+        "optimal transport, 256 samples of 40 words and 40 regions",
+        "padded, eager PyTorch",
+        "optimal_transport",
+        "b256 text 40 regions 40",
+        ("eager, padded",),
+    ),
+    Line(
+        "BERT's map to q, k and v, 1,830 rows, on an AMD processor",
+        "PyTorch (MKL)",
+        "linear",
+        "bert_t1830_768_to_2304",
+        ("torch",),
+        dtypes=("float32",),
+    ),
     Line("contrastive loss, 4,096 pairs, width 512", "the dense N x N loss", "contrastive_loss", "n4096_d512", ("torch",)),
+    Line(
+        "contrastive loss, 16,384 pairs, width 512",
+        "the dense N x N loss",
+        "contrastive_loss",
+        "n16384_d512",
+        ("torch",),
+        {"float32": 1.4},
+        dtypes=("float32",),
+    ),
+    Line(
+        "the same: memory at its peak, times as little",
+        "the dense N x N loss",
+        "contrastive_loss",
+        "n16384_d512",
+        ("torch",),
+        {"float32": 10.0},
+        dtypes=("float32",),
+        amounts=peak_bytes,
+    ),
     Line(
         "FILIP's late interaction, 256 pairs of 49 patches and up to 32 words",
         "the dense loss",
