@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlkernels.core import pairs
 from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, scale_gradient
+from vlkernels.core.products import outside_autocast
 
 
 def contrastive_loss(
@@ -58,7 +59,8 @@ def gather_keys(keys: Tensor, rows: Rows) -> Tensor:
 
 
 def _logits(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    products = (scale * queries) @ keys.T
+    with outside_autocast(queries):
+        products = (scale * queries) @ keys.T
     return products.to(torch.promote_types(products.dtype, torch.float32))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows
 from vlkernels.core.pairs import locate_pairs
+from vlkernels.core.products import outside_autocast
 from vlkernels.core.random import Rng, resolve_rng, uniform
 
 IMAGE_TO_TEXT, TEXT_TO_IMAGE = 0, 1
@@ -32,7 +33,8 @@ def hard_negatives(
 
     def draw(queries: Tensor, keys: Tensor, direction: int) -> Tensor:
         draws = uniform(state, stream, sample_ids_or_rows(sample_ids, rows, keys.device), direction)
-        logits = logit_scale * wide(queries.detach()) @ wide(gather_rows(keys, rows)).T
+        with outside_autocast(queries):
+            logits = logit_scale * wide(queries.detach()) @ wide(gather_rows(keys, rows)).T
         own = torch.arange(rows.start, rows.stop, device=keys.device)
         everyone = torch.arange(rows.total, device=keys.device)
         logits = logits.masked_fill(~admissible(own[:, None], everyone[None, :], all_labels), -torch.inf)

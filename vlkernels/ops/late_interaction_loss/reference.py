@@ -12,6 +12,7 @@ from torch import Tensor
 from vlkernels.core import pairs
 from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows
 from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.products import outside_autocast
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def gather_bounds(num_tokens: int, starts: Tensor, lengths: Tensor, longest: int
 def _similarities(images: Side, texts: Side, similarity: str) -> tuple[Tensor, Tensor]:
     """``[N, N]`` of images (rows) against texts, and of texts (rows) against images."""
     (u, image_here), (v, text_here) = _padded(images), _padded(texts)
-    products = torch.einsum("ipd,jtd->ijpt", u, v)
+    with outside_autocast(u):
+        products = torch.einsum("ipd,jtd->ijpt", u, v)
     products = products.to(torch.promote_types(products.dtype, torch.float32))
     meets = image_here[:, None, :, None] & text_here[None, :, None, :]
     products = torch.where(meets, products, -torch.inf)
