@@ -1,9 +1,7 @@
 """Losses and draws over gloo ranks against one process on all pairs: values, gradients, bytes sent, memory, faults, errors."""
 
 import contextlib
-import os
 from dataclasses import replace
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from loss_cases import LOSSES, WAYS, WIDTH, Model, Pairs, value_and_gradients
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.gloo_ranks import LIMIT, run_ranks
 from tests.mutants import load_mutant
 from vlkernels.core import exchange, pairs
 from vlkernels.core.collectives import count_bytes
@@ -57,13 +56,9 @@ MUTANTS = {
 }
 
 
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
+def of_rank(rank, world, folder):
     small_tiles()
-    limit = timedelta(seconds=60)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-    group = dist.new_group(timeout=limit)
+    group = dist.new_group(timeout=LIMIT)
     models = {"mean": DistributedDataParallel(Model(), find_unused_parameters=True), "sum": Model()}
     results = {"found": {}, "bytes": {}, "negatives": {}}
     for counts in COUNTS[world]:
@@ -86,9 +81,7 @@ def worker(rank, world, folder):
     results["errors"] = {name: errors(name, rank, world, group) for name in KINDS}
     if world == FAULTY_WORLD:
         results["faults"] = {fault: with_fault(fault, rank, world, group, Path(folder)) for fault in (None, *MUTANTS)}
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # a gloo thread that still holds a tensor would abort the shutdown
+    return results
 
 
 def small_tiles():
@@ -178,6 +171,10 @@ def errors(name, rank, world, group):
     told["kinds"] = [error(name, of_kind, dtype, group=group, **way) for way in WAYS.values()]
     labelled = replace(even, labels=even.labels.to((torch.int32, torch.int64)[rank == 0]))
     told["labels"] = error("contrastive_labels", labelled, group=group)
+    if name == "contrastive":
+        longer = torch.ones(2 + 1 + rank, WIDTH, dtype=torch.float64)
+        keys = {"image_keys": longer, "text_keys": longer}
+        told["queue"] = [error("contrastive", even, group=group, **keys, **way) for way in WAYS.values()]
     if name != "filip":  # a layout without samples does not exist
         told["empty"] = [error(name, Pairs.drawn(0), group=group, **way) for way in WAYS.values()]
     return told
@@ -222,8 +219,7 @@ def planted(module, mutant):
 def ranks(request, tmp_path_factory):
     """What every rank of a gloo group of this size computed."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return run_ranks(request.param, folder, of_rank, str(folder))
 
 
 def scenarios(ranks):
@@ -333,10 +329,14 @@ def test_mistakes_of_some_ranks_are_one_clear_line_on_all(ranks, name):
         prefix = "rank_counts must be {} on every rank, the rows they have, got {}"
         assert set(told["wrong"]) == {prefix.format(held, [2] * world)}
         assert told["differing"] == prefix.format([2] * world, [2] * (world - 1) + [2 + rank])
-        mine = f"all ranks must call with the same options, rank {rank} has exchange = "
-        assert told["options"].startswith(mine + ("ring" if rank else "gather"))
+        others = f"all ranks must call with the same options, rank {rank} has "
+        given = f'exchange = "{"ring" if rank else "gather"}", requires_grad = True'
+        assert told["options"].startswith(others) and given in told["options"]
         assert told["labels"].startswith("all ranks must call with the same options, rank")
-        kind = f"torch.float{64 if rank == 0 else 32}"
+        assert name != "contrastive" or all(
+            line.startswith(others) and f"rows in the queue = {1 + rank}" in line for line in told["queue"]
+        )
+        kind = f" = float{64 if rank == 0 else 32}"
         assert all(line.startswith("all ranks must call") and kind in line for line in told["kinds"])
         nothing = "a batch must hold at least one pair, got N = 0 on every rank"
         assert set(told.get("empty", [nothing])) == {nothing}

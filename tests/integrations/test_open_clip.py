@@ -1,7 +1,6 @@
 """The losses of open_clip: values and gradients of every rank and mode, beside the formula and, where installed, open_clip."""
 
 import inspect
-import os
 from functools import partial
 from itertools import product
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import vlkernels as vk
 
+from tests.gloo_ranks import run_ranks
 from vlkernels.core import dispatch
 from vlkernels.integrations.open_clip import EXCHANGES, ClipLoss, SigLipLoss
 from vlkernels.ops.contrastive_loss import functional as contrastive
@@ -193,10 +193,7 @@ def mistakes(rank, world):
             yield str(error)
 
 
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+def of_rank(rank, world):
     results = {"reference": dict(all_cases(vk.integrations.open_clip, rank, world))}
     contrastive.FEW_LOGITS = dict.fromkeys(contrastive.FEW_LOGITS, 0)
     sigmoid.FEW_PAIRS = dict.fromkeys(sigmoid.FEW_PAIRS, 0)
@@ -206,16 +203,12 @@ def worker(rank, world, folder):
     if THEIRS is not None:
         results["theirs"] = dict(all_cases(THEIRS, rank, world))
     results["mistakes"] = list(mistakes(rank, world))
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # a gloo thread that still holds a tensor would abort the shutdown
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"world{request.param}")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return run_ranks(request.param, tmp_path_factory.mktemp(f"world{request.param}"), of_rank)
 
 
 def expected(case, world):

@@ -27,7 +27,9 @@ def contrastive_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference")
+    shares = {"distillation": distillation, "label_smoothing": label_smoothing}
+    options = {"labels": labels, "rows in the queue": queue_length(image_features, image_keys)} | shares
+    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference", **options)
     images = _all_ranks(image_features, rows, rank_reduction)
     texts = _all_ranks(text_features, rows, rank_reduction)
     scale = _scale(logit_scale, images, rows, rank_reduction)
@@ -50,6 +52,10 @@ def contrastive_loss(
         logits = _logits(queries, opposite, scale)
         losses = losses + _cross_entropies(logits, all_labels, label_smoothing, taught, distillation)
     return losses / (2 * rows.total)
+
+
+def queue_length(features: Tensor, keys: Tensor | None) -> int | None:
+    return None if keys is None else len(keys) - len(features)
 
 
 def gather_keys(keys: Tensor, rows: Rows) -> Tensor:

@@ -48,8 +48,8 @@ def late_interaction_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    kind = image_tokens.dtype, image_tokens.shape[1]
-    rows = pairs.locate_pairs(image_layout.lengths, group, rank_counts, impl="reference", tokens=kind)
+    options = {"tokens": image_tokens, "D": image_tokens.shape[1], "similarity": similarity, "label_smoothing": label_smoothing}
+    rows = pairs.locate_pairs(image_layout.lengths, group, rank_counts, impl="reference", **options)
 
     def side(tokens: Tensor, layout: SegmentLayout) -> Side:
         bounds = gather_bounds(len(tokens), *sample_bounds(layout), layout.max_seqlen, rows)

@@ -45,7 +45,7 @@ def sigmoid_loss(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of features, logit_scale and logit_bias), gradients empty when not wanted."""
-    options = {"exchange": exchange, "gradient": gradient, "labels": None if labels is None else labels.dtype}
+    options = {"exchange": exchange, "requires_grad": gradient, "labels": labels}
     rows = pairs.locate_pairs(image_features, collectives.named_group(group), rank_counts, **options)
     scale, bias = (number.reshape(()).to(pairs.wide(image_features)) for number in (logit_scale, logit_bias))
     every_label = None if labels is None else collectives.gather_rows(labels, rows)

@@ -24,7 +24,7 @@ def sigmoid_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference")
+    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference", labels=labels)
     images = pairs.of_all_ranks(image_features, rows, rank_reduction)
     texts = pairs.of_all_ranks(text_features, rows, rank_reduction)
     scale = pairs.held_by_all_ranks(logit_scale, images, rows, rank_reduction)

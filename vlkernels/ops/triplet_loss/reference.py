@@ -23,7 +23,8 @@ def triplet_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference")
+    options = {"impl": "reference", "labels": labels, "hardest": hardest, "margin": margin}
+    rows = pairs.locate_pairs(image_features, group, rank_counts, **options)
     images = pairs.of_all_ranks(image_features, rows, rank_reduction)
     texts = pairs.of_all_ranks(text_features, rows, rank_reduction)
     with outside_autocast(images):
