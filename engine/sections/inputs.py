@@ -34,8 +34,8 @@ class TextInput:
         require_not_negative(self, where, "position_offset", "types")
         own = self.embedding_width or width
         require(
-            self.page != "concat" or own % 6 == 0,
-            f"{where}.page concat puts six rows side by side: the width must be a multiple of 6, got {own}",
+            self.page != "concat" or own % 2 == 0,
+            f"{where}.page concat has equal rows for heights and widths: the width must be even, got {own}",
         )
         require(
             self.positions != "sinusoidal" or own % 2 == 0,

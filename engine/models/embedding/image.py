@@ -42,11 +42,11 @@ class ImageEmbedder(nn.Module):
         """Of the stream that pictures of `image` become."""
         return image if self.class_token is None else vk.SegmentLayout.joined((1, image))
 
-    def forward(
+    def rows(
         self, image: Any, layout: vk.SegmentLayout, text: TextEmbedder | None = None, masked: Tensor | None = None
     ) -> list[Rows]:
         """One part per segment; `masked` `[M]` are the rows to hide."""
-        dense, positions = self.project(image, layout, masked)
+        dense, positions = self.project(image, masked), self.places_of(image)
         tables, columns = [], [torch.empty(len(dense), 0, dtype=torch.int32, device=dense.device)]
         for more, ids in (self._placed(positions), self._as_text(positions, layout, text)):
             tables += more
@@ -57,12 +57,16 @@ class ImageEmbedder(nn.Module):
         own = Rows(tuple(tables), torch.cat(columns, dim=1), dense, self.norm)
         return [own] if self.class_token is None else [self._class_rows(layout.num_samples), own]
 
-    def project(self, image: Any, layout: vk.SegmentLayout, masked: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`[n, D]` from the data alone, and the (row, column) of each in its picture's grid."""
+    def project(self, image: Any, masked: Tensor | None) -> Tensor:
+        """`[n, D]` from the data alone."""
         raise NotImplementedError
 
+    def places_of(self, image: Any) -> Tensor | None:
+        """int32 `[n, 2]`: row and column of each token in its picture's grid, where it has one."""
+        return None
+
     def _placed(self, positions: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        return ((), None) if self.places is None else self.places(positions)
+        return ((), None) if self.places is None else self.places.lookup(positions)
 
     def _as_text(
         self, positions: Tensor | None, layout: vk.SegmentLayout, text: TextEmbedder | None
@@ -93,8 +97,11 @@ class PatchEmbedder(ImageEmbedder):
         super().__init__(options, width, eps, impl)
         self.projection = nn.Linear(CHANNELS * options.patch_size**2, width, bias=options.patch_bias)
 
-    def project(self, image: Patches, layout: vk.SegmentLayout, masked: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.projection(image.values.to(self.projection.weight.dtype)), image.positions
+    def project(self, image: Patches, masked: Tensor | None) -> Tensor:
+        return self.projection(image.values.to(self.projection.weight.dtype))
+
+    def places_of(self, image: Patches) -> Tensor:
+        return image.positions
 
 
 class RegionEmbedder(ImageEmbedder):
@@ -113,16 +120,16 @@ class RegionEmbedder(ImageEmbedder):
         self.box_norm = vk.FusedLayerNorm(width, eps) if normed else None
         self.mask_row = table(1, feature_values)
 
-    def project(self, image: Regions, layout: vk.SegmentLayout, masked: Tensor | None) -> tuple[Tensor, None]:
+    def project(self, image: Regions, masked: Tensor | None) -> Tensor:
         dtype = self.mask_row.dtype
         features, boxes = image.features.to(dtype), image.boxes.to(dtype)
         if masked is not None:
             features = features.index_put((masked,), self.mask_row.expand(len(masked), -1))
         if self.feature_norm is None:
             corners_and_area = torch.cat((boxes[:, :4], boxes[:, 6:]), dim=1)
-            return self.feature_projection(features) + self.box_projection(corners_and_area), None
+            return self.feature_projection(features) + self.box_projection(corners_and_area)
         rows = self.feature_norm(self.feature_projection(features), impl=self.impl)
-        return self.box_norm(self.box_projection(boxes), impl=self.impl) + rows, None
+        return self.box_norm(self.box_projection(boxes), impl=self.impl) + rows
 
 
 class GridEmbedder(ImageEmbedder):
@@ -133,12 +140,15 @@ class GridEmbedder(ImageEmbedder):
         self.backbone: Backbone = BACKBONES[options.backbone]()
         self.projection = Linear(self.backbone.channels, width, impl)
 
-    def project(self, image: Any, layout: vk.SegmentLayout, masked: Tensor | None) -> tuple[Tensor, Tensor]:
+    def project(self, image: Any, masked: Tensor | None) -> Tensor:
         grid = tuple(self.options.max_grid)
         pixels = image.values.to(self.projection.weight.dtype)
         pooled = nn.functional.adaptive_avg_pool2d(self.backbone(pixels), grid)
         cells = pooled.flatten(2).transpose(1, 2).flatten(0, 1)
-        return self.projection(cells), even_grid(len(pixels), grid, pixels.device)
+        return self.projection(cells)
+
+    def places_of(self, image: Any) -> Tensor:
+        return even_grid(len(image.values), tuple(self.options.max_grid), image.values.device)
 
 
 def make_image_embedder(

@@ -14,9 +14,9 @@ class LearnedEmbedder(nn.Module):
 
     def __init__(self, count: int, width: int):
         super().__init__()
-        self.rows = table(count, width)
+        self.learned = table(count, width)
 
-    def forward(self, layout: vk.SegmentLayout, norm: vk.FusedLayerNorm | None = None) -> Rows:
+    def rows(self, layout: vk.SegmentLayout, norm: vk.FusedLayerNorm | None = None) -> Rows:
         """Of the samples of a layout, `count` for each."""
-        count = torch.arange(len(self.rows), dtype=torch.int32, device=layout.device)
-        return Rows((self.rows,), count.repeat(layout.num_samples)[:, None], norm=norm)
+        count = torch.arange(len(self.learned), dtype=torch.int32, device=layout.device)
+        return Rows((self.learned,), count.repeat(layout.num_samples)[:, None], norm=norm)

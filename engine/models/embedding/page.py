@@ -39,10 +39,10 @@ class SummedPage(PageTables):
 
 
 class ConcatenatedPage(PageTables):
-    """LayoutLMv2's: six rows of a sixth of the stream's width each, side by side."""
+    """LayoutLMv2's: six rows side by side, each a sixth of the stream's width; sides take what does not divide."""
 
     def __init__(self, width: int, impl: str):
-        super().__init__(width // 6, width // 6)
+        super().__init__(width // 6, (width - 4 * (width // 6)) // 2)
         self.impl = impl
 
     def forward(self, boxes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class FactoredPlaces(nn.Module):
         super().__init__()
         self.rows, self.columns = table(grid[0], width), table(grid[1], width)
 
-    def forward(self, positions: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def lookup(self, positions: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Tables, and the ids of positions `[n, 2]` (row, column) in them."""
         return (self.rows, self.columns), positions.to(torch.int32)
 
@@ -34,7 +34,7 @@ class TabledPlaces(nn.Module):
             waves = torch.cat((torch.zeros(self.first, width), grid_sinusoids(*grid, width)))
             self.register_buffer("table", waves, persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def lookup(self, positions: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Table, and the ids of positions `[n, 2]` (row, column) in it."""
         ids = positions[:, :1] * self.grid_columns + positions[:, 1:] + self.first
         return (self.table,), ids.to(torch.int32)

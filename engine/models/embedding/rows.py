@@ -13,7 +13,11 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Rows:
-    """What the rows of one segment, of all samples, are the sum of."""
+    """What the rows of one segment, of all samples, are the sum of.
+
+    Embedders give them by methods that are no module's forward: under ZeRO-3 a table is empty again behind the forward
+    of its own module, and would be so when the rows are made.
+    """
 
     tables: tuple[Tensor, ...]
     """Each [V, D]."""

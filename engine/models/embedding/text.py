@@ -37,7 +37,7 @@ class TextEmbedder(nn.Module):
             waves = sinusoids(torch.arange(rows), width, interleaved=True)
             self.register_buffer("positions", waves, persistent=False)
 
-    def forward(
+    def rows(
         self, ids: Tensor, layout: vk.SegmentLayout, types: Tensor | None = None, boxes: Tensor | None = None
     ) -> Rows:
         """`ids` and `types` `[T]`, `boxes` `[T, 4]`; types are 0 where none are given."""

@@ -68,23 +68,23 @@ def test_words_positions_and_types(offset, normed):
     expected = embedder.words[IDS] + embedder.positions[POSITION + offset] + embedder.types[TYPES]
     if normed:
         expected = norm(expected, embedder.norm)
-    torch.testing.assert_close(made([embedder(IDS, TEXT, TYPES)], TEXT), expected)
+    torch.testing.assert_close(made([embedder.rows(IDS, TEXT, TYPES)], TEXT), expected)
     assert embedder.positions.shape[0] == 8 + offset
-    zeros = made([embedder(IDS, TEXT, torch.zeros_like(TYPES))], TEXT)
-    torch.testing.assert_close(made([embedder(IDS, TEXT)], TEXT), zeros)
+    zeros = made([embedder.rows(IDS, TEXT, torch.zeros_like(TYPES))], TEXT)
+    torch.testing.assert_close(made([embedder.rows(IDS, TEXT)], TEXT), zeros)
 
 
 def test_positions_of_sines_are_not_learned():
     embedder = text_embedder(positions="sinusoidal", embedding_norm=False)
     assert {name for name, _ in embedder.named_parameters()} == {"words"} and not embedder.state_dict().keys() ^ {"words"}
-    torch.testing.assert_close(made([embedder(IDS, TEXT)], TEXT), embedder.words[IDS] + embedder.positions[POSITION])
+    torch.testing.assert_close(made([embedder.rows(IDS, TEXT)], TEXT), embedder.words[IDS] + embedder.positions[POSITION])
     assert embedder.positions[5, 0] == pytest.approx(torch.tensor(5.0).sin().item(), abs=1e-6)
     assert embedder.positions[5, 3] == pytest.approx(torch.tensor(5 * 10_000 ** (-2 / WIDTH)).cos().item(), abs=1e-6)
 
 
 def test_no_positions():
     embedder = text_embedder(positions="none", embedding_norm=False)
-    torch.testing.assert_close(made([embedder(IDS, TEXT)], TEXT), embedder.words[IDS])
+    torch.testing.assert_close(made([embedder.rows(IDS, TEXT)], TEXT), embedder.words[IDS])
 
 
 def test_summed_page():
@@ -92,7 +92,7 @@ def test_summed_page():
     page = embedder.page
     expected = embedder.words[IDS] + embedder.positions[POSITION] + page.x[x0] + page.x[x1] + page.y[y0] + page.y[y1]
     expected = norm(expected + page.heights[y1 - y0] + page.widths[x1 - x0], embedder.norm)
-    torch.testing.assert_close(made([embedder(IDS, TEXT, boxes=BOXES.int())], TEXT), expected)
+    torch.testing.assert_close(made([embedder.rows(IDS, TEXT, boxes=BOXES.int())], TEXT), expected)
 
 
 def test_concatenated_page():
@@ -100,12 +100,12 @@ def test_concatenated_page():
     page = embedder.page
     sides = [page.x[x0], page.y[y0], page.x[x1], page.y[y1], page.heights[y1 - y0], page.widths[x1 - x0]]
     expected = norm(embedder.words[IDS] + embedder.positions[POSITION] + torch.cat(sides, 1), embedder.norm)
-    torch.testing.assert_close(made([embedder(IDS, TEXT, boxes=BOXES.int())], TEXT), expected)
+    torch.testing.assert_close(made([embedder.rows(IDS, TEXT, boxes=BOXES.int())], TEXT), expected)
 
 
 def test_tables_of_another_width():
     embedder = text_embedder(embedding_width=6)
-    assert embedder.words.shape == (VOCAB, 6) and made([embedder(IDS, TEXT)], TEXT).shape == (TEXT.num_tokens, 6)
+    assert embedder.words.shape == (VOCAB, 6) and made([embedder.rows(IDS, TEXT)], TEXT).shape == (TEXT.num_tokens, 6)
 
 
 # ---- pictures
@@ -123,7 +123,7 @@ def test_patches(positions, normed):
         expected = expected + embedder.places.table[row * 3 + column]
     if normed:
         expected = norm(expected, embedder.norm)
-    torch.testing.assert_close(made(embedder(image, IMAGE), IMAGE), expected)
+    torch.testing.assert_close(made(embedder.rows(image, IMAGE), IMAGE), expected)
     assert ("places.table" in dict(embedder.named_parameters())) == (positions == "learned")
 
 
@@ -142,7 +142,7 @@ def test_class_token_comes_first(positions, normed):
     expected = torch.cat([torch.cat((token, rows)) for rows in own.split(IMAGE_LENGTHS)])
     if normed:
         expected = norm(expected, embedder.norm)
-    torch.testing.assert_close(made(embedder(image, IMAGE), layout), expected)
+    torch.testing.assert_close(made(embedder.rows(image, IMAGE), layout), expected)
 
 
 def test_two_dimensional_sines_tell_columns_then_rows():
@@ -161,14 +161,14 @@ def test_uniters_regions(hidden):
     features = norm(embedder.feature_projection(features), embedder.feature_norm)
     boxes = norm(embedder.box_projection(image.boxes.double()), embedder.box_norm)
     expected = norm(features + boxes + text.types[1], embedder.norm)
-    torch.testing.assert_close(made(embedder(image, IMAGE, text, hidden), IMAGE), expected)
+    torch.testing.assert_close(made(embedder.rows(image, IMAGE, text, hidden), IMAGE), expected)
 
 
 def test_vilberts_regions():
     embedder, image = image_embedder(kind="regions", box_values=5), regions()
     boxes = embedder.box_projection(image.boxes[:, [0, 1, 2, 3, 6]].double())
     expected = norm(embedder.feature_projection(image.features.double()) + boxes, embedder.norm)
-    torch.testing.assert_close(made(embedder(image, IMAGE), IMAGE), expected)
+    torch.testing.assert_close(made(embedder.rows(image, IMAGE), IMAGE), expected)
 
 
 # ---- several segments
@@ -185,7 +185,7 @@ def test_cells_have_the_texts_positions(page):
         x, y = (0, 333, 666, 1000), (0, 500, 1000)
         boxes = torch.tensor([[x[c], y[r], x[c + 1], y[r + 1]] for r in range(2) for c in range(3)] * 2)
         expected = expected + text.page(boxes.int())
-    torch.testing.assert_close(made(embedder(image, layout, text), layout), norm(expected, embedder.norm))
+    torch.testing.assert_close(made(embedder.rows(image, layout, text), layout), norm(expected, embedder.norm))
 
 
 @pytest.mark.parametrize("normed", [(True, True), (True, False), (False, False)])
@@ -193,9 +193,9 @@ def test_segments_are_embedded_side_by_side(normed):
     """Alone or together, with norms or without: the same rows; queries come first here."""
     text, image = text_embedder(embedding_norm=normed[0]), image_embedder(embedding_norm=normed[1])
     queries, batch = redrawn(LearnedEmbedder(3, WIDTH)), patches()
-    parts = [queries(TEXT, text.norm), text(IDS, TEXT), *image(batch, IMAGE)]
+    parts = [queries.rows(TEXT, text.norm), text.rows(IDS, TEXT), *image.rows(batch, IMAGE)]
     layout = vk.SegmentLayout.joined((3, TEXT, IMAGE))
-    alone = made([queries(TEXT, text.norm)], layout.select((0,))), made(parts[1:2], TEXT), made(parts[2:], IMAGE)
+    alone = made([queries.rows(TEXT, text.norm)], layout.select((0,))), made(parts[1:2], TEXT), made(parts[2:], IMAGE)
     expected = vk.put_segments(alone, layout, ((0,), (1,), (2,)))
     torch.testing.assert_close(made(parts, layout), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(made(parts, layout)[:3], alone[0][:3], rtol=1e-12, atol=1e-12)
@@ -203,7 +203,7 @@ def test_segments_are_embedded_side_by_side(normed):
 
 def test_an_offset_is_added_behind_the_norm():
     text = text_embedder()
-    part, kind = text(IDS, TEXT), torch.randn(WIDTH, dtype=torch.float64)
+    part, kind = text.rows(IDS, TEXT), torch.randn(WIDTH, dtype=torch.float64)
     shifted = Rows(part.tables, part.ids, part.dense, part.norm, kind)
     torch.testing.assert_close(made([shifted], TEXT), made([part], TEXT) + kind)
     layout = vk.SegmentLayout.joined((TEXT, TEXT))
@@ -221,7 +221,7 @@ def test_dropout_belongs_to_the_sample_and_to_the_segment(normed):
     rng, layout = vk.Rng(1), vk.SegmentLayout.joined((TEXT, TEXT))
 
     def rows(layout: vk.SegmentLayout) -> torch.Tensor:
-        part = text(IDS, TEXT)
+        part = text.rows(IDS, TEXT)
         return maker([part, part], layout, rng)
 
     first = rows(layout)
@@ -242,7 +242,7 @@ def test_dropout_belongs_to_the_sample_and_to_the_segment(normed):
     "options, message",
     [
         (TextInput(max_positions=0), "model.text.max_positions must be positive, got 0"),
-        (TextInput(page="concat", embedding_width=20), "must be a multiple of 6, got 20"),
+        (TextInput(page="concat", embedding_width=9), "heights and widths: the width must be even, got 9"),
         (TextInput(positions="sinusoidal", embedding_width=9), "the width must be even, got 9"),
         (ImageInput(max_grid=(0, 3)), r"model.text.max_grid must be positive, got \[0, 3\]"),
         (ImageInput(class_token=True), "positions must be learned, sinusoidal or none, got factored"),
