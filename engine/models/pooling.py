@@ -9,7 +9,7 @@ import vlkernels as vk
 from torch import Tensor, nn
 
 from engine.models.embedding.rows import table
-from engine.models.transformer import ACTIVATIONS, DeferredBiasLinear, Linear, Tokens
+from engine.models.transformer import ACTIVATIONS, Linear, Tokens
 from engine.sections import Stack
 
 Kind = Literal["first", "last", "mean", "attention", "pooler"]
@@ -51,7 +51,7 @@ class AttentionPooling(nn.Module):
         width = stack.width
         self.probe = table(1, width)
         self.query, self.key_value = nn.Linear(width, width), Linear(width, 2 * width, impl)
-        self.output = DeferredBiasLinear(width, width, impl)
+        self.output = nn.Linear(width, width)
         self.norm = vk.FusedLayerNorm(width, stack.eps)
         self.inner, self.outer = nn.Linear(width, stack.mlp_width), nn.Linear(stack.mlp_width, width)
         self.activation = ACTIVATIONS[stack.activation]
@@ -63,6 +63,5 @@ class AttentionPooling(nn.Module):
         query = self.query(self.probe).expand(one_each.num_samples, -1).unflatten(1, (self.heads, -1))
         key, value = self.key_value(tokens.hidden).unflatten(1, (2, self.heads, -1)).unbind(1)
         attended = vk.attention(query, key, value, layout=one_each, kv_layout=tokens.layout, impl=self.impl)
-        mapped = self.output(attended.flatten(1))
-        normed, found = self.norm(mapped, linear_bias=self.output.bias, return_sum=True, impl=self.impl)
-        return found + self.outer(self.activation(self.inner(normed)))
+        found = self.output(attended.flatten(1))
+        return found + self.outer(self.activation(self.inner(self.norm(found, impl=self.impl))))
