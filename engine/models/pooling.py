@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 import vlkernels as vk
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine.models.embedding.rows import table
-from engine.models.transformer import ACTIVATIONS, Linear, Tokens
+from engine.models.transformer import ACTIVATIONS, Tokens
 from engine.sections import Stack
 
 Kind = Literal["first", "last", "mean", "attention", "pooler"]
@@ -50,7 +51,7 @@ class AttentionPooling(nn.Module):
         super().__init__()
         width = stack.width
         self.probe = table(1, width)
-        self.query, self.key_value = nn.Linear(width, width), Linear(width, 2 * width, impl)
+        self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
         self.norm = vk.FusedLayerNorm(width, stack.eps)
         self.inner, self.outer = nn.Linear(width, stack.mlp_width), nn.Linear(stack.mlp_width, width)
@@ -60,8 +61,13 @@ class AttentionPooling(nn.Module):
     def forward(self, tokens: Tokens) -> Tensor:
         """`[B, D]`."""
         one_each = vk.SegmentLayout.joined((1, tokens.layout)).select((0,))
-        query = self.query(self.probe).expand(one_each.num_samples, -1).unflatten(1, (self.heads, -1))
-        key, value = self.key_value(tokens.hidden).unflatten(1, (2, self.heads, -1)).unbind(1)
-        attended = vk.attention(query, key, value, layout=one_each, kv_layout=tokens.layout, impl=self.impl)
+        maps = self.query_key_value
+        parts = [part.split((len(maps.weight) // 3, 2 * len(maps.weight) // 3)) for part in (maps.weight, maps.bias)]
+        (query_map, key_value_map), (query_bias, key_value_bias) = parts
+        query = F.linear(self.probe, query_map, query_bias).expand(one_each.num_samples, -1)
+        key_value = vk.linear(tokens.hidden, key_value_map, key_value_bias, impl=self.impl)
+        query, key_value = query.unflatten(1, (self.heads, -1)), key_value.unflatten(1, (2, self.heads, -1))
+        streams = {"layout": one_each, "kv_layout": tokens.layout}
+        attended = vk.attention(query, key_value[:, 0], key_value[:, 1], **streams, impl=self.impl)
         found = self.output(attended.flatten(1))
         return found + self.outer(self.activation(self.inner(self.norm(found, impl=self.impl))))

@@ -57,11 +57,11 @@ def test_a_learned_query_is_siglips():
         hidden_size=24, num_attention_heads=3, intermediate_size=40, layer_norm_eps=1e-6
     )
     theirs, ours = SiglipMultiheadAttentionPoolingHead(config).double(), pooling("attention").attention
-    query, key_value = ours.query, ours.key_value
+    maps = ours.query_key_value
     pairs = [
         (theirs.probe, ours.probe[None]),
-        (theirs.attention.in_proj_weight, torch.cat((query.weight, key_value.weight))),
-        (theirs.attention.in_proj_bias, torch.cat((query.bias, key_value.bias))),
+        (theirs.attention.in_proj_weight, maps.weight),
+        (theirs.attention.in_proj_bias, maps.bias),
     ]
     modules = (theirs.attention.out_proj, ours.output), (theirs.layernorm, ours.norm)
     modules = *modules, (theirs.mlp.fc1, ours.inner), (theirs.mlp.fc2, ours.outer)
@@ -79,8 +79,7 @@ def test_a_learned_query_is_siglips():
     found.backward(upstream)
     expected.backward(upstream)
     torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-9)
-    gradient = torch.cat((query.weight.grad, key_value.weight.grad))
-    torch.testing.assert_close(gradient, theirs.attention.in_proj_weight.grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(maps.weight.grad, theirs.attention.in_proj_weight.grad, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(ours.probe.grad[None], theirs.probe.grad, rtol=1e-9, atol=1e-9)
     for a, b in modules:
         torch.testing.assert_close(b.weight.grad, a.weight.grad, rtol=1e-9, atol=1e-9)
