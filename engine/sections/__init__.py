@@ -6,7 +6,8 @@ out keeps the default. Errors name the option as it is written on the command li
 
 from engine.sections.checks import require, require_not_negative, require_positive, require_share
 from engine.sections.data import Data, DataSet, Regions, Tokenizer
-from engine.sections.model import Distances, FusionStack, ImageStack, JointStack, Model, Stack, TextStack
+from engine.sections.inputs import ImageInput, TextInput
+from engine.sections.model import Distances, Stack
 from engine.sections.objectives import (
     Contrastive,
     MaskedLanguage,
@@ -16,6 +17,7 @@ from engine.sections.objectives import (
     Objectives,
     RandomMatching,
 )
+from engine.sections.roles import DecoderStack, FusionStack, GeneratorStack, ImageStack, JointStack, Model, TextStack
 from engine.sections.training import Buckets, Evaluation, Optimizer, Schedule, Train, Zero
 
 __all__ = [
@@ -23,9 +25,12 @@ __all__ = [
     "Contrastive",
     "Data",
     "DataSet",
+    "DecoderStack",
     "Distances",
     "Evaluation",
     "FusionStack",
+    "GeneratorStack",
+    "ImageInput",
     "ImageStack",
     "JointStack",
     "MaskedLanguage",
@@ -39,6 +44,7 @@ __all__ = [
     "Regions",
     "Schedule",
     "Stack",
+    "TextInput",
     "TextStack",
     "Tokenizer",
     "Train",
