@@ -61,3 +61,18 @@ def stack(ours: str, theirs: str, layers: int, names: dict[str, list[str]]) -> I
     for layer in range(layers):
         for name, sources in names.items():
             yield from linear(f"{ours}.blocks.{layer}.{name}", *(f"{theirs}.{layer}.{source}" for source in sources))
+
+
+def siglip(layers: int) -> Iterator[Piece]:
+    """An image role of `SiglipVisionModel`'s tensors."""
+    yield Piece("embedder.places.table", ("embeddings.position_embedding.weight",))
+    yield Filters("embedder.projection.weight", ("embeddings.patch_embedding.weight",))
+    yield Piece("embedder.projection.bias", ("embeddings.patch_embedding.bias",))
+    yield from stack("transformer", "encoder.layers", layers, CLIP)
+    yield from linear("transformer.final_norm", "post_layernorm")
+    ours, theirs = "pooling.attention", "head"
+    yield Table(f"{ours}.probe", (f"{theirs}.probe",))
+    for kind in ("weight", "bias"):
+        yield Piece(f"{ours}.query_key_value.{kind}", (f"{theirs}.attention.in_proj_{kind}",))
+    for name, source in (("output", "attention.out_proj"), ("norm", "layernorm"), ("inner", "mlp.fc1"), ("outer", "mlp.fc2")):
+        yield from linear(f"{ours}.{name}", f"{theirs}.{source}")
