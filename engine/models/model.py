@@ -20,8 +20,8 @@ from engine.models.roles import Decoder, Fusion, ImageTower, Joint, TextTower
 from engine.models.transformer import PackedTransformer, SelectedRows, Source, Tokens
 from engine.sections import Model, Regions, Stack
 
-READING = ("decoder", "joint", "fusion", "text")
-"""Roles that a text goes through, the last one first."""
+READING = ("joint", "fusion", "text", "decoder")
+"""Roles that may read a text, those first that know more of the sample."""
 
 
 class VisionLanguageModel(SharedPasses, nn.Module):
@@ -67,7 +67,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
 
     @property
     def last_role(self) -> str:
-        """The role whose states words are predicted from: the last one that text goes through."""
+        """The role whose states words are predicted from: the last one that reads a given text."""
         return next(name for name in READING if getattr(self, name) is not None)
 
     @property
@@ -78,9 +78,13 @@ class VisionLanguageModel(SharedPasses, nn.Module):
     @property
     def words(self) -> Tensor:
         """The word table `[V, D]` that embeds this role's text and decodes its words."""
-        own = {"fusion": "text"}.get(self.last_role, self.last_role)
-        role = getattr(self, own)
-        return (role.text if own == "joint" else role.embedder).words
+        return self.words_of(self.last_role)
+
+    def words_of(self, role: str) -> Tensor:
+        """The word table of a role; the fusion role has that of the text role."""
+        if role == "joint":
+            return self.joint.text.words
+        return getattr(self, "text" if role == "fusion" else role).embedder.words
 
     # ---- passes over a batch
 
@@ -259,17 +263,20 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             segment = self.joint.segment("text" if isinstance(masked, MaskedWords) else "image")
         else:
             layout, segment = drawn_as(batch.text.layout, batch, view), 0
-        places = masked.places
-        selected = SelectedRows.of(places.rows(layout, segment), places.samples, layout, segment)
-        passes = {"joint": self.joint_states, "fusion": self.fused_states, "text": self.text_states}
-        return passes[role](batch, view, selected)
+        rows = masked.places.rows(layout, segment)
+        selected = SelectedRows.of(rows, masked.places.samples, layout, segment)
+        read = {"joint": self.joint_states, "fusion": self.fused_states, "text": self.text_states}[role]
+        if getattr(self.last_stack, "mask", "full") in ("full", "separate"):
+            return read(batch, view, selected)
+        # Rows of a causal segment are told by their position among all of it.
+        return Tokens(vk.take_rows(read(batch, view).hidden, rows, impl=self.impl), selected.layout)
 
     def _joint_layout(self, batch: Batch, view: str | None) -> vk.SegmentLayout:
         text = self.text_of(batch, view) if self.joint.text is not None else None
         image = batch.image_layout if batch.image is not None and self.joint.image is not None else None
         has_own_length = view is not None and isinstance(batch.views[view], Text)
         is_the_batchs = self.joint.segments == ["text", "image"] and not has_own_length
-        layout = batch.layout if is_the_batchs else self.joint.layout_of(text and text.layout, image)
+        layout = batch.layout if is_the_batchs else self.joint.layout_of(batch.layout, text and text.layout, image)
         return drawn_as(layout, batch, view)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionLanguageModel:

@@ -220,15 +220,19 @@ class Joint(nn.Module):
             selected=selected,
         )
 
-    def layout_of(self, text: vk.SegmentLayout | None, image: vk.SegmentLayout | None) -> vk.SegmentLayout:
-        """Of the samples' whole stream; a layout that is `None` has no tokens."""
+    def layout_of(
+        self, samples: vk.SegmentLayout, text: vk.SegmentLayout | None, image: vk.SegmentLayout | None
+    ) -> vk.SegmentLayout:
+        """Of these samples' whole stream; a layout that is `None` has no tokens."""
         parts: list[vk.SegmentLayout | int] = [self.stack.queries] if self.queries is not None else []
         if self.text is not None:
             parts.append(0 if text is None else text)
         if self.image is not None:
             parts += [int(image is not None)] * (self.image.segments - 1)
             parts.append(0 if image is None else image)
-        return vk.SegmentLayout.joined(parts)
+        if any(isinstance(part, vk.SegmentLayout) for part in parts):
+            return vk.SegmentLayout.joined(parts)
+        return vk.SegmentLayout.joined((*parts, samples)).select(range(len(parts)))
 
     def pooled(self, tokens: Tokens) -> Tensor:
         """`[B, D]`."""
