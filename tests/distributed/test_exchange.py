@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import vlkernels as vk
-from random_batch import random_batch, small_model
+from random_batch import THREE, random_batch, small_model
 
 from engine.models.exchange import gather_tokens
 from engine.models.transformer import Tokens
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import Matching, Objectives
+from engine.objectives import Objectives, PretrainingModule
+from engine.objectives.matching import Matching
 
 PAIRS = 6
 
@@ -36,7 +36,7 @@ def run(world: int, folder: Path, work) -> list:
 
 
 def module(objectives: Objectives) -> PretrainingModule:
-    return PretrainingModule(small_model(dropout=0.2), build_objectives(objectives))
+    return PretrainingModule(small_model(dropout=0.2), objectives.active)
 
 
 def share_of_step(rank: int, world: int, negatives: str = "global"):
@@ -81,7 +81,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process():
-    single = module(Objectives())
+    single = module(THREE)
     total, losses, _ = single(random_batch(range(PAIRS)))
     total.backward()
     return losses, {name: parameter.grad for name, parameter in single.named_parameters()}

@@ -13,7 +13,8 @@ from engine.batch import IMAGE
 from engine.config import Config
 from engine.data.tokenization import train_tokenizer
 from engine.export import export, rebuild
-from engine.models import OneStream, build_model
+from engine.build import build_model
+from engine.models import OneStream
 from engine.training.command_line import parse
 
 

@@ -11,8 +11,8 @@ from random_batch import random_batch, small_model
 from torch import nn
 
 from engine.batch import Batch
-from engine.objectives import BatchCoupledObjective, Features, PretrainingModule, StepLoss, build_objectives
-from engine.sections import Matching, Objectives
+from engine.objectives import BatchCoupledObjective, Features, Objectives, PretrainingModule, StepLoss
+from engine.objectives.matching import Matching
 from engine.training import feature_cache
 from engine.training.step import normalizers, run_window
 
