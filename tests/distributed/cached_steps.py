@@ -8,6 +8,8 @@ from random_batch import random_batch, small_model
 from engine.batch import Batch
 from engine.config import Config
 from engine.objectives import Objectives, PretrainingModule
+from engine.objectives.contrastive import Contrastive
+from engine.objectives.masked_language import MaskedLanguage
 from engine.sections import Optimizer, Schedule, Train, Zero
 from engine.training import zero
 from engine.training.optimizer import make_optimizer
@@ -16,7 +18,7 @@ from engine.training.step import StepResult, agree, normalizers, run_window
 PAIRS = 512
 RATE = 1024.0
 """Weights are small beside their change, which is then the gradient."""
-OBJECTIVES = Objectives(matching=None)
+OBJECTIVES = Objectives(contrastive=Contrastive(), masked_language=MaskedLanguage())
 STAGES = (0, 1, 2, 3)
 
 

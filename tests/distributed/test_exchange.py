@@ -1,6 +1,7 @@
 """Several ranks on their shares of a batch against one process on all of it: losses and every parameter's
 gradient."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def share_of_step(rank: int, world: int, negatives: str = "global"):
     counts = torch.tensor(list(batch.counts.values()))
     dist.all_reduce(counts)
     batch.normalizers = dict(zip(batch.counts, world / counts, strict=True))
-    trained = module(Objectives(matching=Matching(negatives=negatives)))
+    trained = module(dataclasses.replace(THREE, matching=Matching(negatives=negatives)))
     total, losses, _ = trained(batch)
     total.backward()
     gradients = {name: parameter.grad for name, parameter in trained.named_parameters()}

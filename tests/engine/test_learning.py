@@ -12,6 +12,7 @@ from random_pairs import SIZES, TASKS, region_batch, small_one_stream
 from engine.batch import Batch
 from engine.objectives.parts.baselines import ClassPrior, MeanRegion
 from engine.objectives import Objectives, PretrainingModule
+from engine.objectives.masked_language import MaskedLanguage
 from engine.objectives.masked_region_classes import MaskedRegionClasses
 from engine.objectives.masked_region_features import MaskedRegionFeatures
 from engine.objectives.random_matching import RandomMatching
@@ -58,8 +59,7 @@ def test_permuted_captions_teach_nothing(summaries):
 def learn_by_heart(batch: Batch, task: str) -> tuple[dict[str, float], dict[str, float]]:
     """Losses and report of one objective after 300 steps on one batch."""
     options = Objectives(
-        contrastive=None,
-        matching=None,
+        masked_language=MaskedLanguage(),
         masked_region_features=MaskedRegionFeatures(),
         masked_region_classes=MaskedRegionClasses(),
         random_matching=RandomMatching(alignment=1.0),

@@ -166,7 +166,9 @@ def test_held_out_batches_repeat_in_order_whatever_the_seed_and_batch(workshop):
 
     def evaluated(batch):
         return [
-            pair[1:] for item in held_out_batches(config, source, tokenizer, batch) for pair in pairs_of(item)
+            pair[1:]
+            for item in held_out_batches(config, source, tokenizer, batch, "masked_language")
+            for pair in pairs_of(item)
         ]
 
     whole = evaluated(50)
