@@ -8,21 +8,11 @@ from engine.sections.checks import require, require_not_negative, require_positi
 from engine.sections.data import Data, DataSet, Regions, Tokenizer
 from engine.sections.inputs import ImageInput, TextInput
 from engine.sections.model import Distances, Stack
-from engine.sections.objectives import (
-    Contrastive,
-    MaskedLanguage,
-    MaskedRegionClasses,
-    MaskedRegionFeatures,
-    Matching,
-    Objectives,
-    RandomMatching,
-)
 from engine.sections.roles import DecoderStack, FusionStack, GeneratorStack, ImageStack, JointStack, Model, TextStack
 from engine.sections.training import Buckets, Evaluation, Optimizer, Schedule, Train, Zero
 
 __all__ = [
     "Buckets",
-    "Contrastive",
     "Data",
     "DataSet",
     "DecoderStack",
@@ -33,14 +23,8 @@ __all__ = [
     "ImageInput",
     "ImageStack",
     "JointStack",
-    "MaskedLanguage",
-    "MaskedRegionClasses",
-    "MaskedRegionFeatures",
-    "Matching",
     "Model",
-    "Objectives",
     "Optimizer",
-    "RandomMatching",
     "Regions",
     "Schedule",
     "Stack",

@@ -253,7 +253,3 @@ def test_mistakes_get_one_clear_line(options, message):
     with pytest.raises(ValueError, match=message):
         options.check_input("model.text", 18)
 
-
-def test_two_dimensional_sines_are_maes():
-    theirs = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae").get_2d_sincos_pos_embed(16, 5)
-    torch.testing.assert_close(grid_sinusoids(5, 5, 16), torch.as_tensor(theirs).float())
