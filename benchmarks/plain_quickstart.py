@@ -69,7 +69,7 @@ class MatchingHead(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """Parameters are named as in `VisionLanguageModel`, so one's weights load into the other."""
+    """`engine_name` tells what a parameter is called in `VisionLanguageModel`."""
 
     def __init__(self, model: Model, vocab_size: int):
         super().__init__()
@@ -125,6 +125,31 @@ class PlainModel(nn.Module):
         return {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
 
 
+def engine_name(name: str) -> str:
+    """The packed model's parameter for one of the plain model's."""
+    for plain, engine in (
+        ("image_embedder.tables.0", "image.embedder.places.rows"),
+        ("image_embedder.tables.1", "image.embedder.places.columns"),
+        ("image_embedder.projection.", "image.embedder.projection."),
+        ("text_embedder.tables.0", "text.embedder.words"),
+        ("text_embedder.tables.1", "text.embedder.positions"),
+        ("image_embedder.", "image.embedder.norm."),
+        ("text_embedder.", "text.embedder.norm."),
+        ("image_tower.", "image.transformer."),
+        ("text_tower.", "text.transformer."),
+        ("fusion.", "fusion.transformer."),
+    ):
+        if name.startswith(plain):
+            return engine + name.removeprefix(plain)
+    return name
+
+
+def load_engine_weights(plain: PlainModel, engine: VisionLanguageModel) -> None:
+    weights = engine.state_dict()
+    plain.load_state_dict({name: weights.pop(engine_name(name)) for name in plain.state_dict()})
+    assert not weights, f"the plain model has no place for {', '.join(weights)}"
+
+
 def padded(rows: Tensor, counts: Tensor) -> Tensor:
     """What a padding collate function would have made: `[B, longest, ...]`, zeros behind each sample's rows."""
     return pad_sequence(rows.split(counts.tolist()), batch_first=True)
@@ -144,7 +169,7 @@ def make_models(config: Config, vocab_size: int) -> tuple[PretrainingModule, Pla
     torch.manual_seed(0)
     packed: VisionLanguageModel = build_model(config, vocab_size)
     plain = PlainModel(config.model, vocab_size)
-    plain.load_state_dict(packed.state_dict())
+    load_engine_weights(plain, packed)
     return PretrainingModule(packed, config.objectives.active), plain
 
 

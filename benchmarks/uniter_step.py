@@ -30,13 +30,13 @@ from benchmarks.uniter_pairs import (
     token_bucket_batches,
 )
 from engine.batch import Batch
-from engine.models import OneStream
+from engine.models import VisionLanguageModel
 from engine.objectives import Objectives, PretrainingModule, add_heads
 from engine.objectives.masked_language import MaskedLanguage
 from engine.objectives.masked_region_classes import MaskedRegionClasses
 from engine.objectives.masked_region_features import MaskedRegionFeatures
 from engine.objectives.random_matching import RandomMatching
-from engine.sections import JointStack, Regions
+from engine.sections import ImageInput, JointStack, Model, Regions
 from engine.training.host_memory import keep_large_blocks
 
 ENGINE_TASKS = {
@@ -51,6 +51,7 @@ OBJECTIVES = Objectives(
     masked_region_classes=MaskedRegionClasses(),
     random_matching=RandomMatching(),
 )
+REGIONS = ImageInput(kind="regions", type_of_text=1)
 POOL, PAIRS_PER_BATCH = 8192, 32
 TOKEN_BUDGET = 4096  # 32 pairs, too; UNITER's 10,240 are 88 and would take three times as long
 PAIRS_COMPARED, TOLERANCE = 4, 1e-5
@@ -64,21 +65,24 @@ Rows = list[tuple[str, Seconds]]
 def engine_name(name: str) -> str:
     """The packed model's parameter for one of the plain model's."""
     for plain, engine in (
-        ("text_embedder.words.weight", "text_embedder.tables.0"),
-        ("text_embedder.positions.weight", "text_embedder.tables.1"),
-        ("text_embedder.types.weight", "text_embedder.tables.2"),
-        ("embedder.norm.", "embedder."),
+        ("text_embedder.words.weight", "joint.text.words"),
+        ("text_embedder.positions.weight", "joint.text.positions"),
+        ("text_embedder.types.weight", "joint.text.types"),
+        ("text_embedder.", "joint.text."),
+        ("region_embedder.", "joint.image."),
+        ("pooler.", "joint.pooling.dense."),
         ("masked_language_head.", "heads.masked_language."),
         ("region_feature_head.", "heads.masked_region_features."),
         ("region_class_head.0.", "heads.masked_region_classes."),
         ("region_class_head.1.", "heads.masked_region_classes.classifier."),
         ("matching_head.", "heads.random_matching."),
     ):
-        name = name.replace(plain, engine)
-    return name
+        if name.startswith(plain):
+            return engine + name.removeprefix(plain)
+    return f"joint.{name}"
 
 
-def load_engine_weights(plain: PlainUniter, engine: OneStream) -> None:
+def load_engine_weights(plain: PlainUniter, engine: VisionLanguageModel) -> None:
     weights = engine.state_dict()
     plain.load_state_dict({name: weights.pop(engine_name(name)) for name in plain.state_dict()})
     assert not weights, f"the plain model has no place for {', '.join(weights)}"
@@ -87,8 +91,9 @@ def load_engine_weights(plain: PlainUniter, engine: OneStream) -> None:
 def make_models(sizes: Sizes) -> tuple[PlainUniter, PretrainingModule]:
     """The plain and the packed model with the same weights."""
     torch.manual_seed(0)
-    stack = JointStack(**asdict(sizes.stack), max_positions=sizes.max_positions)
-    engine = OneStream(stack, sizes.vocab_size, Regions(sizes.feature_values, sizes.classes))
+    stack = JointStack(**asdict(sizes.stack), max_positions=sizes.max_positions, types=2, image=REGIONS)
+    model = Model(image=None, text=None, fusion=None, joint=stack)
+    engine = VisionLanguageModel(model, sizes.vocab_size, Regions(sizes.feature_values, sizes.classes))
     add_heads(engine, OBJECTIVES.active)
     plain = PlainUniter(sizes)
     load_engine_weights(plain, engine)
@@ -120,7 +125,8 @@ def make_batches(sizes: Sizes, count: int) -> dict[str, list[BothBatches]]:
     random = np.random.default_rng(0)
     lengths = coco_like_lengths(POOL, random)
     indices = {
-        "random": random_batches(POOL, PAIRS_PER_BATCH, random),
+        "random": random_batches(
+POOL, PAIRS_PER_BATCH, random),
         "bucketed": token_bucket_batches(lengths.sum(1), TOKEN_BUDGET, random),
     }
 

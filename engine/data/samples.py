@@ -22,8 +22,8 @@ def image_transform(config: Config, train: bool = False) -> ImageTransform:
     data = config.data
     return ImageTransform(
         size=data.image_size,
-        patch=config.model.image.patch_size,
-        max_grid=tuple(config.model.image.max_grid),
+        patch=config.model.reads_pictures.patch_size,
+        max_grid=tuple(config.model.reads_pictures.max_grid),
         mean=data.image_mean,
         std=data.image_std,
         resize=data.resize,

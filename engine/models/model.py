@@ -35,7 +35,6 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         super().__init__()
         self.options, self.regions, self.impl = options, regions, impl
         self.rng = vk.Rng(0)
-        self.heads = nn.ModuleDict()
         streams = itertools.count()
         values = None if regions is None else regions.feature_values
         image, text = options.image, options.text
@@ -51,6 +50,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             self.text_head = FeatureHead(text.width, options.projection_dim, text.projection)
             self.logit_scale = nn.Parameter(torch.tensor([math.log(options.logit_scale_init)]))
         self.negatives_stream = next(streams)
+        self.heads = nn.ModuleDict()
         sharing.share(self, options)
         initialize(self, options.initializer_range)
 

@@ -209,16 +209,26 @@ class Joint(nn.Module):
         selected: SelectedRows | None = None,
     ) -> Tokens:
         """States over `layout`, which is `layout_of` the batch; `masked` `[M]` are the rows of the image to hide."""
-        parts = self._parts(text, image, layout, image_layout, masked)
-        tokens = Tokens(self.maker(parts, layout, rng), layout)
         return self.transformer(
-            tokens,
+            self.embed(text, image, layout, rng, image_layout, masked),
             rng=rng,
             mask=mask_table(mask or self.stack.mask, self.segments),
             boxes=self._boxes(text, image, layout) if self.stack.relative_box is not None else None,
             source=source,
             selected=selected,
         )
+
+    def embed(
+        self,
+        text: Text | None,
+        image: Any,
+        layout: vk.SegmentLayout,
+        rng: vk.Rng,
+        image_layout: vk.SegmentLayout | None = None,
+        masked: Tensor | None = None,
+    ) -> Tokens:
+        """Rows of all segments, as `forward` begins with them."""
+        return Tokens(self.maker(self._parts(text, image, layout, image_layout, masked), layout, rng), layout)
 
     def layout_of(
         self, samples: vk.SegmentLayout, text: vk.SegmentLayout | None, image: vk.SegmentLayout | None

@@ -335,7 +335,7 @@ def test_the_uniter_step_is_not_timed_when_losses_differ(monkeypatch):
 
     def spoiled(plain, engine):
         load(plain, engine)
-        torch.nn.init.normal_(engine.transformer.blocks[0].feed_forward.norm.bias, std=0.1)
+        torch.nn.init.normal_(engine.joint.transformer.blocks[0].feed_forward.norm.bias, std=0.1)
 
     monkeypatch.setattr(uniter_step, "load_engine_weights", spoiled)
     monkeypatch.setattr(uniter_step, "measure", lambda *_: pytest.fail("timed"))

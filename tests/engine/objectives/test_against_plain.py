@@ -5,7 +5,7 @@ import pytest
 import torch
 from random_batch import THREE, VOCAB, random_batch, small_config, small_model
 
-from benchmarks.plain_quickstart import PlainModel
+from benchmarks.plain_quickstart import PlainModel, engine_name, load_engine_weights
 from engine.objectives import Objectives, PretrainingModule, matching
 
 PAIRS = range(7)
@@ -19,7 +19,7 @@ def test_losses_and_gradients(monkeypatch, dtype, tolerance, recompute):
     packed = small_model(dtype=dtype)
     packed.checkpoint_activations(recompute)
     plain = PlainModel(small_config(), VOCAB).to(dtype)
-    plain.load_state_dict(packed.state_dict())
+    load_engine_weights(plain, packed)
     batch = random_batch(PAIRS)
     assert len(set(batch.image_layout.lengths.flatten().tolist())) > 2
 
@@ -31,7 +31,7 @@ def test_losses_and_gradients(monkeypatch, dtype, tolerance, recompute):
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name].to(loss.dtype), rtol=tolerance, atol=tolerance)
-    theirs = dict(plain.named_parameters())
+    theirs = {engine_name(name): parameter for name, parameter in plain.named_parameters()}
     for name, parameter in packed.named_parameters():
         scale = theirs[name].grad.abs().max()
         assert scale > 1e-9, name
