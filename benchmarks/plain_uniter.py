@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.plain_transformer import HeadTransform, TiedHead, Transformer, attention_mask, padding_mask
+from benchmarks.plain_transformer import HeadTransform, TiedHead, Transformer, padding_mask
+from engine.batch import OnDevice
 from engine.sections import Stack
 
 TASKS = ("mlm", "mrfr", "mrc", "mrc_kl", "itm")
@@ -41,7 +42,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class PaddedBatch:
+class PaddedBatch(OnDevice):
     """B pairs of a caption and an image's regions, zeros behind each; a task reads the fields it needs."""
 
     text_lengths: Tensor
@@ -50,6 +51,8 @@ class PaddedBatch:
     """int64 [B], at most R."""
     joint_length: int
     """Length that a caption and its regions are padded to together."""
+    visible: Tensor | None
+    """bool [B, 1, 1, joint_length]: what is no padding; none where nothing is."""
     text_ids: Tensor
     """int64 [B, L]: [CLS] caption [SEP]."""
     features: Tensor
@@ -135,8 +138,7 @@ class PlainUniter(nn.Module):
         kind = self.text_embedder.types.weight[IMAGE_TYPE]
         regions = self.region_embedder(batch.features, batch.boxes, kind, masked)
         joint = gather(torch.cat((text, regions), dim=1), gather_index(batch))
-        real = padding_mask(batch.text_lengths + batch.region_counts, batch.joint_length)
-        return self.transformer(joint, attention_mask(real))
+        return self.transformer(joint, batch.visible)
 
     def forward(self, batch: PaddedBatch, task: str) -> dict[str, Tensor]:
         """The losses of one of `TASKS` by name; each is a mean over this batch."""
@@ -172,7 +174,7 @@ class PlainUniter(nn.Module):
 def gather_index(batch: PaddedBatch) -> Tensor:
     """`[B, joint_length]`: which column of padded text, then padded regions, stands where in the joint
     sequence."""
-    place = torch.arange(batch.joint_length)
+    place = torch.arange(batch.joint_length, device=batch.text_lengths.device)
     behind_text = place - batch.text_lengths[:, None]
     longest_text, most_regions = batch.text_ids.shape[1], batch.features.shape[1]
     index = torch.where(behind_text < 0, place, longest_text + behind_text)
@@ -190,7 +192,7 @@ def word_states(hidden: Tensor, batch: PaddedBatch) -> Tensor:
 
 def region_states(hidden: Tensor, batch: PaddedBatch) -> Tensor:
     """`[B, R, D]`: the regions' part of the joint sequence; what is padding there is anything."""
-    place = batch.text_lengths[:, None] + torch.arange(batch.features.shape[1])
+    place = batch.text_lengths[:, None] + torch.arange(batch.features.shape[1], device=batch.text_lengths.device)
     return gather(hidden, place.clamp(max=batch.joint_length - 1))
 
 
