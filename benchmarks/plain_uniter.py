@@ -63,6 +63,8 @@ class PaddedBatch(OnDevice):
     """int64 [B, L]: the captions after masked-language corruption."""
     word_targets: Tensor | None = None
     """int64 [B, L]: the id that stood there, `IGNORED` where nothing is predicted."""
+    word_places: Tensor | None = None
+    """int64 [2, M]: the samples and positions where something is predicted."""
     region_masked: Tensor | None = None
     """bool [B, R]: what MRFR and MRC hide and predict."""
     soft_labels: Tensor | None = None
@@ -156,7 +158,7 @@ class PlainUniter(nn.Module):
         return {task: CLASS_LOSSES[task](self.region_class_head(hidden), soft_labels)}
 
     def masked_language_loss(self, batch: PaddedBatch) -> Tensor:
-        predicted = batch.word_targets != IGNORED
+        predicted = batch.word_places.unbind()
         hidden = word_states(self.encode(batch, batch.masked_ids), batch)[predicted]
         logits = self.masked_language_head(hidden, self.text_embedder.words.weight)
         return F.cross_entropy(logits, batch.word_targets[predicted])

@@ -1,8 +1,8 @@
 """Whole training steps: the packed models beside padded ones. `python -m benchmarks.train_step [--device cpu|cuda] [--system NAME]`
 
 A step is forward, backward and AdamW, with dropout where the model has it. All variants of a system have the same weights, and none is
-timed before their losses agree; batches are built before the clock starts, and the variants take turns. On a CPU models are a
-third as deep as published, on a card they have their published size.
+timed before their losses agree; batches are built before the clock starts, and the variants take turns. On a CPU all but
+UNITER are a quarter as deep as published, on a card all have their published size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks import roof
 from benchmarks.provenance import RESULTS, store
 from benchmarks.steps import where
 from benchmarks.steps.shapes import systems
-from benchmarks.steps.system import HUGGING_FACE, KINDS, PACKED, PADDED, System, spread
+from benchmarks.steps.system import HUGGING_FACE, PACKED, PADDED, System, spread
 from benchmarks.timing import Reading, clock_of, summary
 from engine.training.host_memory import keep_large_blocks
 
@@ -65,6 +65,22 @@ class Both:
 
 
 Batches = Mapping[str, list[Both]]
+TIMED = {"random": (PACKED, PADDED, HUGGING_FACE), "bucketed": (PACKED, PADDED)}
+
+
+def dry_run(system: System, dtype: torch.dtype) -> None:
+    """Every variant forward and backward without a card and without values, on two samples."""
+    with torch.device("meta"):
+        models, absent = make_models(system, "meta")
+    random = np.random.default_rng(0)
+    both = Both.of(system, [system.sample(lengths, random) for lengths in system.lengths(2, random).tolist()], "meta")
+    millions = sum(p.numel() for p in models[PACKED].parameters()) / 1e6
+    print(f"{system.name}, {system.layers}, {system.pairs} samples of a random batch, {millions:.1f} M parameters")
+    for name, model in models.items():
+        model.to(dtype)(both.read_by(name)).backward()
+        print(f"  {name}: runs on tensors without values")
+    for name, reason in absent.items():
+        print(f"  {name} does not run here: {reason}")
 
 
 def make_models(system: System, device: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -107,20 +123,20 @@ def make_batches(system: System, count: int, device: str) -> Batches:
 
 
 def measure(steps: Mapping[str, Step], batches: Batches, device: str) -> dict[str, list[Reading]]:
-    """By variant and kind, one batch of each kind after another; the largest ones first, to warm up."""
+    """By variant and kind, one batch of each kind after another; before them all the largest, so that its memory is kept."""
     clock = clock_of(device)
 
-    def one_round(number: int) -> dict[str, Reading]:
-        return {
-            f"{name}, {kind}": clock.measure((name, kind), lambda step=step, both=both[number], name=name: step(both.read_by(name)))
-            for kind, both in batches.items()
-            for name, step in steps.items()
-        }
+    def timed(name: str, both: Both) -> Reading:
+        return clock.measure(name, lambda: steps[name](both.read_by(name)))
 
-    rounds = len(batches[KINDS[0]])
-    one_round(-1)
-    readings = [one_round(number) for number in range(rounds)]
-    return {variant: [reading[variant] for reading in readings] for variant in readings[0]}
+    for name in steps:
+        timed(name, batches["random"][-1])
+    cases = [(kind, name) for kind, names in TIMED.items() for name in names if name in steps]
+    readings: dict[str, list[Reading]] = {f"{name}, {kind}": [] for kind, name in cases}
+    for number in range(len(batches["random"])):
+        for kind, name in cases:
+            readings[f"{name}, {kind}"].append(timed(name, batches[kind][number]))
+    return readings
 
 
 def figures(system: System, batches: Batches, readings: Mapping[str, list[Reading]], matmul: float) -> dict[str, Any]:
@@ -144,7 +160,7 @@ def figures(system: System, batches: Batches, readings: Mapping[str, list[Readin
 
 
 def look_inside(system: System, steps: Mapping[str, Step], both: Both, device: str) -> dict[str, dict[str, Any]]:
-    """Shares of the time of one step, its data's collation included, and the memory beside weights and moments."""
+    """Shares of the time of one step, its data's collation included, and the memory it takes beside weights and moments."""
     found: dict[str, dict[str, Any]] = {"breakdown": {}, "peak_bytes": {}}
     for name, step in steps.items():
         collate = system.packed if name == PACKED else system.padded
@@ -154,20 +170,9 @@ def look_inside(system: System, steps: Mapping[str, Step], both: Both, device: s
                 batch = collate(both.samples).to(device)
             step(batch)
 
-        found["breakdown"][name], _ = where.take(whole, step.model, device, memory=False)
-        found["peak_bytes"][name] = peak_bytes(step, both.read_by(name), device)
+        step.optimizer.zero_grad(set_to_none=True)
+        found["breakdown"][name], found["peak_bytes"][name] = where.take(whole, step.model, device)
     return found
-
-
-def peak_bytes(step: Step, batch: Any, device: str) -> int:
-    """Gradients, activations and what operators need beside them."""
-    step.optimizer.zero_grad(set_to_none=True)
-    if device == "cpu":
-        return where.take(lambda: step(batch), step.model, device, memory=True)[1]
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(batch)
-    return torch.cuda.max_memory_allocated() - before
 
 
 def run(system: System, device: str, dtype: torch.dtype, count: int, matmul: float) -> dict[str, Any]:
@@ -179,6 +184,7 @@ def run(system: System, device: str, dtype: torch.dtype, count: int, matmul: flo
     return {
         "benchmark": f"{system.name} step",
         "layers": system.layers,
+        "pairs": system.pairs,
         "lengths": system.lengths_are,
         "dtype": str(dtype),
         "parameters": sum(p.numel() for p in models[PACKED].parameters()),
@@ -209,12 +215,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", choices=("tiny", "small", "full"), help="default: small on a CPU, full on a card")
     parser.add_argument("--system", action="append", help="only this one, by the begin of its name; several times for several")
-    parser.add_argument("--batches", type=int, default=3, help="of each kind")
+    parser.add_argument("--batches", type=int, default=2, help="of each kind")
+    parser.add_argument("--dry-run", action="store_true", help="build and run everything on tensors without values, time nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     options = parser.parse_args(arguments)
     device, dtype = options.device, torch.bfloat16 if options.device == "cuda" else torch.float32
     asked = tuple(name.lower() for name in options.system or ("",))
-    chosen = [s for s in systems(options.size or ("full" if device == "cuda" else "small")) if s.name.lower().startswith(asked)]
+    size = options.size or ("full" if device == "cuda" else "small")
+    chosen = [system for system in systems(size) if system.name.lower().startswith(asked)]
+    if not chosen:
+        parser.error(f"--system: none begins with {' or '.join(asked)}: {', '.join(system.name for system in systems(size))}")
+    if options.dry_run:
+        for system in chosen:
+            dry_run(system, dtype)
+        return 0
     keep_large_blocks()
     matmul = roof.measure(device, dtype, *(() if device == "cuda" else (2048, 2**26))).flops
     failed = 0

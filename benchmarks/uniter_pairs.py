@@ -114,13 +114,15 @@ def pad(pairs: Sequence[Pair], multiple: int = 1) -> PaddedBatch:
     def padded(name: str, value: int = 0) -> Tensor:
         return pad_sequence([getattr(pair, name) for pair in pairs], batch_first=True, padding_value=value)
 
+    word_targets = padded("word_targets", IGNORED)
     ragged = ("text_ids", "masked_ids", "features", "boxes", "region_masked", "soft_labels")
     return PaddedBatch(
         text_lengths=text_lengths,
         region_counts=region_counts,
         joint_length=joint_length,
         visible=attention_mask(padding_mask(lengths, joint_length)),
-        word_targets=padded("word_targets", IGNORED),
+        word_targets=word_targets,
+        word_places=(word_targets != IGNORED).nonzero().T,
         own_image=torch.stack([pair.own_image for pair in pairs]),
         **{name: padded(name) for name in ragged},
     )

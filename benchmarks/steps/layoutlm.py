@@ -292,7 +292,10 @@ class LayoutLM(System):
         )
 
     def model(self) -> PackedLayoutLM:
-        return redraw(PackedLayoutLM(self.shape))
+        model = redraw(PackedLayoutLM(self.shape))
+        for table in model.transformer.distances.tables:  # large enough for a wrong bucket to tell
+            nn.init.normal_(table)
+        return model
 
     def peer(self, name: str, ours: nn.Module) -> nn.Module:
         weights = {own.replace("transformer.distances.", ""): weight for own, weight in ours.named_parameters()}

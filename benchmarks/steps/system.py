@@ -16,7 +16,6 @@ from engine.sections import Stack
 
 POOL = 8192
 PACKED, PADDED, HUGGING_FACE = "packed", "padded PyTorch", "transformers"
-KINDS = ("random", "bucketed")
 
 
 class Moving(Protocol):
