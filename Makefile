@@ -72,7 +72,7 @@ bench: setup
 	$(RUN) -m benchmarks.run --device cpu
 	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart
-	$(RUN) -m benchmarks.uniter_step
+	$(RUN) -m benchmarks.train_step --device cpu
 	$(RUN) -m benchmarks.report
 
 bench-gpu-dry: setup

@@ -11,7 +11,7 @@ from mutants import load_mutant
 from process_group import process_group_of_one
 from random_batch import random_batch
 
-from engine.objectives import batch_coupled, pretraining
+from engine.objectives.parts import batch_coupled, pretraining
 from engine.training import feature_cache, step
 
 WORKER = Path(__file__).with_name("feature_cache_worker.py")

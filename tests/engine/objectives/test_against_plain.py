@@ -5,8 +5,8 @@ import pytest
 import torch
 from random_batch import THREE, VOCAB, random_batch, small_config, small_model
 
-from benchmarks.plain_quickstart import PlainModel, engine_name, load_engine_weights
-from engine.objectives import Objectives, PretrainingModule, matching
+from benchmarks.plain_quickstart import PaddedPairs, PlainModel
+from engine.objectives import PretrainingModule, matching
 
 PAIRS = range(7)
 HARD_TEXTS, HARD_IMAGES = torch.tensor([1, 2, 0, 0, 6, 4, 2]), torch.tensor([3, 0, 1, 6, 0, 1, 0])
@@ -19,19 +19,19 @@ def test_losses_and_gradients(monkeypatch, dtype, tolerance, recompute):
     packed = small_model(dtype=dtype)
     packed.checkpoint_activations(recompute)
     plain = PlainModel(small_config(), VOCAB).to(dtype)
-    load_engine_weights(plain, packed)
+    plain.load_state_dict(packed.state_dict())
     batch = random_batch(PAIRS)
     assert len(set(batch.image_layout.lengths.flatten().tolist())) > 2
 
     total, losses, _ = PretrainingModule(packed, THREE.active)(batch)
     total.backward()
-    expected = plain(batch, (HARD_TEXTS, HARD_IMAGES))
+    expected = plain(PaddedPairs.of(batch), (HARD_TEXTS, HARD_IMAGES))
     sum(expected.values()).backward()
 
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name].to(loss.dtype), rtol=tolerance, atol=tolerance)
-    theirs = {engine_name(name): parameter for name, parameter in plain.named_parameters()}
+    theirs = dict(plain.named_parameters())
     for name, parameter in packed.named_parameters():
         scale = theirs[name].grad.abs().max()
         assert scale > 1e-9, name
