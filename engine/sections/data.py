@@ -88,6 +88,9 @@ class Data:
     """Least and largest share of the area that random_crop "resized" keeps."""
     flip: bool = False
     """Mirror training images at random. Leave it off where captions or glyphs say left and right."""
+    augment: Literal["none", "rand_augment"] = "none"
+    """Of training images, behind the crop. rand_augment: two operations at magnitude 7 that move the picture or change
+    its brightness, contrast or sharpness, as ALBEF and BLIP have them; never a mirror."""
     workers: int = 0
     """Loader processes per rank (0: load in the training process). They do not change the order."""
     fault_limit: int = 100
