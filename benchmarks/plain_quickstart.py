@@ -23,8 +23,9 @@ from benchmarks.timing import interleaved
 from engine.batch import IMAGE, TEXT, Batch
 from engine.config import Config
 from engine.data import load_training_sets, make_tokenizer, training_stream
-from engine.models import VisionLanguageModel, build_model
-from engine.objectives import PretrainingModule, build_objectives
+from engine.build import build_model
+from engine.models import VisionLanguageModel
+from engine.objectives import PretrainingModule
 from engine.sections import Model, Stack
 from engine.training import zero
 from engine.training.command_line import parse
@@ -81,8 +82,8 @@ class PlainModel(nn.Module):
         self.text_head = FeatureHead(text.width, model.projection_dim)
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.fusion = Transformer(fusion, image.width)
-        self.matching_head = MatchingHead(fusion.width)
-        self.masked_language_head = TiedHead(fusion, vocab_size)
+        masked_language = TiedHead(fusion, vocab_size)
+        self.heads = nn.ModuleDict({"masked_language": masked_language, "matching": MatchingHead(fusion.width)})
 
     def encode_text(self, ids: Tensor, visible: Tensor | None) -> Tensor:
         positions = torch.arange(ids.shape[1]).expand_as(ids)
@@ -92,7 +93,7 @@ class PlainModel(nn.Module):
         """Losses by name; `negatives` are the hard texts and the hard images (default: drawn from the
         scores)."""
         word_counts, patch_counts = batch.layout.lengths[:, TEXT], batch.layout.lengths[:, IMAGE]
-        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text_ids, word_counts)
+        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text.ids, word_counts)
         real_patches = padding_mask(patch_counts, patches.shape[1])
         real_words = padding_mask(word_counts, text_ids.shape[1])
         see_patches, see_words = attention_mask(real_patches), attention_mask(real_words)
@@ -114,13 +115,13 @@ class PlainModel(nn.Module):
         texts, images = torch.cat((own, hard_texts, own)), torch.cat((own, own, hard_images))
         read = [tuple(part[images] for part in keys_values) for keys_values in source]
         fused = self.fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
-        matching = F.cross_entropy(self.matching_head(fused), (torch.arange(3 * pairs) < pairs).long())
+        matching = F.cross_entropy(self.heads["matching"](fused), (torch.arange(3 * pairs) < pairs).long())
 
-        masked = self.encode_text(padded(batch.masked_words.ids, word_counts), see_words)
+        masked = self.encode_text(padded(batch.views["masked_language"].ids, word_counts), see_words)
         fused = self.fusion(masked, see_words, source, see_patches)
-        places = batch.masked_words.places
-        words = self.masked_language_head(fused[places.samples, places.offsets], self.text_embedder.tables[0])
-        masked_language = F.cross_entropy(words, batch.masked_words.targets)
+        places = batch.views["masked_language"].places
+        words = self.heads["masked_language"](fused[places.samples, places.offsets], self.text_embedder.tables[0])
+        masked_language = F.cross_entropy(words, batch.views["masked_language"].targets)
         return {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
 
 
@@ -144,7 +145,7 @@ def make_models(config: Config, vocab_size: int) -> tuple[PretrainingModule, Pla
     packed: VisionLanguageModel = build_model(config, vocab_size)
     plain = PlainModel(config.model, vocab_size)
     plain.load_state_dict(packed.state_dict())
-    return PretrainingModule(packed, build_objectives(config.objectives)), plain
+    return PretrainingModule(packed, config.objectives.active), plain
 
 
 class PlainLoop:

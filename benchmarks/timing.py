@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,22 +45,41 @@ def interleaved(variants: Mapping[str, Callable[[], object]], device: str, budge
     return {name: parts["call"] for name, parts in timings.items()}
 
 
-def interleaved_parts(variants: Mapping[str, Parts], device: str, budget_s: float = 3.0) -> dict[str, dict[str, Timing]]:
-    """:func:`interleaved` of variants in parts: the timing of each, and of their sum as ``"total"``."""
+def interleaved_parts(
+    variants: Mapping[str, Parts], device: str, budget_s: float = 3.0, warm: bool = False
+) -> dict[str, dict[str, Timing]]:
+    """:func:`interleaved` of variants in parts: the timing of each, and of their sum as ``"total"``.
+
+    ``warm``: all of them have run before, so that the first of some long rounds counts too.
+    """
     clock = CudaClock() if device == "cuda" else _HostClock()
 
     def one_round() -> dict[str, list[Reading]]:
         return {name: [clock.measure((name, part), call) for part, call in parts.items()] for name, parts in variants.items()}
 
-    is_long = host_seconds(one_round) > budget_s > 0
-    for _ in range(0 if is_long else WARM_UP_ROUNDS - 1):
-        one_round()
-    fewest = FEWEST_LONG_ROUNDS if is_long else FEWEST_ROUNDS
     rounds: list[dict[str, list[Reading]]] = []
-    started = time.perf_counter()
-    while len(rounds) < fewest or time.perf_counter() - started < budget_s:
-        rounds.append(one_round())
+    with _little_garbage():
+        is_long = host_seconds(lambda: rounds.append(one_round())) > budget_s > 0
+        if not (is_long and warm):
+            rounds.clear()
+        for _ in range(0 if is_long else WARM_UP_ROUNDS - 1):
+            one_round()
+        fewest = FEWEST_LONG_ROUNDS if is_long else FEWEST_ROUNDS
+        started = time.perf_counter()
+        while len(rounds) < fewest or time.perf_counter() - started < budget_s:
+            rounds.append(one_round())
     return {name: _summaries(list(parts), [readings[name] for readings in rounds]) for name, parts in variants.items()}
+
+
+@contextlib.contextmanager
+def _little_garbage() -> Iterator[None]:
+    """What was made before is not looked through again: a collection takes 0.2 s, from whoever happens to run."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _summaries(parts: list[str], rounds: list[list[Reading]]) -> dict[str, Timing]:

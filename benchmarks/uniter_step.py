@@ -31,8 +31,12 @@ from benchmarks.uniter_pairs import (
 )
 from engine.batch import Batch
 from engine.models import OneStream
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import JointStack, MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching
+from engine.objectives import Objectives, PretrainingModule, add_heads
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.masked_region_classes import MaskedRegionClasses
+from engine.objectives.masked_region_features import MaskedRegionFeatures
+from engine.objectives.random_matching import RandomMatching
+from engine.sections import JointStack, Regions
 from engine.training.host_memory import keep_large_blocks
 
 ENGINE_TASKS = {
@@ -42,8 +46,7 @@ ENGINE_TASKS = {
     "itm": "random_matching",
 }
 OBJECTIVES = Objectives(
-    contrastive=None,
-    matching=None,
+    masked_language=MaskedLanguage(),
     masked_region_features=MaskedRegionFeatures(),
     masked_region_classes=MaskedRegionClasses(),
     random_matching=RandomMatching(),
@@ -65,8 +68,11 @@ def engine_name(name: str) -> str:
         ("text_embedder.positions.weight", "text_embedder.tables.1"),
         ("text_embedder.types.weight", "text_embedder.tables.2"),
         ("embedder.norm.", "embedder."),
-        ("region_class_head.0.", "region_class_head."),
-        ("region_class_head.1.", "region_class_head.classifier."),
+        ("masked_language_head.", "heads.masked_language."),
+        ("region_feature_head.", "heads.masked_region_features."),
+        ("region_class_head.0.", "heads.masked_region_classes."),
+        ("region_class_head.1.", "heads.masked_region_classes.classifier."),
+        ("matching_head.", "heads.random_matching."),
     ):
         name = name.replace(plain, engine)
     return name
@@ -82,10 +88,11 @@ def make_models(sizes: Sizes) -> tuple[PlainUniter, PretrainingModule]:
     """The plain and the packed model with the same weights."""
     torch.manual_seed(0)
     stack = JointStack(**asdict(sizes.stack), max_positions=sizes.max_positions)
-    engine = OneStream(stack, sizes.vocab_size, feature_values=sizes.feature_values, classes=sizes.classes)
+    engine = OneStream(stack, sizes.vocab_size, Regions(sizes.feature_values, sizes.classes))
+    add_heads(engine, OBJECTIVES.active)
     plain = PlainUniter(sizes)
     load_engine_weights(plain, engine)
-    return plain, PretrainingModule(engine, build_objectives(OBJECTIVES))
+    return plain, PretrainingModule(engine, OBJECTIVES.active)
 
 
 @dataclass(frozen=True)

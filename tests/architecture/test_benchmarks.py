@@ -1,5 +1,6 @@
 """The runner stores what it measured with its provenance, and times nothing that is wrong."""
 
+import gc
 import json
 import subprocess
 import time
@@ -36,7 +37,7 @@ def test_the_rows_of_a_card_are_listed_without_one(capsys, monkeypatch):
     assert run.main(["--device", "cuda", "--list", "--op", "take_rows", "--op", "segment_mean"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("take_rows, 15% of 65536 rows, D768, bfloat16 and float32: beside index_select; torch.compile; ")
-    assert told[-1] == "segment_mean, regions, float32 and bfloat16 and float16: beside reference; index_add"
+    assert told[-1] == "segment_mean, regions, float32 and bfloat16: beside reference; index_add"
 
 
 def test_a_red_contract_prints_no_time(tmp_path, capsys, monkeypatch):
@@ -73,8 +74,9 @@ def test_an_op_with_a_faulty_kernel_prints_no_time_and_the_others_do(fault, tmp_
 
 def test_a_second_run_times_what_the_first_one_left(tmp_path, capsys, monkeypatch):
     arguments = [*ARGUMENTS, "--op", "segment_mean", "--results", str(tmp_path)]
-    whole = SEGMENT_MEAN.dtypes
-    monkeypatch.setattr(ops, "specs", lambda: (replace(SEGMENT_MEAN, dtypes=whole[:1]),))
+    row = SEGMENT_MEAN.benchmarks["regions"]
+    whole, part = row.dtypes, replace(row, dtypes=row.dtypes[:1])
+    monkeypatch.setattr(ops, "specs", lambda: (replace(SEGMENT_MEAN, benchmarks={"regions": part}),))
     assert run.main(arguments) == 0
     monkeypatch.setattr(ops, "specs", lambda: (SEGMENT_MEAN,))
     assert run.main([*arguments, "--missing"]) == 0
@@ -148,6 +150,11 @@ def test_a_copy_moves_as_many_bytes_as_the_call_must(monkeypatch):
         call()
     assert copied == [4096, 512]
     assert list(roof.Copies(Cost(forward_bytes=8), "cpu").parts()) == ["forward"]
+
+
+@pytest.mark.parametrize("value, told", ((0.0912, "0.0912"), (0.2, "0.200"), (1.855, "1.85"), (25.56, "25.6"), (4321.9, "4322"), (0, "0")))
+def test_a_rate_has_digits_that_say_something(value, told):
+    assert run.significant(value) == told
 
 
 def test_peak_memory_is_that_of_a_whole_step(monkeypatch):
@@ -232,6 +239,19 @@ def test_parts_are_timed_one_after_the_other_and_summed():
     assert timings["a"].keys() == {"forward", "backward", "total"} and timings["b"].keys() == {"forward", "total"}
     assert timings["a"]["total"].low >= max(timings["a"][part].low for part in ("forward", "backward"))
     assert timings["a"]["total"].runs == timing.FEWEST_ROUNDS
+
+
+def test_long_rounds_of_warm_variants_count_from_the_first():
+    runs = []
+    parts = {"long": {"forward": lambda: (runs.append(None), time.sleep(0.02))}}
+    timings = timing.interleaved_parts(parts, "cpu", 0.01, warm=True)
+    assert timings["long"]["forward"].runs == len(runs) == timing.FEWEST_LONG_ROUNDS
+
+
+def test_old_objects_are_not_collected_while_the_clock_runs():
+    before, seen = gc.get_freeze_count(), []
+    timing.interleaved({"call": lambda: seen.append(gc.get_freeze_count())}, "cpu", budget_s=0.0)
+    assert min(seen) > 10_000 > before and gc.get_freeze_count() == 0
 
 
 def test_a_round_longer_than_the_budget_is_repeated_less_often():
