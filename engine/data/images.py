@@ -86,7 +86,7 @@ class ImageTransform:
     def _patches(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, columns = pixels.shape[0] // self.patch, pixels.shape[1] // self.patch
         grid = self._scaled(pixels).reshape(rows, self.patch, columns, self.patch, 3).transpose(0, 2, 4, 1, 3)
-        return grid.reshape(rows * columns, -1), _grid_positions(rows, columns)
+        return grid.reshape(rows * columns, -1), grid_positions(rows, columns)
 
     def _scaled(self, pixels: np.ndarray) -> np.ndarray:
         std = np.asarray(self.std, dtype=np.float32)
@@ -111,5 +111,5 @@ def _translate(pixels: np.ndarray, reach: int, random: np.random.Generator) -> n
 
 
 @lru_cache
-def _grid_positions(rows: int, columns: int) -> np.ndarray:
+def grid_positions(rows: int, columns: int) -> np.ndarray:
     return np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T
