@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from vlkernels import ops
 
+from vlkernels import ops
 from vlkernels.core import native, products
+from vlkernels.core.spec import InputMaker
 from vlkernels.testing.arguments import differentiable_tensors, floating_outputs, integer_outputs
 
 compiled = pytest.mark.skipif(native.missing("multiply_into") is not None, reason=str(native.missing("multiply_into")))
