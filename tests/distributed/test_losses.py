@@ -1,6 +1,7 @@
 """Losses and draws over gloo ranks against one process on all pairs: values, gradients, bytes sent, memory, faults, errors."""
 
 import contextlib
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import vlkernels as vk
-from loss_cases import LOSSES, WAYS, WIDTH, Model, Pairs, value_and_gradients
+from loss_cases import LOSSES, WAYS, WIDTH, Model, Pairs, Towers, over_tokens, value_and_gradients
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +36,7 @@ from vlkernels.ops.triplet_loss import torch_kernels as triplet_kernels
 COUNTS = {2: ((5, 5), (7, 3)), 3: ((4, 4, 4), (6, 0, 5)), 4: ((3, 3, 3, 3), (5, 0, 2, 4))}
 REDUCTIONS = ("mean", "sum")
 LARGE = (40, 24)  # rows and columns on every rank, more than the statistics of all ranks' rows
+SHARE = 0.4  # of tokens that are sent
 KINDS = ("contrastive", "sigmoid", "hardest", "filip")
 
 # How often texts go around the ring, their gradients not counted; against keys, those of both sides once.
@@ -75,6 +78,7 @@ def of_rank(rank, world, folder):
             results["found"][key], results["bytes"][key] = (loss, gradients), dict(sent)
         drawn = [negatives(own, counts, rank, impl=impl, **over_ranks) for impl in ("torch", "reference")]
         results["negatives"][str(counts)] = drawn
+    results["salient"] = {key: salient(key, rank, group) for key in product(COUNTS[world], ("gather", "ring", "reference"))}
     results["half"] = half_precision(rank, world, group)
     results["largest"] = {way: largest_tensors(way, group) for way in ("gather", "ring")}
     results["alone"] = alone(rank)
@@ -100,6 +104,38 @@ def negatives(own, counts, rank, **options):
     with torch.no_grad():
         image, text, scale, _ = Model().towers(own.images, own.texts)
     return vk.hard_negatives(image, text, scale, labels=own.labels, rng=vk.Rng(7), stream=2, sample_ids=ids, **options)
+
+
+def salient(key, rank, group):
+    """Loss, summed gradients and bytes where a rank sends a share of its tokens."""
+    counts, way = key
+    own, towers = Pairs.drawn(sum(counts)).of_rank(counts, rank), Towers()
+    with count_bytes() as sent:
+        loss = over_tokens(token_share=SHARE)(towers, own, group=group, rank_counts=counts, rank_reduction="sum", **WAYS[way])
+    loss.backward()
+    gradients = [towers.image.grad, towers.text.grad, towers.scale.grad]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    return loss.detach(), gradients, dict(sent)
+
+
+def salient_in_one_process(counts):
+    """Tokens chosen on every rank's share, one by one, and the loss of those alone."""
+    towers, chosen = Towers(), ([], [])
+    for rank in range(len(counts)):
+        own = Pairs.drawn(sum(counts)).of_rank(counts, rank)
+        if counts[rank] == 0:
+            continue
+        samples = [[F.normalize(t @ w, dim=1) for t in side] for side, w in own.encoded_by(towers)]
+        products = torch.cat(samples[0]) @ torch.cat(samples[1]).T
+        for side, best in enumerate((products.amax(1), products.amax(0))):
+            scores = best.split([len(sample) for sample in samples[side]])
+            for sample, score in zip(samples[side], scores):
+                kept = score.argsort(descending=True)[: math.ceil(SHARE * len(sample))].sort().values
+                chosen[side].append(sample[kept])
+    layouts = {f"{name}_layout": vk.SegmentLayout([[len(s)] for s in side]) for name, side in zip(("image", "text"), chosen)}
+    loss = vk.late_interaction_loss(*map(torch.cat, chosen), towers.scale.exp(), **layouts, impl="reference")
+    return loss.detach(), torch.autograd.grad(loss, (towers.image, towers.text, towers.scale))
 
 
 def half_precision(rank, world, group):
@@ -242,6 +278,18 @@ def test_reduced_parameter_gradients_are_those_of_one_process(ranks):
         assert all(gradient.abs().max() > 1e-3 for gradient in expected[:2])
         for mine, true in zip(ranks[0]["found"][key][1], expected, strict=True):
             torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12, msg=key)
+
+
+def test_a_share_of_tokens_is_chosen_before_anything_is_sent(ranks):
+    for counts, way in product(COUNTS[len(ranks)], ("gather", "ring", "reference")):
+        expected, true = salient_in_one_process(counts)
+        for result in ranks:
+            loss, gradients, sent = result["salient"][counts, way]
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+            torch.testing.assert_close(gradients, list(true), rtol=1e-10, atol=1e-12)
+            if way != "reference":
+                whole = result["bytes"][str((counts, "filip", "sum", way))]
+                assert sum(sent.values()) < (0.6 + SHARE / 2) * sum(whole.values())
 
 
 def test_the_ring_sends_a_rank_s_share_of_texts_and_gradients(ranks):

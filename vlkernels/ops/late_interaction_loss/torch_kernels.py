@@ -14,12 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkernels.core.products import multiply
+from vlkernels.core import pairs
+from vlkernels.core.products import multiply, outside_autocast
 from vlkernels.ops.late_interaction_loss import driver
 from vlkernels.ops.late_interaction_loss.driver import Samples, Targets
+from vlkernels.ops.late_interaction_loss.reference import Side
 from vlkernels.ops.late_interaction_loss.tiles import Tiles, place_dtype
 
 TILE = 1024  # tokens, padding included, of each side
+
+
+def salience(images: Side, texts: Side) -> tuple[Tensor, Tensor]:
+    """``reference.salience`` over tiles."""
+    sides, dtype = (images, texts), pairs.wide(images.tokens)
+    best = [side.tokens.new_full((len(side.tokens),), -torch.inf, dtype=dtype) for side in sides]
+    here = [side.held() for side in sides]
+    spans = [[slice(start, start + TILE) for start in range(0, len(side.tokens), TILE)] for side in sides]
+    with outside_autocast(images.tokens):
+        for i, j in product(*spans):
+            tile = images.tokens[i].to(dtype) @ texts.tokens[j].to(dtype).T
+            tile.masked_fill_(~(here[0][i, None] & here[1][j]), -torch.inf)
+            best[0][i] = torch.maximum(best[0][i], tile.amax(1))
+            best[1][j] = torch.maximum(best[1][j], tile.amax(0))
+    return best[0], best[1]
 
 
 class TorchArithmetic:
