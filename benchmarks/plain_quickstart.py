@@ -9,7 +9,8 @@ Same sizes, weights, losses and hard negatives; `scaled_dot_product_attention` o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,32 +21,47 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.plain_transformer import TiedHead, Transformer, attention_mask, padding_mask
 from benchmarks.provenance import RESULTS, ROOT, store
 from benchmarks.timing import interleaved
-from engine.batch import IMAGE, TEXT, Batch
+from engine.batch import IMAGE, TEXT, Batch, OnDevice
 from engine.config import Config
 from engine.data import load_training_sets, make_tokenizer, training_stream
-from engine.models import VisionLanguageModel, build_model
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import Model, Stack
+from engine.build import build_model
+from engine.models import VisionLanguageModel
+from engine.objectives import PretrainingModule
+from engine.sections import ImageStack, Model, TextStack
 from engine.training import zero
 from engine.training.command_line import parse
 from engine.training.optimizer import make_optimizer
 from engine.training.step import agree, normalizers, run_window
 
 
-class Embedder(nn.Module):
-    def __init__(self, stack: Stack, sizes: tuple[int, int], patch_values: int | None = None):
+class ImageEmbedder(nn.Module):
+    def __init__(self, image: ImageStack):
         super().__init__()
-        self.tables = nn.ParameterList(torch.empty(size, stack.width) for size in sizes)
-        self.weight = nn.Parameter(torch.ones(stack.width))
-        self.bias = nn.Parameter(torch.zeros(stack.width))
-        self.projection = None if patch_values is None else nn.Linear(patch_values, stack.width)
-        self.eps = stack.eps
+        tables = {"rows": image.max_grid[0], "columns": image.max_grid[1]}
+        self.places = nn.ParameterDict({name: torch.empty(size, image.width) for name, size in tables.items()})
+        self.projection = nn.Linear(3 * image.patch_size**2, image.width)
+        self.norm, self.dropout = nn.LayerNorm(image.width, image.eps), nn.Dropout(image.dropout)
 
-    def forward(self, first: Tensor, second: Tensor, patches: Tensor | None = None) -> Tensor:
-        x = F.embedding(first, self.tables[0]) + F.embedding(second, self.tables[1])
-        if patches is not None:
-            x = x + self.projection(patches.to(self.projection.weight.dtype))
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+    def forward(self, rows: Tensor, columns: Tensor, patches: Tensor) -> Tensor:
+        x = F.embedding(rows, self.places["rows"]) + F.embedding(columns, self.places["columns"])
+        return self.dropout(self.norm(x + self.projection(patches.to(self.projection.weight.dtype))))
+
+
+class TextEmbedder(nn.Module):
+    def __init__(self, text: TextStack, vocab_size: int):
+        super().__init__()
+        self.words = nn.Parameter(torch.empty(vocab_size, text.width))
+        self.positions = nn.Parameter(torch.empty(text.max_positions, text.width))
+        self.norm, self.dropout = nn.LayerNorm(text.width, text.eps), nn.Dropout(text.dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.dropout(self.norm(F.embedding(ids, self.words) + self.positions[: ids.shape[1]]))
+
+
+class Tower(nn.Module):
+    def __init__(self, embedder: nn.Module, transformer: Transformer):
+        super().__init__()
+        self.embedder, self.transformer = embedder, transformer
 
 
 class FeatureHead(nn.Module):
@@ -73,59 +89,94 @@ class PlainModel(nn.Module):
     def __init__(self, model: Model, vocab_size: int):
         super().__init__()
         image, text, fusion = model.image, model.text, model.fusion
-        self.image_embedder = Embedder(image, tuple(image.max_grid), 3 * image.patch_size**2)
-        self.image_tower = Transformer(image)
+        self.image = Tower(ImageEmbedder(image), Transformer(image))
         self.image_head = FeatureHead(image.width, model.projection_dim)
-        self.text_embedder = Embedder(text, (vocab_size, text.max_positions))
-        self.text_tower = Transformer(text)
+        self.text = Tower(TextEmbedder(text, vocab_size), Transformer(text))
         self.text_head = FeatureHead(text.width, model.projection_dim)
         self.logit_scale = nn.Parameter(torch.zeros(1))
-        self.fusion = Transformer(fusion, image.width)
-        self.matching_head = MatchingHead(fusion.width)
-        self.masked_language_head = TiedHead(fusion, vocab_size)
+        self.fusion = nn.ModuleDict({"transformer": Transformer(fusion, image.width)})
+        masked_language = TiedHead(fusion, vocab_size)
+        self.heads = nn.ModuleDict({"masked_language": masked_language, "matching": MatchingHead(fusion.width)})
 
     def encode_text(self, ids: Tensor, visible: Tensor | None) -> Tensor:
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        return self.text_tower(self.text_embedder(ids, positions), visible)
+        return self.text.transformer(self.text.embedder(ids), visible)
 
-    def forward(self, batch: Batch, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: PaddedPairs, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """Losses by name; `negatives` are the hard texts and the hard images (default: drawn from the
         scores)."""
-        word_counts, patch_counts = batch.layout.lengths[:, TEXT], batch.layout.lengths[:, IMAGE]
-        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text_ids, word_counts)
-        real_patches = padding_mask(patch_counts, patches.shape[1])
-        real_words = padding_mask(word_counts, text_ids.shape[1])
-        see_patches, see_words = attention_mask(real_patches), attention_mask(real_words)
-        positions = padded(batch.image.positions, patch_counts).long()
-        image = self.image_embedder(positions[..., 0], positions[..., 1], patches)
-        image = self.image_tower(image, see_patches)
-        text = self.encode_text(text_ids, see_words)
-        image_features, text_features = self.image_head(image, real_patches), self.text_head(text, real_words)
+        see_patches, see_words = batch.see_patches, batch.see_words
+        image = self.image.embedder(batch.rows, batch.columns, batch.patches)
+        image = self.image.transformer(image, see_patches)
+        text = self.encode_text(batch.text_ids, see_words)
+        image_features = self.image_head(image, batch.real_patches)
+        text_features = self.text_head(text, batch.real_words)
         logits = self.logit_scale.exp() * image_features @ text_features.T
         pairs = len(logits)
-        own = torch.arange(pairs)
+        own = torch.arange(pairs, device=logits.device)
         contrastive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
         hard_texts, hard_images = negatives or (
             draw_negatives(logits.detach()),
             draw_negatives(logits.detach().T),
         )
-        source = self.fusion.project_source(image)
+        fusion = self.fusion["transformer"]
+        source = fusion.project_source(image)
         texts, images = torch.cat((own, hard_texts, own)), torch.cat((own, own, hard_images))
         read = [tuple(part[images] for part in keys_values) for keys_values in source]
-        fused = self.fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
-        matching = F.cross_entropy(self.matching_head(fused), (torch.arange(3 * pairs) < pairs).long())
+        fused = fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
+        matches = (torch.arange(3 * pairs, device=own.device) < pairs).long()
+        matching = F.cross_entropy(self.heads["matching"](fused), matches)
 
-        masked = self.encode_text(padded(batch.masked_words.ids, word_counts), see_words)
-        fused = self.fusion(masked, see_words, source, see_patches)
-        places = batch.masked_words.places
-        words = self.masked_language_head(fused[places.samples, places.offsets], self.text_embedder.tables[0])
-        masked_language = F.cross_entropy(words, batch.masked_words.targets)
+        masked = self.encode_text(batch.masked_ids, see_words)
+        fused = fusion(masked, see_words, source, see_patches)
+        words = self.heads["masked_language"](fused[batch.samples, batch.offsets], self.text.embedder.words)
+        masked_language = F.cross_entropy(words, batch.targets)
         return {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
 
 
-def padded(rows: Tensor, counts: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class PaddedPairs(OnDevice):
     """What a padding collate function would have made: `[B, longest, ...]`, zeros behind each sample's rows."""
+
+    text_ids: Tensor
+    masked_ids: Tensor
+    patches: Tensor
+    rows: Tensor
+    columns: Tensor
+    real_words: Tensor
+    real_patches: Tensor
+    see_words: Tensor | None
+    see_patches: Tensor | None
+    samples: Tensor
+    """int64 [M]: where the masked words are, and `offsets` within these."""
+    offsets: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> PaddedPairs:
+        word_counts, patch_counts = batch.layout.lengths[:, TEXT], batch.layout.lengths[:, IMAGE]
+        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text.ids, word_counts)
+        real_patches = padding_mask(patch_counts, patches.shape[1])
+        real_words = padding_mask(word_counts, text_ids.shape[1])
+        positions = padded(batch.image.positions, patch_counts).long()
+        masked = batch.views["masked_language"]
+        return cls(
+            text_ids=text_ids,
+            masked_ids=padded(masked.ids, word_counts),
+            patches=patches,
+            rows=positions[..., 0],
+            columns=positions[..., 1],
+            real_words=real_words,
+            real_patches=real_patches,
+            see_words=attention_mask(real_words),
+            see_patches=attention_mask(real_patches),
+            samples=masked.places.samples,
+            offsets=masked.places.offsets,
+            targets=masked.targets,
+        )
+
+
+def padded(rows: Tensor, counts: Tensor) -> Tensor:
     return pad_sequence(rows.split(counts.tolist()), batch_first=True)
 
 
@@ -144,21 +195,27 @@ def make_models(config: Config, vocab_size: int) -> tuple[PretrainingModule, Pla
     packed: VisionLanguageModel = build_model(config, vocab_size)
     plain = PlainModel(config.model, vocab_size)
     plain.load_state_dict(packed.state_dict())
-    return PretrainingModule(packed, build_objectives(config.objectives)), plain
+    return PretrainingModule(packed, config.objectives.active), plain
 
 
 class PlainLoop:
     """What a researcher would write: load a batch, forward, backward, AdamW."""
 
-    def __init__(self, module: nn.Module, stream: Iterator[list[Batch]], learning_rate: float):
-        self.module, self.stream = module, stream
+    def __init__(
+        self,
+        module: nn.Module,
+        stream: Iterator[list[Batch]],
+        learning_rate: float,
+        pad: Callable[[Batch], Batch | PaddedPairs] = lambda batch: batch,
+    ):
+        self.module, self.stream, self.pad = module, stream, pad
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, fused=True)
 
     def __call__(self) -> None:
         (batch,) = next(self.stream)
         self.optimizer.zero_grad(set_to_none=True)
         batch.normalizers = normalizers(batch.counts, 1, torch.device("cpu"))
-        output = self.module(batch)
+        output = self.module(self.pad(batch))
         losses = output[1] if isinstance(output, tuple) else output
         sum(losses.values()).backward()
         self.optimizer.step()
@@ -196,7 +253,7 @@ def main() -> int:
     loops = {
         "engine": EngineLoop(config, under_zero, stream(), ranks),
         "packed model, no DeepSpeed": PlainLoop(packed, stream(), config.optimizer.lr),
-        "plain padded PyTorch": PlainLoop(plain, stream(), config.optimizer.lr),
+        "plain padded PyTorch": PlainLoop(plain, stream(), config.optimizer.lr, PaddedPairs.of),
     }
     timings = interleaved(loops, "cpu", options.seconds)
     speeds = {name: options.pairs / timing.median for name, timing in timings.items()}

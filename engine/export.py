@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.build import build_model
 from engine.config import Config
 from engine.data import ImageTransform, Tokenizer, image_transform, load_tokenizer
-from engine.models import VisionLanguageModel, build_model
+from engine.models import VisionLanguageModel
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 
@@ -58,8 +59,13 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
     if differing:
         raise ValueError(f"{folder / WEIGHTS} does not fit the model of {CONFIG}: {', '.join(differing)}")
     model.load_state_dict(weights, strict=False)
-    transform = image_transform(config) if config.model.image is not None else None
+    transform = image_transform(config) if _reads_pixels(config) else None
     return Loaded(model.to(device).eval(), tokenizer, transform)
+
+
+def _reads_pixels(config: Config) -> bool:
+    picture = config.model.reads_pictures
+    return picture is not None and picture.kind == "patches"
 
 
 def distinct_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:

@@ -1,51 +1,37 @@
-"""From a record to a sample: one caption, tokenized and masked, and the picture as patches or regions."""
+"""From a record to a sample: a text, tokenized, a picture as the model reads it, and what objectives add."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
 
 import numpy as np
 import torch
 
-from engine.batch import Patches, Regions
+from engine.batch import Patches, Pixels, Regions, Sample, Words
 from engine.config import Config
-from engine.data.corruption import choose_regions, corrupt
-from engine.data.images import ImageTransform
+from engine.corruption.pages import GRID
+from engine.data.images import ImageTransform, grid_positions
 from engine.data.plan import Purpose, generator
-from engine.data.records import Record, RecordFault
+from engine.data.records import PageWords, Record, RecordFault
 from engine.data.tokenization import Tokenizer
-
-REGION_TASKS = ("masked_region_features", "masked_region_classes")
-
-
-@dataclass
-class Sample:
-    """What `collate` puts beside others: a picture, and its caption before and after corruption."""
-
-    text_ids: np.ndarray
-    image: Patches | Regions
-    identity: int
-    masked_ids: np.ndarray | None = None
-    masked_positions: np.ndarray | None = None
-    masked_regions: np.ndarray | None = None
-    soft_labels: np.ndarray | None = None
-    """float32 [masked regions, C], where the task needs them."""
-    own_image: bool | None = None
-    """Whether the picture is the caption's own, where others may take its place."""
+from engine.objectives import Objective
+from engine.objectives.parts.objective import Draw
 
 
 def image_transform(config: Config, train: bool = False) -> ImageTransform:
     """The transform of a run: with its random choices for training, without them for evaluation."""
-    data = config.data
+    data, pictures = config.data, config.model.reads_pictures
     return ImageTransform(
         size=data.image_size,
-        patch=config.model.image.patch_size,
-        max_grid=tuple(config.model.image.max_grid),
+        patch=pictures.patch_size,
+        max_grid=tuple(pictures.max_grid),
         mean=data.image_mean,
         std=data.image_std,
         resize=data.resize,
         random_crop=data.random_crop if train else "none",
         random_crop_scale=data.random_crop_scale,
         flip=data.flip and train,
+        augment=data.augment if train else "none",
     )
 
 
@@ -56,70 +42,82 @@ class SampleMaker:
     """
 
     def __init__(
-        self, config: Config, tokenizer: Tokenizer, train: bool, tasks: Collection[str], stream: int = 0
+        self, config: Config, tokenizer: Tokenizer, train: bool, objectives: Collection[Objective], stream: int = 0
     ) -> None:
         self.seed = config.seed if train else 0  # evaluations with different seeds stay comparable
         self.stream = stream
         self.train = train
         self.tokenizer = tokenizer
-        self.transform = None if config.data.regions else image_transform(config, train)
+        pictures = config.model.reads_pictures
+        self.as_pixels = pictures is not None and pictures.kind == "grid"
+        self.transform = None if config.data.regions or pictures is None else image_transform(config, train)
+        self.reads_text = config.model.reads_text
+        self.no_picture = tuple(round(255 * mean) for mean in config.data.image_mean)
+        """The colour of a picture that is not there: 0 to the model."""
         self.max_tokens = config.data.max_caption_tokens
-        objectives = config.objectives
-        self.masking = objectives.masked_language if "masked_language" in tasks else None
-        self.region_shares = [getattr(objectives, task).probability for task in REGION_TASKS if task in tasks]
-        self.needs_soft_labels = "masked_region_classes" in tasks
+        self.objectives = objectives
+        self.needs_soft_labels = any(objective.needs_soft_labels for objective in objectives)
 
-    def __call__(self, record: Record, epoch: int, example: int, caption: int | None = None) -> Sample:
+    def __call__(
+        self, record: Record, epoch: int, example: int, caption: int | None = None, own_image: bool | None = None
+    ) -> Sample:
         """`caption`: which of the record's; None: one drawn for training, the first for evaluation."""
-        ids, words = self._text(record, epoch, example, caption)
-        sample = Sample(ids, self._image(record, epoch, example), record.identity)
-        if self.masking is not None:
-            self._mask_words(sample, words, self._random(epoch, example, Purpose.MASK))
-        if self.region_shares:
-            self._mask_regions(sample, record, self._random(epoch, example, Purpose.REGIONS))
+        labels = None if record.detections is None else record.detections.soft_labels
+        text, image = self._text(record, epoch, example, caption), self._image(record, epoch, example)
+        sample = Sample(
+            text, image, record.identity, classes=record.classes, soft_labels=labels, own_image=own_image
+        )
+        return self.prepared(sample, record.key, epoch, example)
+
+    def prepared(self, sample: Sample, key: str, epoch: int, example: int) -> Sample:
+        """With what the objectives add to it."""
+        for objective in self.objectives:
+            draw = Draw(self.tokenizer, partial(self.random, epoch, example, purpose_of(objective.name)))
+            try:
+                objective.prepare(sample, draw)
+            except ValueError as error:
+                raise RecordFault(key, str(error)) from None
         return sample
 
-    def _random(self, epoch: int, example: int, purpose: Purpose) -> np.random.Generator:
+    def random(self, epoch: int, example: int, purpose: int) -> np.random.Generator:
         return generator(self.seed, epoch, example, purpose, self.stream)
 
-    def _text(
-        self, record: Record, epoch: int, example: int, caption: int | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _text(self, record: Record, epoch: int, example: int, caption: int | None) -> Words | None:
+        if not self.reads_text:
+            return None
+        if record.page is not None:
+            return self._page_text(record.page)
         count = len(record.captions if record.token_ids is None else record.token_ids)
         if caption is None:
             draws = self.train and count > 1
-            caption = self._random(epoch, example, Purpose.CAPTION).integers(count) if draws else 0
+            caption = self.random(epoch, example, Purpose.CAPTION).integers(count) if draws else 0
         if record.token_ids is None:
-            return self.tokenizer.encode(record.captions[caption], self.max_tokens)
+            return Words(*self.tokenizer.encode(record.captions[caption], self.max_tokens))
         try:
-            return self.tokenizer.enclose(record.token_ids[caption], self.max_tokens)
+            return Words(*self.tokenizer.enclose(record.token_ids[caption], self.max_tokens))
         except ValueError as error:
             raise RecordFault(record.key, str(error)) from None
 
-    def _image(self, record: Record, epoch: int, example: int) -> Patches | Regions:
-        if self.transform is None:
-            found = record.detections
+    def _page_text(self, page: PageWords) -> Words:
+        """Every piece of a word has its box; [CLS] has a corner's, [SEP] the other corner's, as LayoutLM has them."""
+        ids, words = self.tokenizer.encode_words(page.words, self.max_tokens)
+        boxes = np.where(words[:, None] < 0, 0, page.boxes[words])
+        boxes[-1] = GRID
+        return Words(ids, words, boxes=boxes.astype(np.int32), lines=np.where(words < 0, -1, page.lines[words]))
+
+    def _image(self, record: Record, epoch: int, example: int) -> Patches | Regions | Pixels | None:
+        if (found := record.detections) is not None:
             return Regions(torch.from_numpy(found.features), torch.from_numpy(found.boxes))
-        values, positions = self.transform(record.image, self._random(epoch, example, Purpose.IMAGE))
+        if self.transform is None:
+            return None
+        random = self.random(epoch, example, Purpose.IMAGE)
+        if self.as_pixels:
+            values = torch.from_numpy(self.transform.pixels(record.image, random))
+            return Pixels(values[None], torch.from_numpy(grid_positions(*self.transform.max_grid)))
+        values, positions = self.transform(record.image, random)
         return Patches(torch.from_numpy(values), torch.from_numpy(positions))
 
-    def _mask_words(self, sample: Sample, words: np.ndarray, random: np.random.Generator) -> None:
-        options = self.masking
-        sample.masked_ids, sample.masked_positions = corrupt(
-            sample.text_ids,
-            words,
-            self.tokenizer,
-            options.probability,
-            options.whole_word,
-            random,
-            options.when_none,
-        )
 
-    def _mask_regions(self, sample: Sample, record: Record, random: np.random.Generator) -> None:
-        (share,) = self.region_shares  # no two of these objectives share a batch
-        chosen = choose_regions(len(record.detections.boxes), share, random)
-        sample.masked_regions = chosen
-        if self.needs_soft_labels:
-            if record.detections.soft_labels is None:
-                raise RecordFault(record.key, "no soft labels, which masked_region_classes needs")
-            sample.soft_labels = record.detections.soft_labels[chosen]
+def purpose_of(objective: str) -> int:
+    """What an objective's draws are for, beside the numbers of `Purpose`."""
+    return int.from_bytes(blake2b(objective.encode(), digest_size=8).digest(), "little")

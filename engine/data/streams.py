@@ -1,28 +1,41 @@
 """The streams of batches that training and evaluation read."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from engine.batch import Batch
+from engine.batch import Batch, Sample
 from engine.config import Config
 from engine.data.batches import collate
 from engine.data.buckets import BucketPlan, check_budget
+from engine.data.document_examples import DocumentExamples
 from engine.data.mixture import Mixture
 from engine.data.negatives import RandomPictures
 from engine.data.plan import PairPlan, Plan
-from engine.data.readers import MAX_REPLACEMENTS, PatchReader, Reader, RegionReader
+from engine.data.readers import (
+    MAX_REPLACEMENTS,
+    DocumentReader,
+    PageReader,
+    PatchReader,
+    Reader,
+    RegionReader,
+)
 from engine.data.records import DataError, ExampleIndex, RecordFault, Source
-from engine.data.samples import Sample, SampleMaker
+from engine.data.samples import SampleMaker
 from engine.data.sets import TrainingSet, TrainingSets
+from engine.data.sources import kind_of
+from engine.data.token_store import TokenStore
 from engine.data.tokenization import Tokenizer
+from engine.objectives import Objective
 
 _PREFETCHED = 4  # micro-batches that every worker prepares ahead
 _SPECIAL_TOKENS = 2
+_PICTURE_SHARES = ("replaced_images", "dropped_images")
 
 
 class TaskStream:
@@ -38,15 +51,15 @@ class TaskStream:
         stream: int,
     ) -> None:
         self.task = task
-        tasks = config.objectives.active if task is None else [task]
-        maker = SampleMaker(config, tokenizer, train=True, tasks=tasks, stream=stream)
+        objectives = list(config.objectives.active.values()) if task is None else [config.objectives.active[task]]
+        maker = SampleMaker(config, tokenizer, train=True, objectives=objectives, stream=stream)
         self.reader: Reader
         self.plan: Plan
         if index is None:
-            self.reader = PatchReader(data.source, maker)
-            self.plan = PairPlan(len(data.source), config.seed, stream)
+            self.reader = plain_reader(config, data.source, tokenizer, maker)
+            self.plan = PairPlan(len(self.reader), config.seed, stream)
             return
-        pictures = random_pictures(config, tasks, index.images, config.seed, stream, data.name)
+        pictures = random_pictures(objectives, index.images, config.seed, stream, data.name)
         self.reader = RegionReader(data.source, index.records, index.captions, index.images, maker, pictures)
         self.plan = region_plan(config, data.name, index, pictures, stream)
 
@@ -69,13 +82,36 @@ class TaskStream:
         )
 
 
+def plain_reader(config: Config, source: Source, tokenizer: Tokenizer, maker: SampleMaker) -> Reader:
+    """Of documents, pages or pictures that are read as they are."""
+    data, kind = config.data, kind_of(source)
+    if kind == "documents":
+        store = TokenStore(source, tokenizer, Path(data.cache), source.ledger, source.state())
+        limit, short = data.max_caption_tokens, data.short_documents
+        return DocumentReader(
+            DocumentExamples(store, tokenizer, data.documents, limit, short, maker.seed, maker.stream), maker
+        )
+    if kind == "pictures":
+        return PatchReader(source, maker)
+    moved = data.resize != "squash" or data.random_crop != "none" or data.flip or data.augment != "none"
+    if maker.transform is not None and moved:
+        raise DataError(
+            "pages keep their places: data.resize must be squash, data.random_crop and data.augment none, data.flip false"
+        )
+    shares = [max((getattr(one, share) for one in maker.objectives), default=0.0) for share in _PICTURE_SHARES]
+    return PageReader(source, maker, *shares)
+
+
 def random_pictures(
-    config: Config, tasks: list[str], images: np.ndarray, seed: int, stream: int, name: str
+    objectives: Iterable[Objective], images: np.ndarray, seed: int, stream: int, name: str
 ) -> RandomPictures | None:
-    """The pictures that image-text matching shows captions with; None for other objectives."""
-    if "random_matching" not in tasks:
-        return None
-    return RandomPictures(images, config.objectives.random_matching.probability, seed, stream, name)
+    """The pictures that an objective shows texts with; None where these are their own."""
+    for objective in objectives:
+        if objective.replaced_images > 0:
+            return RandomPictures(
+                images, objective.replaced_images, seed, stream, name, f"objectives.{objective.name}"
+            )
+    return None
 
 
 def region_plan(
@@ -193,10 +229,10 @@ def training_stream(
 def check_streams(config: Config, sets: TrainingSets, held_out: Source, tokenizer: Tokenizer) -> None:
     """Refuse before anything is trained what training or evaluation could not read."""
     task_streams(config, sets, tokenizer)
-    for task in [None] if config.data.regions is None else config.objectives.active:
+    for task in config.objectives.active:
         if next(held_out_batches(config, held_out, tokenizer, 1, task), None) is None:
-            purpose = "" if task is None else f" for objectives.{task}"
-            raise DataError(f"data.held_out has no usable pair{purpose}: {held_out.ledger.summary()}")
+            summary = held_out.ledger.summary()
+            raise DataError(f"data.held_out has no usable pair for objectives.{task}: {summary}")
 
 
 def leave_signals_to_the_run(worker: int) -> None:
@@ -211,14 +247,14 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """The records of a held-out source in order, first captions, no random crop, masks of a fixed draw.
 
-    They are for one objective, or for all of the run that share batches. Broken records are left out and
+    They are prepared for one objective, or for none (None). Broken records are left out and
     named in the faults of the batch that they would have been in.
     """
     reader = held_out_reader(config, source, tokenizer, task)
-    for first in range(0, len(source), batch):
+    for first in range(0, len(reader), batch):
         faults: list[str] = []
         samples = []
-        for index in range(first, min(first + batch, len(source))):
+        for index in range(first, min(first + batch, len(reader))):
             try:
                 samples.append(reader.read(0, index, faults))
             except RecordFault as fault:
@@ -230,14 +266,12 @@ def held_out_batches(
 
 
 def held_out_reader(config: Config, source: Source, tokenizer: Tokenizer, task: str | None) -> Reader:
-    objectives = config.objectives
-    alone = objectives.need_joint
-    tasks = [name for name in objectives.active if name not in alone] if task is None else [task]
-    maker = SampleMaker(config, tokenizer, train=False, tasks=tasks)
+    objectives = [] if task is None else [config.objectives.active[task]]
+    maker = SampleMaker(config, tokenizer, train=False, objectives=objectives)
     if config.data.regions is None:
-        return PatchReader(source, maker)
+        return plain_reader(config, source, tokenizer, maker)
     source.check_tokenizer(tokenizer)
     records = np.arange(len(source))
     images = np.asarray([source.image_of(record) for record in records.tolist()])
-    pictures = random_pictures(config, tasks, images, 0, 0, "data.held_out")
+    pictures = random_pictures(objectives, images, 0, 0, "data.held_out")
     return RegionReader(source, records, np.zeros_like(records), images, maker, pictures)

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.batch import IMAGE, TEXT, Batch
 from engine.data import Tokenizer
-from engine.evaluation.gallery import Gallery
+from engine.objectives.parts.gallery import Gallery
 
 TOP = 5
 QUERIES = 8
@@ -53,7 +53,7 @@ def draw_sheet(
 
 
 def _captions_of(batch: Batch) -> tuple[Tensor, ...]:
-    return batch.text_ids.cpu().split(batch.layout.lengths[:, TEXT].tolist())
+    return batch.text.ids.cpu().split(batch.layout.lengths[:, TEXT].tolist())
 
 
 def _patches_of(batch: Batch) -> Iterable[tuple[Tensor, Tensor]]:
@@ -63,7 +63,7 @@ def _patches_of(batch: Batch) -> Iterable[tuple[Tensor, Tensor]]:
 
 def _picture(patches: Tensor, positions: Tensor, config: Config) -> Image.Image:
     """The picture that was cut into these patches, its normalisation undone."""
-    side = config.model.image.patch_size
+    side = config.model.reads_pictures.patch_size
     rows, columns = (positions.amax(0) + 1).tolist()
     grid = patches.float().view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)
     pixels = grid.reshape(rows * side, columns * side, 3).numpy()

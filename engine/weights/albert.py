@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from engine.weights.pieces import Piece, linear
 
 
-def stack() -> Iterator[Piece]:
+def stack(ours: str, theirs: str) -> Iterator[Piece]:
     """A shared post-norm `PackedTransformer` of `AlbertTransformer`'s tensors, without the map behind its embeddings."""
-    block, layer = "blocks.0", "albert_layer_groups.0.albert_layers.0"
+    block, layer = f"{ours}.blocks.0", f"{theirs}.albert_layer_groups.0.albert_layers.0"
     attention = f"{layer}.attention"
     yield from linear(f"{block}.self_attention.query_key_value", *(f"{attention}.{p}" for p in ("query", "key", "value")))
     yield from linear(f"{block}.self_attention.output", f"{attention}.dense")

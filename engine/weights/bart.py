@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from engine.weights.pieces import Piece, linear
 
 
-def stack(layers: int, *, decoder: bool) -> Iterator[Piece]:
+def stack(ours: str, theirs: str, layers: int, *, decoder: bool) -> Iterator[Piece]:
     """A post-norm `PackedTransformer` of the tensors of `BartEncoder` or `BartDecoder`, without their embeddings."""
     for layer in range(layers):
-        yield from _block(f"blocks.{layer}", f"layers.{layer}", decoder)
+        yield from _block(f"{ours}.blocks.{layer}", f"{theirs}.layers.{layer}", decoder)
 
 
 def _block(ours: str, theirs: str, decoder: bool) -> Iterator[Piece]:

@@ -1,37 +1,54 @@
-"""Blocks of BERT and of what kept its names: RoBERTa, ELECTRA, SpanBERT, LayoutLM, BLIP's text model, ViLBERT's text."""
+"""BERT's names, which RoBERTa, LayoutLM and others have too."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 from engine.weights.pieces import Piece, linear
 
+PAGE = {"x": "x", "y": "y", "heights": "h", "widths": "w"}
 
-def stack(layers: int, *, crossing: Container[int] = ()) -> Iterator[Piece]:
-    """A post-norm `PackedTransformer` of `BertEncoder`'s tensors; layers that are `crossing` have cross-attention."""
+
+def text_tower(layers: int, *, page: bool = False, pooler: bool = True) -> Iterator[Piece]:
+    """A text role of `BertModel`'s tensors, or of `LayoutLMModel`'s with the tables of a page."""
+    yield from embedder("embedder", page=page)
+    yield from stack("transformer", layers)
+    if pooler:
+        yield from linear("pooling.dense", "pooler.dense")
+
+
+def embedder(ours: str, *, page: bool = False) -> Iterator[Piece]:
+    """A `TextEmbedder`."""
+    for name, table in (("words", "word"), ("positions", "position"), ("types", "token_type")):
+        yield Piece(f"{ours}.{name}", (f"embeddings.{table}_embeddings.weight",))
+    for name, axis in PAGE.items() if page else ():
+        yield Piece(f"{ours}.page.{name}", (f"embeddings.{axis}_position_embeddings.weight",))
+    yield from linear(f"{ours}.norm", "embeddings.LayerNorm")
+
+
+def stack(ours: str, layers: int, *, first: int = 0, crosses: bool = False) -> Iterator[Piece]:
+    """A `PackedTransformer` of the layers from `first` on."""
     for layer in range(layers):
-        ours, theirs = f"blocks.{layer}", f"layer.{layer}"
-        yield from self_attention(f"{ours}.self_attention", f"{theirs}.attention", "self")
-        if layer in crossing:
-            yield from cross_attention(f"{ours}.cross_attention", f"{theirs}.crossattention", "self")
-        yield from feed_forward(f"{ours}.feed_forward", f"{theirs}.intermediate", f"{theirs}.output")
+        yield from _block(f"{ours}.blocks.{layer}", f"encoder.layer.{first + layer}", crosses)
 
 
-def self_attention(ours: str, theirs: str, maps: str) -> Iterator[Piece]:
-    """`maps` is what they call the module of the three projections."""
-    yield from linear(f"{ours}.query_key_value", *(f"{theirs}.{maps}.{part}" for part in ("query", "key", "value")))
-    yield from linear(f"{ours}.output", f"{theirs}.output.dense")
-    yield from linear(f"{ours}.norm", f"{theirs}.output.LayerNorm")
-
-
-def cross_attention(ours: str, theirs: str, maps: str) -> Iterator[Piece]:
-    yield from linear(f"{ours}.query", f"{theirs}.{maps}.query")
-    yield from linear(f"{ours}.key_value", f"{theirs}.{maps}.key", f"{theirs}.{maps}.value")
-    yield from linear(f"{ours}.output", f"{theirs}.output.dense")
-    yield from linear(f"{ours}.norm", f"{theirs}.output.LayerNorm")
-
-
-def feed_forward(ours: str, inner: str, output: str) -> Iterator[Piece]:
-    yield from linear(f"{ours}.inner", f"{inner}.dense")
-    yield from linear(f"{ours}.output", f"{output}.dense")
-    yield from linear(f"{ours}.norm", f"{output}.LayerNorm")
+def _block(ours: str, theirs: str, crosses: bool) -> Iterator[Piece]:
+    attention = f"{theirs}.attention.self"
+    maps = {
+        "self_attention.query_key_value": [f"{attention}.{part}" for part in ("query", "key", "value")],
+        "self_attention.output": [f"{theirs}.attention.output.dense"],
+        "self_attention.norm": [f"{theirs}.attention.output.LayerNorm"],
+        "feed_forward.inner": [f"{theirs}.intermediate.dense"],
+        "feed_forward.output": [f"{theirs}.output.dense"],
+        "feed_forward.norm": [f"{theirs}.output.LayerNorm"],
+    }
+    if crosses:
+        cross = f"{theirs}.crossattention"
+        maps |= {
+            "cross_attention.query": [f"{cross}.self.query"],
+            "cross_attention.key_value": [f"{cross}.self.key", f"{cross}.self.value"],
+            "cross_attention.output": [f"{cross}.output.dense"],
+            "cross_attention.norm": [f"{cross}.output.LayerNorm"],
+        }
+    for name, sources in maps.items():
+        yield from linear(f"{ours}.{name}", *sources)

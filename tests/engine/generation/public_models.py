@@ -33,7 +33,8 @@ def redrawn(model: nn.Module, seed: int) -> nn.Module:
 
 
 def filled(ours: PackedTransformer, theirs: nn.Module, pieces) -> PackedTransformer:
-    parameters, saved = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    parameters = {f"ours.{name}": parameter for name, parameter in ours.named_parameters()}
+    saved = {f"theirs.{name}": parameter for name, parameter in theirs.named_parameters()}
     pieces = list(pieces)
     assert {piece.ours for piece in pieces} == set(parameters)
     with torch.no_grad():
@@ -51,7 +52,7 @@ def gpt2_model(seed: int = 0) -> tuple[nn.Module, Decoder]:
     stack = PackedTransformer(Stack(**SIZES, norm="pre", activation="gelu_tanh"), itertools.count())
     body = theirs.transformer
     return theirs, Decoder(
-        filled(stack, body, gpt2.stack(LAYERS)),
+        filled(stack, body, gpt2.stack("ours", "theirs", LAYERS)),
         embed=lambda new: body.wte(new.ids) + body.wpe(new.in_sample.long()),
         logits=theirs.lm_head,
     )
@@ -71,7 +72,7 @@ def t5_model(seed: int = 32) -> tuple[nn.Module, Decoder, PackedTransformer]:
         stack = Stack(**SIZES, **options, relative_position=Distances(8, 6, bidirectional=not decoder))
         made = PackedTransformer(stack, itertools.count(), source_width=WIDTH if decoder else None)
         part = theirs.decoder if decoder else theirs.encoder
-        built.append(filled(made, part, t5.stack(LAYERS, decoder=decoder, gated=False)))
+        built.append(filled(made, part, t5.stack("ours", "theirs", LAYERS, decoder=decoder, gated=False)))
     scale = WIDTH**-0.5 if theirs.config.scale_decoder_outputs else 1.0
     decoder = Decoder(built[1], lambda new: theirs.shared(new.ids), lambda hidden: theirs.lm_head(hidden * scale))
     return theirs, decoder, built[0]
@@ -92,7 +93,7 @@ def bart_model(seed: int = 9) -> tuple[nn.Module, Decoder, PackedTransformer]:
         stack = PackedTransformer(
             Stack(**SIZES, norm="post", activation="gelu"), itertools.count(), source_width=source_width
         )
-        names = bart.stack(LAYERS, decoder=source_width is not None)
+        names = bart.stack("ours", "theirs", LAYERS, decoder=source_width is not None)
         built.append(filled(stack, part, names))
     head = nn.Linear(WIDTH, VOCAB)
     head.weight, head.bias = theirs.lm_head.weight, nn.Parameter(theirs.final_logits_bias[0])

@@ -71,8 +71,8 @@ def copy_weights(ours: nn.Module, theirs: nn.Module, pieces) -> list:
     return pieces
 
 
-def compare(ours: nn.Module, theirs: nn.Module, pieces, hidden, expected) -> None:
-    """Outputs and the gradients of all parameters."""
+def compare(ours: nn.Module, theirs: nn.Module, pieces, hidden, expected, inputs=()) -> None:
+    """Outputs, the gradients of all parameters, and those of `inputs`, pairs of ours and theirs."""
     torch.testing.assert_close(hidden, expected, **TOLERANCE)
     upstream = torch.randn_like(expected)
     hidden.backward(upstream)
@@ -83,6 +83,8 @@ def compare(ours: nn.Module, theirs: nn.Module, pieces, hidden, expected) -> Non
         wanted = piece.read(gradients)
         assert wanted.abs().max() > 1e-6, piece
         torch.testing.assert_close(parameters[piece.ours].grad, wanted, **TOLERANCE, msg=lambda m, p=piece: f"{p.ours}: {m}")
+    for own, their in inputs:
+        torch.testing.assert_close(own.grad, their.grad, **TOLERANCE)
 
 
 @contextlib.contextmanager
@@ -93,3 +95,8 @@ def gradients_everywhere():
         yield
     finally:
         torch.no_grad = kept
+
+
+def named(ours: nn.Module, theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """As "ours" and as "encoder", the names that the pieces of a stack are asked for by."""
+    return nn.ModuleDict({"ours": ours}), nn.ModuleDict({"encoder": theirs})

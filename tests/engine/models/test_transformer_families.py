@@ -12,6 +12,7 @@ from stack_parity import (
     compare,
     copy_weights,
     layout_of,
+    named,
     padded_rows,
     ragged,
     redraw,
@@ -21,7 +22,7 @@ from torch import nn
 
 from engine.models.transformer import PackedTransformer, SelectedRows, Source, Tokens
 from engine.sections import Stack
-from engine.weights import albert, bart, bert, clip, gpt2, qformer
+from engine.weights import albert, bart, bert, gpt2, q_former, vision
 from engine.weights.pieces import linear
 
 transformers = pytest.importorskip("transformers")
@@ -51,7 +52,7 @@ def compare_alone(ours, theirs, pieces, run, mask=None):
     with InDouble():
         expected = ragged(run(hidden))
     states = ours(Tokens(ragged(hidden), layout_of()), mask=mask)
-    compare(ours, theirs, pieces, states.hidden, expected)
+    compare(*named(ours, theirs), pieces, states.hidden, expected)
 
 
 def additive(seen):
@@ -65,7 +66,7 @@ def keys_mask(lengths):
 def test_bert_encoder():
     theirs = redraw(transformers.models.bert.modeling_bert.BertEncoder(transformers.BertConfig(**BERT)))
     ours = packed("post", "gelu")
-    pieces = copy_weights(ours, theirs, bert.stack(LAYERS))
+    pieces = copy_weights(*named(ours, theirs), bert.stack("ours", LAYERS))
     compare_alone(ours, theirs, pieces, lambda x: theirs(x, attention_mask=keys_mask(LENGTHS)).last_hidden_state)
 
 
@@ -78,7 +79,7 @@ def test_gpt2():
     theirs.wpe.weight.data.zero_()  # positions are an embedder's
     theirs.wte, theirs.wpe = nn.Identity(), frozen(theirs.wpe)
     ours = packed("pre", "gelu_tanh")
-    pieces = copy_weights(ours, theirs, gpt2.stack(LAYERS))
+    pieces = copy_weights(*named(ours, theirs), gpt2.stack("ours", "encoder", LAYERS))
     compare_alone(ours, theirs, pieces, lambda x: theirs(inputs_embeds=x).last_hidden_state, CAUSAL)
 
 
@@ -108,7 +109,7 @@ def test_bart(decoder):
         if isinstance(module, nn.LayerNorm):
             module.eps = 1e-6
     ours = packed("post", "gelu", source_width=WIDTH if decoder else None)
-    pieces = copy_weights(ours, theirs, bart.stack(LAYERS, decoder=decoder))
+    pieces = copy_weights(*named(ours, theirs), bart.stack("ours", "encoder", LAYERS, decoder=decoder))
 
     # What the frozen embeddings and their norm make of rows goes into both sides.
     def embedded(rows):
@@ -124,7 +125,7 @@ def test_bart(decoder):
         rows, more, source = padded_batch(), {}, {}
     expected = theirs(inputs_embeds=rows, attention_mask=visible().long(), **more).last_hidden_state
     states = ours(Tokens(ragged(embedded(rows)), layout_of()), **source)
-    compare(ours, theirs, pieces, states.hidden, ragged(expected))
+    compare(*named(ours, theirs), pieces, states.hidden, ragged(expected))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -134,7 +135,7 @@ def test_albert(recompute):
     theirs.embedding_hidden_mapping_in = nn.Identity()
     ours = packed("post", "gelu_tanh", shared=True)
     ours.activation_checkpointing = recompute
-    pieces = copy_weights(ours, theirs, albert.stack())
+    pieces = copy_weights(*named(ours, theirs), albert.stack("ours", "encoder"))
     compare_alone(ours, theirs, pieces, lambda x: theirs(x, attention_mask=keys_mask(LENGTHS)).last_hidden_state)
 
 
@@ -146,7 +147,7 @@ def test_clip_without_a_final_norm():
     )  # fmt: skip
     theirs = redraw(transformers.models.clip.modeling_clip.CLIPEncoder(config))
     ours = packed("pre", "quick_gelu", final_norm=False)
-    pieces = copy_weights(ours, theirs, clip.stack(LAYERS))
+    pieces = copy_weights(*named(ours, theirs), vision.stack("ours", "encoder.layers", LAYERS, vision.CLIP))
     compare_alone(ours, theirs, pieces, lambda x: theirs(inputs_embeds=x, attention_mask=keys_mask(LENGTHS)).last_hidden_state)
 
 
@@ -156,7 +157,7 @@ def test_blip_text_decoder():
     config = transformers.BlipTextConfig(**BERT, encoder_hidden_size=WIDTH, vocab_size=3, **EAGER)
     theirs = redraw(transformers.models.blip.modeling_blip_text.BlipTextEncoder(config))
     ours = packed("post", "gelu", source_width=WIDTH)
-    pieces = copy_weights(ours, theirs, bert.stack(LAYERS, crossing=range(LAYERS)))
+    pieces = copy_weights(*named(ours, theirs), bert.stack("ours", LAYERS, crosses=True))
     causal = torch.ones(max(LENGTHS), max(LENGTHS), dtype=torch.bool).tril()
     mask = additive(causal & visible()[:, None, None])
     lengths = [4] * len(LENGTHS)
@@ -164,7 +165,7 @@ def test_blip_text_decoder():
     expected = theirs(hidden, attention_mask=mask, encoder_hidden_states=read, use_cache=False).last_hidden_state
     source = Source(ours.project_source(ragged(read, lengths)), layout_of(lengths))
     states = ours(Tokens(ragged(hidden), layout_of()), mask=CAUSAL, source=source)
-    compare(ours, theirs, pieces, states.hidden, ragged(expected))
+    compare(*named(ours, theirs), pieces, states.hidden, ragged(expected))
 
 
 QUERIES = 3
@@ -183,7 +184,7 @@ def test_qformer(task):
     )
     theirs = redraw(transformers.models.blip_2.modeling_blip_2.Blip2QFormerEncoder(config))
     ours = packed("post", "gelu", source_width=WIDTH, cross_every=2, groups=((0,), (1,)))
-    pieces = copy_weights(ours, theirs, qformer.stack(LAYERS))
+    pieces = copy_weights(*named(ours, theirs), q_former.stack("ours", "encoder", LAYERS, 2))
     mask = QFORMER_MASKS[task]
     layout = vk.SegmentLayout([[QUERIES, n] for n in LENGTHS])
     rows = torch.cat([torch.ones(len(LENGTHS), QUERIES, dtype=torch.bool), visible()], dim=1)
@@ -199,7 +200,7 @@ def test_qformer(task):
     ).last_hidden_state  # fmt: skip
     source = Source(ours.project_source(ragged(read, SOURCE_LENGTHS)), layout_of(SOURCE_LENGTHS))
     states = ours(Tokens(hidden[rows], layout), mask=mask, source=source)
-    compare(ours, theirs, pieces, states.hidden, expected[rows])
+    compare(*named(ours, theirs), pieces, states.hidden, expected[rows])
 
 
 @pytest.mark.parametrize("segments", [(0,), (1,), (0, 1)])
