@@ -6,11 +6,12 @@ import textwrap
 from pathlib import Path
 
 import torch
-import vlkernels as vk
+from torch import nn
 
+from engine.build import build_model
 from engine.config import Config
 from engine.models import VisionLanguageModel
-from engine.objectives import add_heads
+from engine.sections import ImageInput
 from engine.training.command_line import parse
 
 FOLDER = Path(__file__).parent
@@ -28,11 +29,9 @@ def recipe(name: str, *overrides: str) -> Config:
 
 
 def model_of(config: Config) -> VisionLanguageModel:
-    """The model of a run without storage for its weights, with the heads of its objectives."""
+    """The model of a run with as many words as it may have, without storage for its weights."""
     with torch.device("meta"):
-        model = VisionLanguageModel(config.model, config.tokenizer.vocab_size, config.data.regions, config.impl)
-        add_heads(model, config.objectives.active)
-    return model
+        return build_model(config, config.tokenizer.vocab_size)
 
 
 def num_parameters(model: VisionLanguageModel) -> int:
@@ -44,27 +43,33 @@ def describe(name: str) -> str:
     """One system as a block of lines."""
     config = recipe(name)
     model = model_of(config)
-    rows = {"paper": config.system.paper if config.system is not None else "of this project"}
+    rows = {"paper": config.system.paper if config.system is not None else "none: of this project"}
     for role in config.model.roles:
-        rows[role] = describe_role(config, role)
-        if (mask := getattr(getattr(model, role), "mask", None)) is not None:
-            rows[f"{role} mask"] = draw(mask)
+        rows[role] = describe_role(config, role) + draw(getattr(model, role))
     rows["objectives"] = ", ".join(config.objectives.active)
     rows["parameters"] = count(config, num_parameters(model))
     return "\n".join([name, *(line for title, text in rows.items() for line in lines(title, text))])
 
 
 def describe_role(config: Config, role: str) -> str:
-    """Its sizes, and what its section says beside them."""
+    """What is embedded, the size of the transformer, and the role it reads by cross-attention."""
     stack = getattr(config.model, role)
-    sizes = f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm"
-    reads = getattr(stack, "source", None) or ("image" if role == "fusion" else None)
-    return sizes if reads is None else f"{sizes}, reads {reads}"
+    image = stack if isinstance(stack, ImageInput) else getattr(stack, "image", None)
+    embedded = {
+        "learned queries": getattr(stack, "queries", 0) > 0,
+        "words": getattr(stack, "text", role != "image") and role != "fusion",
+        image and f"{image.kind} of the image": image is not None,
+    }
+    parts = [" + ".join(what for what, given in embedded.items() if given)]
+    parts.append(f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm")
+    source = "image" if role == "fusion" else getattr(stack, "source", None)
+    return ", ".join([*filter(None, parts), *([f"reads {source}"] if source is not None else [])])
 
 
-def draw(mask: vk.SegmentMask) -> str:
-    """The table: rows see columns; a full cell, a causal one, one that is not seen."""
-    return str(mask)
+def draw(role: nn.Module) -> str:
+    """Its mask table behind a line break: rows are who sees, columns who is seen; none where all see all."""
+    mask = getattr(role, "mask", None)
+    return "" if mask is None else f"\n{mask}"
 
 
 def count(config: Config, parameters: int) -> str:
