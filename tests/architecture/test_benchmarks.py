@@ -1,16 +1,19 @@
 """The runner stores what it measured with its provenance, and times nothing that is wrong."""
 
+import contextlib
 import gc
 import json
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import host_cost, memory, provenance, roof, run, timing, uniter_step
+from benchmarks import host_cost, launches, memory, provenance, roof, run, timing, uniter_step
 from benchmarks.plain_uniter import Sizes, bert
 from benchmarks.provenance import CardLog
 from vlkernels import ops
@@ -18,6 +21,11 @@ from vlkernels.core import dispatch
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.spec import Benchmark, Cost, InputMaker
 from vlkernels.testing import contract
+
+@pytest.fixture(autouse=True)
+def small_roof(monkeypatch):
+    monkeypatch.setitem(roof.SIZES, "cpu", (64, 2**20))
+
 
 ARGUMENTS = ["--device", "cpu", "--budget-s", "0"]
 
@@ -30,6 +38,7 @@ def test_results_carry_their_provenance(tmp_path):
     assert row["seconds"]["vlkernels"]["median"] > 0 and "reference" in row["seconds"]
     parts = [row[part]["vlkernels"]["median"] for part in ("forward", "backward")]
     assert min(parts) > 0 and row["derived"]["forward"]["best_peer"]["name"] == "index_add"
+    assert min(row["roof"].values()) > 1e6 and row["derived"]["backward"]["share_of_roof"]["vlkernels"] > 0
 
 
 def test_the_rows_of_a_card_are_listed_without_one(capsys, monkeypatch):
@@ -184,8 +193,30 @@ def test_peak_memory_on_a_cpu_is_what_a_process_of_its_own_holds():
 
 
 def test_the_roof_is_measured():
-    found = roof.measure("cpu", torch.float32, side=64, copied=2**20)
+    found = roof.measure("cpu", torch.float32)
     assert found.flops > 1e6 and found.bytes > 1e6
+
+
+def test_kernels_are_counted_and_copies_are_not(monkeypatch):
+    def event(name, device=DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_type=device)
+
+    events = [event("pairs_kernel"), event("Memset (Device)"), event("Memcpy DtoD"), event("cudaLaunchKernel", DeviceType.CPU)]
+    assert launches.kernels([*events, event("gemm")]) == 2
+    ran = []
+    seen = contextlib.nullcontext(SimpleNamespace(events=lambda: events * len(ran)))
+    monkeypatch.setattr(launches, "profile", lambda activities: seen)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("waited"))
+    parts = {part: partial(ran.append, part) for part in ("forward", "backward")}
+    assert launches.launches(parts) == {"forward": 2, "backward": 4} and ran == ["forward", "waited", "backward", "waited"]
+    events.clear()
+    assert launches.launches(parts) is None
+
+
+def test_launches_are_told(capsys):
+    one = timing.Timing(1.0, 1.0, 1.0, 5)
+    run.show("row", {"vlkernels": {"forward": one, "total": one}}, {"forward": {}, "backward": {}}, None, {"vlkernels": {"forward": 3}})
+    assert capsys.readouterr().out.splitlines()[1].endswith("| 3 launches")
 
 
 class StandInCuda:
@@ -328,6 +359,11 @@ def test_the_uniter_step_compares_equal_work():
     assert results["padded_by_true"]["random"] > 1.4 > 1.1 > results["padded_by_true"]["bucketed"] >= 1
     variants = {"plain random", "packed random", "plain bucketed", "packed bucketed"}
     assert results["true_tokens_per_s"].keys() == variants and len(results["packed_times_as_fast"]) == 8
+
+
+def test_the_uniter_step_of_mlm_alone():
+    rows, results = uniter_step.run(TINY_UNITER, 2, ())
+    assert [task for task, _ in rows] == ["mlm", "mlm"] and results["packed_times_as_fast"].keys() == {"mlm, random", "mlm, bucketed"}
 
 
 def test_the_uniter_step_is_not_timed_when_losses_differ(monkeypatch):
