@@ -72,7 +72,7 @@ bench: setup
 	$(RUN) -m benchmarks.run --device cpu $(BENCH)
 	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart --seconds 20
-	$(RUN) -m benchmarks.uniter_step --mlm
+	$(RUN) -m benchmarks.train_step --device cpu
 	$(RUN) -m benchmarks.report
 
 bench-gpu-dry: setup

@@ -32,7 +32,7 @@ from vlkernels.testing.arguments import differentiable_tensors, floating_outputs
 DIRECTIONS = ("forward", "backward")
 COPY = "copy of as many bytes"
 # A run starts nothing after so many seconds, whatever is left to time.
-LIMIT_S = {"cpu": 660.0, "cuda": 480.0}
+LIMIT_S = {"cpu": 600.0, "cuda": 480.0}
 
 Timings = dict[str, dict[str, Timing]]
 

@@ -52,7 +52,7 @@ def interleaved_parts(
 
     ``warm``: all of them have run before, so that the first of some long rounds counts too.
     """
-    clock = CudaClock() if device == "cuda" else _HostClock()
+    clock = clock_of(device)
 
     def one_round() -> dict[str, list[Reading]]:
         return {name: [clock.measure((name, part), call) for part, call in parts.items()] for name, parts in variants.items()}
@@ -83,8 +83,8 @@ def _little_garbage() -> Iterator[None]:
 
 
 def _summaries(parts: list[str], rounds: list[list[Reading]]) -> dict[str, Timing]:
-    timings = {part: _summary([readings[i] for readings in rounds]) for i, part in enumerate(parts)}
-    return {**timings, "total": _summary([_sum(readings) for readings in rounds])}
+    timings = {part: summary([readings[i] for readings in rounds]) for i, part in enumerate(parts)}
+    return {**timings, "total": summary([_sum(readings) for readings in rounds])}
 
 
 def _sum(readings: list[Reading]) -> Reading:
@@ -92,7 +92,7 @@ def _sum(readings: list[Reading]) -> Reading:
     return Reading(sum(reading.seconds for reading in readings), sum(hosts) if hosts else None)
 
 
-def _summary(readings: list[Reading]) -> Timing:
+def summary(readings: list[Reading]) -> Timing:
     low, median, high = statistics.quantiles([reading.seconds for reading in readings], n=4)
     hosts = [reading.host for reading in readings if reading.host is not None]
     return Timing(median, low, high, len(readings), statistics.median(hosts) if hosts else None)
@@ -104,7 +104,11 @@ def host_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-class _HostClock:
+def clock_of(device: str) -> HostClock | CudaClock:
+    return CudaClock() if device == "cuda" else HostClock()
+
+
+class HostClock:
     def measure(self, name: object, call: Callable[[], object]) -> Reading:
         return Reading(host_seconds(call), None)
 

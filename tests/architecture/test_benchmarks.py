@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import host_cost, launches, memory, provenance, roof, run, timing, uniter_step
-from benchmarks.plain_uniter import Sizes, bert
+from benchmarks import host_cost, launches, memory, provenance, roof, run, timing
 from benchmarks.provenance import CardLog
 from vlkernels import ops
 from vlkernels.core import dispatch
@@ -347,36 +346,6 @@ def test_a_run_on_a_card(tmp_path, capsys):
     (path,) = tmp_path.glob("*/segment_mean.jsonl")
     row = json.loads(path.read_text().splitlines()[0])
     assert row["roof"]["flops"] > 1e12 and row["seconds"]["vlkernels"]["host"] > 0 and row["arch"].startswith("sm_")
-
-
-TINY_UNITER = Sizes(bert(32, 2, 4), vocab_size=120, feature_values=20, classes=9)
-
-
-def test_the_uniter_step_compares_equal_work():
-    rows, results = uniter_step.run(TINY_UNITER, 2)
-    assert [task for task, _ in rows] == ["mrfr", "mrc_kl", "itm", "mlm", "mlm"]
-    assert all(value > 0 for _, seconds in rows for value in seconds.values())
-    assert results["padded_by_true"]["random"] > 1.4 > 1.1 > results["padded_by_true"]["bucketed"] >= 1
-    variants = {"plain random", "packed random", "plain bucketed", "packed bucketed"}
-    assert results["true_tokens_per_s"].keys() == variants and len(results["packed_times_as_fast"]) == 8
-
-
-def test_the_uniter_step_of_mlm_alone():
-    rows, results = uniter_step.run(TINY_UNITER, 2, ())
-    assert [task for task, _ in rows] == ["mlm", "mlm"] and results["packed_times_as_fast"].keys() == {"mlm, random", "mlm, bucketed"}
-
-
-def test_the_uniter_step_is_not_timed_when_losses_differ(monkeypatch):
-    load = uniter_step.load_engine_weights
-
-    def spoiled(plain, engine):
-        load(plain, engine)
-        torch.nn.init.normal_(engine.transformer.blocks[0].feed_forward.norm.bias, std=0.1)
-
-    monkeypatch.setattr(uniter_step, "load_engine_weights", spoiled)
-    monkeypatch.setattr(uniter_step, "measure", lambda *_: pytest.fail("timed"))
-    with pytest.raises(AssertionError, match="mlm: packed loss"):
-        uniter_step.run(TINY_UNITER, 2)
 
 
 def test_host_cost_of_every_call(tmp_path, capsys):
