@@ -65,7 +65,7 @@ def table(rows: Sequence[Row], machine: Machine) -> list[str]:
     told = f"{machine}; torch {versions}; {' to '.join(sorted({days[0], days[-1]}))}."
     starred = " \\* is a run of a tree with changes that no commit holds." if not all(row.is_clean for row in shown) else ""
     heads = ("what", "against", *(f"times as fast, {dtype}" for dtype in DTYPES), "rows")
-    body = [(line.what, line.against, *(_cell(line, rows, dtype) for dtype in DTYPES), _rows(line, machine)) for line in LINES]
+    body = [(line.what, line.against, *(_cell(line, rows, dtype) for dtype in DTYPES), _rows(line, rows, machine)) for line in LINES]
     cells = (heads, ["---"] * len(heads), *body)
     return [f"{told}{starred}", "", *(f"| {' | '.join(some)} |" for some in cells)]
 
@@ -89,8 +89,9 @@ def _times(times: float) -> str:
     return f"{times:.2f}" if times < 10 else f"{times:.1f}"
 
 
-def _rows(line: Line, machine: Machine) -> str:
-    return f"{line.file}: [{line.benchmark}](benchmarks/results/{machine.folder}/{line.file}.jsonl)"
+def _rows(line: Line, rows: Sequence[Row], machine: Machine) -> str:
+    file = line.figures(rows, line.dtypes[0])[0].row.path.stem
+    return f"{file}: [{line.benchmark}](benchmarks/results/{machine.folder}/{file}.jsonl)"
 
 
 def between_marks(text: str, content: str) -> str:

@@ -125,6 +125,18 @@ def test_rows_older_than_the_digest_are_shown_where_a_commit_names_their_code(co
     assert found() == 0
 
 
+def test_rows_of_the_whole_step_go_on_under_its_new_name(copy):
+    old, new = results_of(copy, "uniter_step"), results_of(copy, "train_step")
+    assert not new.exists() and "| uniter_step: [UNITER-base step](" in report.pages(copy)[copy / "README.md"]
+    row = json.loads(old.read_text().splitlines()[-1])
+    times = {"padded PyTorch, random": 9.75, "padded PyTorch, bucketed": 8.25, "transformers, random": 1.5}
+    row |= {"dtype": "torch.float32", "packed_times_as_fast": times, "date": "2100-01-01T00:00:00+00:00", "source": "s"}
+    new.write_text(json.dumps(row) + "\n")
+    page = report.pages(copy)[copy / "README.md"]
+    for figure in ("9.75; 2.65 (target 2: met)", "8.25; 1.59 (target 1.08: met)"):
+        assert re.search(rf"{re.escape(figure)} \|  \| train_step: \[UNITER-base step\]", page)
+
+
 def test_a_line_whose_rows_vanished_is_an_error(copy):
     rewrite(results_of(copy, "rms_norm"), lambda row: None if row["dtype"] == "torch.bfloat16" else row)
     with pytest.raises(Refused, match=r"'RMSNorm\(x \+ residual\)' has no row of rms_norm, .*, bfloat16, .*: run `make bench`"):
