@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from engine.sections.checks import require, require_not_negative, require_positive
 from engine.sections.inputs import ImageInput, TextInput
-from engine.sections.model import Stack
+from engine.sections.model import Distances, Stack  # noqa: F401  the parser resolves inherited annotations here
 
 Pooling = Literal["first", "last", "mean", "attention", "pooler"]
 Projection = Literal["linear", "affine", "none"]
@@ -126,13 +126,6 @@ class JointStack(TextInput, Stack):
             "model.joint.own_feed_forward is for queries and text: give model.joint.queries",
         )
         require(self.embedding_width is None, "model.joint.embedding_width must be null: its segments share one width")
-        if self.image is not None:
-            self.image.check_input("model.joint.image", self.width)
-            shared = self.image.type_of_text
-            require(
-                shared is None or shared < self.types,
-                f"model.joint.image.type_of_text must be a row of model.joint.types = {self.types}, got {shared}",
-            )
 
 
 @dataclass
@@ -199,6 +192,8 @@ class Model:
             f"got {self.logit_scale_init}",
         )
         self._check_what_roles_read()
+        if self.joint is not None and self.joint.image is not None:
+            self._check_joint_image(self.joint, self.joint.image)
 
     @property
     def roles(self) -> list[str]:
@@ -210,6 +205,14 @@ class Model:
     def reads_pictures(self) -> ImageInput | None:
         """The embedder that pictures go to: of the image tower, else of the joint stream."""
         return self.image if self.image is not None else self.joint and self.joint.image
+
+    def _check_joint_image(self, joint: JointStack, image: ImageInput) -> None:
+        """Here, because the command line builds a section before those inside it."""
+        image.check_input("model.joint.image", joint.width)
+        require(
+            image.type_of_text is None or image.type_of_text < joint.types,
+            f"model.joint.image.type_of_text must be a row of model.joint.types = {joint.types}, got {image.type_of_text}",
+        )
 
     def _check_what_roles_read(self) -> None:
         needed = {"model.fusion": ("image", "text") if self.fusion is not None else ()}
