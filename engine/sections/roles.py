@@ -126,6 +126,15 @@ class JointStack(TextInput, Stack):
             "model.joint.own_feed_forward is for queries and text: give model.joint.queries",
         )
         require(self.embedding_width is None, "model.joint.embedding_width must be null: its segments share one width")
+        if self.image is not None:
+            self._check_image(self.image)
+
+    def _check_image(self, image: ImageInput) -> None:
+        image.check_input("model.joint.image", self.width)
+        require(
+            image.type_of_text is None or image.type_of_text < self.types,
+            f"model.joint.image.type_of_text must be a row of model.joint.types = {self.types}, got {image.type_of_text}",
+        )
 
 
 @dataclass
@@ -192,8 +201,6 @@ class Model:
             f"got {self.logit_scale_init}",
         )
         self._check_what_roles_read()
-        if self.joint is not None and self.joint.image is not None:
-            self._check_joint_image(self.joint, self.joint.image)
 
     @property
     def roles(self) -> list[str]:
@@ -206,13 +213,11 @@ class Model:
         """The embedder that pictures go to: of the image tower, else of the joint stream."""
         return self.image if self.image is not None else self.joint and self.joint.image
 
-    def _check_joint_image(self, joint: JointStack, image: ImageInput) -> None:
-        """Here, because the command line builds a section before those inside it."""
-        image.check_input("model.joint.image", joint.width)
-        require(
-            image.type_of_text is None or image.type_of_text < joint.types,
-            f"model.joint.image.type_of_text must be a row of model.joint.types = {joint.types}, got {image.type_of_text}",
-        )
+    @property
+    def reads_text(self) -> bool:
+        """Whether any role reads or writes text."""
+        towers = (self.text, self.decoder, self.generator)
+        return any(role is not None for role in towers) or (self.joint is not None and self.joint.text)
 
     def _check_what_roles_read(self) -> None:
         needed = {"model.fusion": ("image", "text") if self.fusion is not None else ()}
