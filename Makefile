@@ -1,6 +1,7 @@
 # make setup      .venv from requirements.lock, kernels compiled, vlkernels installed; the others do it first
 # make pretrain   train the quickstart
 # make uniter     train UNITER, small, on built-in scenes
+# make systems    train every recipe at a small size (hours); docs/SYSTEMS.md tells what each has learnt
 # make test       the test suite                 make test-gpu   the tests that need a card
 # make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
 # make bench-gpu-dry   its calls and peers without a card, every Triton kernel they would launch compiled
@@ -8,13 +9,13 @@
 # make build      recompile the kernels, after an edit in csrc
 #
 # PYTHON   the interpreter .venv is made from (3.10 or later)
-# BENCH    more options of bench-gpu, which ends after eight minutes: --missing times the rows that are left, --op pack one op
+# BENCH    more options of bench (under 15 minutes) and bench-gpu (8): --missing times the rows that are left, --op pack one op
 # SETUP=0  no .venv: use PYTHON as it is, with the versions it has; only the kernels are compiled, in place
 
 PYTHON ?= python3
 SETUP ?= 1
 SHELL := /bin/bash
-.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu bench-gpu-dry static clean
+.PHONY: setup build pretrain uniter systems test test-gpu bench bench-gpu bench-gpu-dry static clean
 
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
@@ -61,6 +62,9 @@ pretrain: setup
 uniter: setup
 	$(DEEPSPEED) engine/pretrain.py --config engine/recipes/uniter_scenes.yaml
 
+systems: setup
+	$(RUN) -m benchmarks.systems
+
 # Two workers of one thread each; the tests of a file share a worker and its fixtures.
 test: setup
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --timeout 300 tests
@@ -69,9 +73,9 @@ test-gpu: setup
 	$(RUN) -m pytest -m gpu tests
 
 bench: setup
-	$(RUN) -m benchmarks.run --device cpu
+	$(RUN) -m benchmarks.run --device cpu $(BENCH)
 	$(RUN) -m benchmarks.host_cost --device cpu
-	$(RUN) -m benchmarks.plain_quickstart
+	$(RUN) -m benchmarks.plain_quickstart --seconds 20
 	$(RUN) -m benchmarks.train_step --device cpu
 	$(RUN) -m benchmarks.report
 
