@@ -94,7 +94,7 @@ def salience(images: Side, texts: Side) -> tuple[Tensor, Tensor]:
     """Of every image token its largest product with any text token, and of every text token with any image token."""
     with outside_autocast(images.tokens):
         products = images.tokens.to(pairs.wide(images.tokens)) @ texts.tokens.to(pairs.wide(texts.tokens)).T
-    products = products.masked_fill(~(images.held()[:, None] & texts.held()), -torch.inf)
+    products = torch.where(images.held()[:, None] & texts.held(), products, -torch.inf)
     return products.amax(1), products.amax(0)
 
 
@@ -110,7 +110,7 @@ def keep_salient(images: Side, texts: Side, share: float, salience: Salience) ->
 def _keep(side: Side, scores: Tensor, share: float) -> Side:
     rows, here = side.places()
     kept = (side.lengths.double() * share).ceil().int()
-    order = scores[rows].masked_fill(~here, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    order = torch.where(here, scores[rows], -torch.inf).argsort(dim=1, descending=True, stable=True)
     keeps = here & (order.argsort(1) < kept[:, None])
     starts = kept.cumsum(0, dtype=torch.int32) - kept
     room = min(len(side.tokens), int(len(side.tokens) * share) + len(kept))  # each sample rounds up by less than a token

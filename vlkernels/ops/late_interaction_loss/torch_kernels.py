@@ -27,16 +27,17 @@ TILE = 1024  # tokens, padding included, of each side
 def salience(images: Side, texts: Side) -> tuple[Tensor, Tensor]:
     """``reference.salience`` over tiles."""
     sides, dtype = (images, texts), pairs.wide(images.tokens)
-    best = [side.tokens.new_full((len(side.tokens),), -torch.inf, dtype=dtype) for side in sides]
     here = [side.held() for side in sides]
     spans = [[slice(start, start + TILE) for start in range(0, len(side.tokens), TILE)] for side in sides]
+    maxima: tuple[dict[int, list[Tensor]], ...] = ({}, {})  # of every block of a side, over those of the other
     with outside_autocast(images.tokens):
         for i, j in product(*spans):
             tile = images.tokens[i].to(dtype) @ texts.tokens[j].to(dtype).T
-            tile.masked_fill_(~(here[0][i, None] & here[1][j]), -torch.inf)
-            best[0][i] = torch.maximum(best[0][i], tile.amax(1))
-            best[1][j] = torch.maximum(best[1][j], tile.amax(0))
-    return best[0], best[1]
+            tile = torch.where(here[0][i, None] & here[1][j], tile, -torch.inf)
+            maxima[0].setdefault(i.start, []).append(tile.amax(1))
+            maxima[1].setdefault(j.start, []).append(tile.amax(0))
+    of_images, of_texts = (torch.cat([torch.stack(parts).amax(0) for parts in side.values()]) for side in maxima)
+    return of_images, of_texts
 
 
 class TorchArithmetic:
