@@ -66,8 +66,9 @@ def table(rows: Sequence[Row], machine: Machine) -> list[str]:
     told = f"{machine}; torch {versions}; {' to '.join(sorted({days[0], days[-1]}))}."
     starred = " \\* is a run of a tree with changes that no commit holds." if not all(row.is_clean for row in shown) else ""
     heads = ("what", "against", *(f"times as fast, {dtype}" for dtype in DTYPES), "rows")
-    cells_of = {line: [_cell(line, rows, dtype) for dtype in DTYPES] for line in LINES}
-    body = [(line.what, line.against, *cells_of[line], _rows(line, rows, machine)) for line in LINES]
+    body = [
+        (line.what, line.against, *(_cell(line, rows, dtype) for dtype in DTYPES), _rows(line, rows, machine)) for line in LINES
+    ]
     cells = (heads, ["---"] * len(heads), *body)
     return [f"{told}{starred}", "", *(f"| {' | '.join(some)} |" for some in cells)]
 
