@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from functools import partial
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +20,11 @@ from engine.objectives.parts.objective import Draw
 
 def image_transform(config: Config, train: bool = False) -> ImageTransform:
     """The transform of a run: with its random choices for training, without them for evaluation."""
-    data = config.data
+    data, pictures = config.data, config.model.reads_pictures
     return ImageTransform(
         size=data.image_size,
-        patch=_picture_input(config).patch_size,
-        max_grid=tuple(_picture_input(config).max_grid),
+        patch=pictures.patch_size,
+        max_grid=tuple(pictures.max_grid),
         mean=data.image_mean,
         std=data.image_std,
         resize=data.resize,
@@ -33,18 +32,6 @@ def image_transform(config: Config, train: bool = False) -> ImageTransform:
         random_crop_scale=data.random_crop_scale,
         flip=data.flip and train,
         augment=data.augment if train else "none",
-    )
-
-
-def _picture_input(config: Config) -> Any:
-    """The embedder that pictures go to; None where the model reads none."""
-    return getattr(config.model, "reads_pictures", config.model.image)
-
-
-def reads_text(config: Config) -> bool:
-    model = config.model
-    return any(getattr(model, role, None) for role in ("text", "decoder", "generator")) or bool(
-        model.joint and getattr(model.joint, "text", True)
     )
 
 
@@ -61,10 +48,10 @@ class SampleMaker:
         self.stream = stream
         self.train = train
         self.tokenizer = tokenizer
-        pictures = _picture_input(config)
-        self.as_pixels = getattr(pictures, "kind", "patches") == "grid"
+        pictures = config.model.reads_pictures
+        self.as_pixels = pictures is not None and pictures.kind == "grid"
         self.transform = None if config.data.regions or pictures is None else image_transform(config, train)
-        self.reads_text = reads_text(config)
+        self.reads_text = config.model.reads_text
         self.no_picture = tuple(round(255 * mean) for mean in config.data.image_mean)
         """The colour of a picture that is not there: 0 to the model."""
         self.max_tokens = config.data.max_caption_tokens

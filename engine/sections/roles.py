@@ -211,6 +211,12 @@ class Model:
         """The embedder that pictures go to: of the image tower, else of the joint stream."""
         return self.image if self.image is not None else self.joint and self.joint.image
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether any role reads or writes text."""
+        towers = (self.text, self.decoder, self.generator)
+        return any(role is not None for role in towers) or (self.joint is not None and self.joint.text)
+
     def _check_what_roles_read(self) -> None:
         needed = {"model.fusion": ("image", "text") if self.fusion is not None else ()}
         if self.joint is not None and self.joint.source is not None:

@@ -32,7 +32,8 @@ def test_operations_that_move_do_so_by_seven_tenths_of_their_range(sign):
     assert np.allclose(moved("translate_x"), (x + 7 * sign, y), atol=0.1)
     assert np.allclose(moved("translate_y"), (x, y + 7 * sign), atol=0.1)
     angle = np.deg2rad(21 * sign)  # against the clock; rows grow downwards
-    assert np.allclose(moved("rotate"), (x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)), atol=0.3)
+    turned = (x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle))
+    assert np.allclose(moved("rotate"), turned, atol=0.3)
     row, column = y + 31.5, x + 31.5
     assert np.allclose(moved("shear_x"), (x + 0.21 * sign * row, y), atol=0.6)
     assert np.allclose(moved("shear_y"), (x, y + 0.21 * sign * column), atol=0.6)
@@ -51,7 +52,12 @@ def test_operations_that_do_not_move_change_light_alone():
 def test_two_of_ten_are_drawn_and_each_is_carried_out_half_the_time(monkeypatch):
     done = Counter()
     for name in NAMES:
-        monkeypatch.setitem(augmentation._AUGMENTATIONS, name, lambda image, sign, name=name: done.update([(name, sign)]) or image)
+
+        def counted(image, sign, name=name):
+            done[name, sign] += 1
+            return image
+
+        monkeypatch.setitem(augmentation._AUGMENTATIONS, name, counted)
     for seed in range(4000):
         rand_augment(DOT, np.random.default_rng(seed))
     assert abs(done.total() / 4000 - 1) < 4 * np.sqrt(0.5 / 4000)

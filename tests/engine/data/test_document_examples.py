@@ -146,8 +146,9 @@ def test_orders_need_two_sentences(tmp_path):
     assert examples.runs.tolist() == [[0, 2], [2, 4]]
     for epoch in range(20):
         found = examples[epoch, 0]
-        inner = found.ids[1:-1][found.words[1:-1] >= 0]
-        assert np.array_equal(inner[np.argsort(found.types[1:-1][found.words[1:-1] >= 0] ^ found.pair, kind="stable")], store.ids[:7])
+        inner = found.words >= 0
+        order = np.argsort(found.types[inner] ^ found.pair, kind="stable")
+        assert np.array_equal(found.ids[inner][order], store.ids[:7])
 
 
 def test_what_makes_no_example_is_refused(tmp_path):
