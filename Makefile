@@ -3,6 +3,7 @@
 # make uniter     train UNITER, small, on built-in scenes
 # make test       the test suite                 make test-gpu   the tests that need a card
 # make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
+# make bench-gpu-steps   whole training steps on a card, beside padded models
 # make bench-gpu-dry   its calls and peers without a card, every Triton kernel they would launch compiled
 # make static     compile the Triton kernels for three architectures: registers, spills, tensor-core instructions
 # make build      recompile the kernels, after an edit in csrc
@@ -14,7 +15,7 @@
 PYTHON ?= python3
 SETUP ?= 1
 SHELL := /bin/bash
-.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu bench-gpu-dry static clean
+.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu bench-gpu-dry bench-gpu-steps static clean
 
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
@@ -73,10 +74,16 @@ bench: setup
 	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart
 	$(RUN) -m benchmarks.train_step --device cpu
+	$(RUN) -m benchmarks.zero_step --device cpu
 	$(RUN) -m benchmarks.report
 
 bench-gpu-dry: setup
 	$(RUN) -m benchmarks.run --dry-run $(BENCH)
+	$(RUN) -m benchmarks.train_step --device cuda --dry-run
+
+bench-gpu-steps: setup
+	$(RUN) -m benchmarks.train_step --device cuda
+	$(RUN) -m benchmarks.zero_step --device cuda
 
 bench-gpu: setup
 	$(RUN) -m benchmarks.run --device cuda $(BENCH)
