@@ -68,6 +68,7 @@ class Both:
 
 Batches = Mapping[str, list[Both]]
 PEERS = (PADDED, HUGGING_FACE)
+Readings = dict[str, list[Reading]]
 TIMED = {"random": (PACKED, *PEERS), "bucketed": (PACKED, PADDED)}
 
 
@@ -125,9 +126,12 @@ def make_batches(system: System, count: int, device: str) -> Batches:
     return {kind: [both(index) for index in spread(some, lengths, count)] for kind, some in batches.items()}
 
 
-def measure(steps: Mapping[str, Step], batches: Batches, device: str) -> dict[str, list[Reading]]:
-    """By variant and kind, one batch of each kind after another; before them all the largest, so that its memory is kept."""
-    clock = clock_of(device)
+def measure(steps: Mapping[str, Step], batches: Batches, device: str, dtype: torch.dtype) -> tuple[Readings, float]:
+    """By variant and kind, one batch of each kind after another; before them all the largest, so that its memory is kept.
+
+    And the rate of matrix products: the best one of this run.
+    """
+    clock, rate = clock_of(device), product_rate(device, dtype)
 
     def timed(name: str, both: Both) -> Reading:
         return clock.measure(name, lambda: steps[name](both.read_by(name)))
@@ -135,14 +139,15 @@ def measure(steps: Mapping[str, Step], batches: Batches, device: str) -> dict[st
     for name in steps:
         timed(name, batches["random"][-1])
     cases = [(kind, name) for kind, names in TIMED.items() for name in names if name in steps]
-    readings: dict[str, list[Reading]] = {f"{name}, {kind}": [] for kind, name in cases}
+    readings: Readings = {f"{name}, {kind}": [] for kind, name in cases}
     for number in range(len(batches["random"])):
         for kind, name in cases:
             readings[f"{name}, {kind}"].append(timed(name, batches[kind][number]))
-    return readings
+        rate = max(rate, product_rate(device, dtype))
+    return readings, rate
 
 
-def figures(system: System, batches: Batches, readings: Mapping[str, list[Reading]], matmul: float) -> dict[str, Any]:
+def figures(system: System, batches: Batches, readings: Readings, matmul: float) -> dict[str, Any]:
     """What the readings come to: speeds over all batches of a kind, and the median of the ratios of single steps."""
     found: dict[str, Any] = {name: {} for name in ("packed_times_as_fast", "samples_per_s", "tokens_per_s", "mfu")}
     for variant, taken in readings.items():
@@ -184,18 +189,18 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     calls = {"PyTorch": lambda: F.linear(left, right), "vlkernels": lambda: vk.linear(left, right)}
     with torch.no_grad():
-        taken = interleaved(calls, device, budget_s=1.0)
-    return 2 * side**3 / min(timing.median for timing in taken.values())
+        taken = interleaved(calls, device, budget_s=0.5)
+    return 2 * side**3 / min(timing.low for timing in taken.values())
 
 
 def run(
-    system: System, device: str, dtype: torch.dtype, count: int, matmul: float, peers: Sequence[str] = PEERS
+    system: System, device: str, dtype: torch.dtype, count: int, peers: Sequence[str] = PEERS
 ) -> dict[str, Any]:
     models, absent = make_models(system, device, peers)
     compare(system, models, device)
     steps = {name: Step(model.to(dtype)) for name, model in models.items()}
     batches = make_batches(system, count, device)
-    readings = measure(steps, batches, device)
+    readings, matmul = measure(steps, batches, device, dtype)
     return {
         "benchmark": f"{system.name} step",
         "layers": system.layers,
@@ -250,11 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dry_run(system, dtype)
         return 0
     keep_large_blocks()
-    matmul = product_rate(device, dtype)
     failed = 0
     for system in chosen:
         try:
-            row = run(system, device, dtype, options.batches, matmul, options.peer or PEERS)
+            row = run(system, device, dtype, options.batches, options.peer or PEERS)
         except AssertionError as difference:
             print(f"{system.name}: the variants differ, not timed: {difference}", flush=True)
             failed = 1
