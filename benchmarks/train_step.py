@@ -27,7 +27,7 @@ from benchmarks.provenance import RESULTS, store
 from benchmarks.steps import where
 from benchmarks.steps.shapes import systems
 from benchmarks.steps.system import HUGGING_FACE, PACKED, PADDED, System, spread
-from benchmarks.timing import Reading, clock_of, interleaved, summary
+from benchmarks.timing import Reading, Timing, clock_of, interleaved
 from engine.training.host_memory import keep_large_blocks
 
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
@@ -183,6 +183,12 @@ def look_inside(system: System, steps: Mapping[str, Step], both: Both, device: s
     return found
 
 
+def spread_of(taken: Sequence[Reading]) -> Timing:
+    """Of batches of different sizes: the median, the least and the most."""
+    seconds = [reading.seconds for reading in taken]
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
 def product_rate(device: str, dtype: torch.dtype) -> float:
     """Operations per second of a large product, by whichever of PyTorch and the library is faster."""
     side = 8192 if device == "cuda" else 2048
@@ -208,7 +214,7 @@ def run(
         "lengths": system.lengths_are,
         "dtype": str(dtype),
         "parameters": sum(p.numel() for p in models[PACKED].parameters()),
-        "seconds": {variant: asdict(summary(taken)) for variant, taken in readings.items()},
+        "seconds": {variant: asdict(spread_of(taken)) for variant, taken in readings.items()},
         **figures(system, batches, readings, matmul),
         **look_inside(system, steps, batches["random"][0], device),
         "matmul_flops": matmul,
