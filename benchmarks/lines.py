@@ -34,8 +34,7 @@ class Line:
 
 
 STEP = {
-    "file": "uniter_step",
-    "benchmark": "UNITER-base step",
+    "file": "train_step",
     "ours": "packed",
     "amounts": packed_step,
     "dtypes": ("float32",),
@@ -43,17 +42,40 @@ STEP = {
 ATTENTION = {"file": "attention_qkvpacked", "against": "the better of padded and length-sorted SDPA"}
 LINES = (
     Line(
-        "a whole UNITER-base step, COCO-like lengths, random batches of 32",
-        "the same model in plain, padded PyTorch",
-        peers=("mlm, random",),
+        "a whole step of UNITER-base at half its depth, COCO-like lengths, random batches of 32",
+        "the better of plain, padded PyTorch and transformers",
+        benchmark="UNITER-base step",
+        peers=("padded PyTorch, random", "transformers, random"),
         targets={"float32": 2.0},
         **STEP,
     ),
     Line(
         "the same on UNITER's length-bucketed batches",
-        "the same",
-        peers=("mlm, bucketed",),
+        "the same model in plain, padded PyTorch",
+        benchmark="UNITER-base step",
+        peers=("padded PyTorch, bucketed",),
         targets={"float32": 1.08},
+        **STEP,
+    ),
+    Line(
+        "a whole step of LayoutLMv2-base, 3 of its 12 layers, pages of up to 561 tokens, random batches of 4",
+        "the better of plain, padded PyTorch and transformers",
+        benchmark="LayoutLMv2-base step",
+        peers=("padded PyTorch, random", "transformers, random"),
+        **STEP,
+    ),
+    Line(
+        "a whole step of CLIP ViT-B/32, 3 + 3 of its 12 + 12 layers, random batches of 16",
+        "the better of plain, padded PyTorch and transformers",
+        benchmark="CLIP ViT-B/32 step",
+        peers=("padded PyTorch, random", "transformers, random"),
+        **STEP,
+    ),
+    Line(
+        "a whole step of ALBEF-base, 3 + 2 + 1 of its 12 + 6 + 6 layers, random batches of 4: little is padding",
+        "the same model in plain, padded PyTorch",
+        benchmark="ALBEF-base step",
+        peers=("padded PyTorch, random",),
         **STEP,
     ),
     Line(
