@@ -31,7 +31,7 @@ from benchmarks.steps.system import System
 from benchmarks.timing import clock_of, summary
 from benchmarks.train_step import Step
 from engine.config import Config
-from engine.sections import Optimizer, Train, Zero
+from engine.sections import MaskedLanguage, Objectives, Optimizer, Train, Zero
 from engine.training import zero
 from engine.training.optimizer import make_optimizer
 
@@ -56,6 +56,7 @@ def config_of(device: str, world: int, stage: int) -> Config:
     return Config(
         device=device,
         precision="bf16" if device == "cuda" else "fp32",
+        objectives=Objectives(masked_language=MaskedLanguage()),  # of a run; the systems bring their own losses
         optimizer=Optimizer(lr=1e-5),
         train=Train(global_batch=2 * world, max_steps=1),
         zero=Zero(stage),
