@@ -31,7 +31,9 @@ from benchmarks.steps.system import System
 from benchmarks.timing import clock_of, summary
 from benchmarks.train_step import Step
 from engine.config import Config
-from engine.sections import MaskedLanguage, Objectives, Optimizer, Train, Zero
+from engine.objectives import Objectives
+from engine.objectives.masked_language import MaskedLanguage
+from engine.sections import Optimizer, Train, Zero
 from engine.training import zero
 from engine.training.optimizer import make_optimizer
 
