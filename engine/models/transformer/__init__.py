@@ -6,9 +6,21 @@ residual sum and the norm that follows to one fused call.
 """
 
 from engine.models.transformer.block import Block
-from engine.models.transformer.maps import Linear, norm_of
+from engine.models.transformer.cache import Extension, KeyValueCache
 from engine.models.transformer.feed_forward import ACTIVATIONS
+from engine.models.transformer.maps import Linear, norm_of
 from engine.models.transformer.stack import PackedTransformer
 from engine.models.transformer.tokens import SelectedRows, Source, Tokens
 
-__all__ = ["ACTIVATIONS", "Block", "Linear", "PackedTransformer", "SelectedRows", "Source", "Tokens", "norm_of"]
+__all__ = [
+    "ACTIVATIONS",
+    "Block",
+    "Extension",
+    "KeyValueCache",
+    "Linear",
+    "PackedTransformer",
+    "SelectedRows",
+    "Source",
+    "Tokens",
+    "norm_of",
+]
