@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.batch import Patches, Text
 from engine.config import Config
 from engine.data import DataError, RecordFault, Tokenizer, image_transform
-from engine.data.records import decode_image
+from engine.data.records.record import decode_image
 from engine.models import VisionLanguageModel
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
