@@ -242,8 +242,11 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         return self._of_all(batch, f"{role} {view}", selected, read)
 
     def _of_all(self, batch: Batch, name: str, selected: SelectedRows | None, read: Callable[[], Tokens]) -> Tokens:
-        """A pass for whoever asks; one for selected rows is for its caller alone."""
-        return self._once(batch, name, read) if selected is None else read()
+        """A pass for whoever asks; one for selected rows is for its caller alone, unless all rows have been read."""
+        if selected is None:
+            return self._once(batch, name, read)
+        whole = self._known(batch, name)
+        return read() if whole is None else Tokens(vk.take_rows(whole.hidden, selected.index, impl=self.impl), selected.layout)
 
     def _states_of(self, role: str, batch: Batch, view: str | None) -> Tokens:
         """The pass over a batch by which another role reads this one."""

@@ -55,7 +55,7 @@ class SampleMaker:
         self.no_picture = tuple(round(255 * mean) for mean in config.data.image_mean)
         """The colour of a picture that is not there: 0 to the model."""
         self.max_tokens = config.data.max_caption_tokens
-        self.objectives = objectives
+        self.objectives = sorted(objectives, key=lambda one: bool(one.beside))  # those that look at others' views last
         self.needs_soft_labels = any(objective.needs_soft_labels for objective in objectives)
 
     def __call__(

@@ -54,6 +54,8 @@ class Objective:
     """Sections of `model` it reads; "fusion or joint" asks for one of the two."""
     alone: ClassVar[bool] = False
     """Whether its batches are for no other objective, because they show something else."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Objectives whose views its `prepare` looks at, where a sample has them."""
     needs_soft_labels: ClassVar[bool] = False
     """Whether it reads the detector's distributions over classes."""
     head: ClassVar[str]
