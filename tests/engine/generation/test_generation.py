@@ -11,7 +11,8 @@ pytest.importorskip("transformers")
 from public_models import END, PAD, START, VOCAB, bart_model, bart_rows, encoded, gpt2_model, t5_model  # noqa: E402
 
 from engine.generation import Generated, NewTokens, Nucleus, beam_search, generate  # noqa: E402
-from engine.models.transformer import Tokens  # noqa: E402
+from engine.generation.decoding import Decoding  # noqa: E402
+from engine.models.transformer import Source, Tokens  # noqa: E402
 
 PROMPTS = [5, 1, 9, 3, 2, 7]
 MOST = 12
@@ -192,3 +193,21 @@ def test_nucleus_repeats_by_its_seed_whoever_ends_when():
 def test_mistakes_get_one_clear_line(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         nucleus(**options)
+
+
+def test_passes_hide_no_sync():
+    """On meta tensors every look at a value raises."""
+    theirs, decoder, _ = t5_model()
+    theirs.to("meta"), decoder.stack.to("meta")
+    layout = vk.SegmentLayout([[n] for n in PROMPTS]).to("meta")
+    source = Source(decoder.stack.project_source(torch.empty(layout.num_tokens, 32, device="meta")), layout)
+    with torch.no_grad():
+        decoding = Decoding(decoder, decoder.prompt(torch.zeros(layout.num_tokens, dtype=torch.long, device="meta"), layout),
+                            source, MOST, copies=2)  # fmt: skip
+        assert decoding.start().shape == (len(PROMPTS), VOCAB)
+        slots = torch.zeros(4, dtype=torch.long, device="meta")
+        decoding.cache.copy(slots, slots)
+        logits = decoding.step(slots, slots)
+        assert logits.shape == (4, VOCAB)
+        choose = Nucleus(torch.Generator(), share=0.5)
+        assert choose(logits, slots, 6).shape == (4,)

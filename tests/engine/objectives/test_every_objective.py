@@ -9,13 +9,13 @@ from shared_cache import shared_cache
 from engine.build import build_model
 from engine.config import Config
 from engine.data import (
-    builtin_folders,
     held_out_batches,
     load_source,
     load_training_sets,
     make_tokenizer,
     training_stream,
 )
+from engine.data.builtin import folder_sets
 from engine.evaluation import describe, evaluate
 from engine.objectives import Objectives, PretrainingModule, find
 from engine.sections import Data, DecoderStack, ImageStack, Model, TextStack, Tokenizer, Train
@@ -65,7 +65,7 @@ def config_of(case: str, cache: str) -> Config:
 @pytest.mark.parametrize("case", list(CASES))
 def test_from_records_to_figures(case, shared_cache, tmp_path, monkeypatch):
     for split in ("train", "held_out"):
-        monkeypatch.setitem(builtin_folders.NUM_PAGES, split, 24)
+        monkeypatch.setitem(folder_sets.NUM_PAGES, split, 24)
     config = config_of(case, str(tmp_path if case == "document_classes" else shared_cache))
     ((name, objective),) = config.objectives.active.items()
     sets = load_training_sets(config)

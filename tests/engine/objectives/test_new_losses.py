@@ -11,8 +11,8 @@ from random_batch import random_batch, small_model
 from torch.nn import functional as F
 
 from engine.batch import Batch, Sample, Text, Words
-from engine.data.batches import collate
-from engine.data.plan import generator
+from engine.data import collate
+from engine.data.plan.order import generator
 from engine.models.model import VisionLanguageModel
 from engine.models.transformer import Tokens
 from engine.objectives import add_heads
