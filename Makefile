@@ -3,6 +3,7 @@
 # make uniter     train UNITER, small, on built-in scenes
 # make test       the test suite                 make test-gpu   the tests that need a card
 # make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
+# make bench-gpu-dry   its calls and peers without a card, every Triton kernel they would launch compiled
 # make static     compile the Triton kernels for three architectures: registers, spills, tensor-core instructions
 # make build      recompile the kernels, after an edit in csrc
 #
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 SETUP ?= 1
 SHELL := /bin/bash
-.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu static clean
+.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu bench-gpu-dry static clean
 
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
@@ -71,8 +72,11 @@ bench: setup
 	$(RUN) -m benchmarks.run --device cpu
 	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart
-	$(RUN) -m benchmarks.uniter_step
+	$(RUN) -m benchmarks.train_step --device cpu
 	$(RUN) -m benchmarks.report
+
+bench-gpu-dry: setup
+	$(RUN) -m benchmarks.run --dry-run $(BENCH)
 
 bench-gpu: setup
 	$(RUN) -m benchmarks.run --device cuda $(BENCH)

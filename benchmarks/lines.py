@@ -157,10 +157,11 @@ LINES = (
         ("dense",),
     ),
     Line(
-        "linear cross-entropy, 1,024 x 30,522",
-        "linear, then cross-entropy",
+        "linear cross-entropy, 2,048 x 30,522",
+        "linear, then cross-entropy in float32",
         "linear_cross_entropy",
-        "bert_m1024_v30522_d768",
+        "bert_m2048_v30522_d768",
         ("torch",),
+        dtypes=("float32",),
     ),
 )

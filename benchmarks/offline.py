@@ -7,7 +7,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ OPCODES = (
     "HGMMA", "UTCHMMA", "HMMA", "FFMA", "MUFU", "LDGSTS", "UTMALDG", "LDG", "STG", "LDS", "STS", "LDSM", "STSM", "SHFL", "BAR",
     "LDL", "STL",
 )  # fmt: skip
+MEASURED = ("registers", "shared_bytes", "stack_bytes", "warps", "programs_per_sm", "occupancy", "instructions", "opcodes")
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")
 
 
@@ -61,7 +62,7 @@ def card(architecture: int) -> Iterator[None]:
 
 def measure(launch: Launch, architecture: int) -> dict[str, Any]:
     """Registers, shared memory, local memory, instructions and occupancy of one kernel; compile inside :func:`card`."""
-    compiled = launch.compile()
+    compiled = launch.compile()  # what follows is named in MEASURED
     usage, opcodes = _read(compiled.asm["cubin"])
     registers, shared = usage["REG"], compiled.metadata.shared
     programs = resident_programs(architecture, registers, shared, compiled.metadata.num_warps)
@@ -86,8 +87,12 @@ def resident_programs(architecture: int, registers: int, shared: int, warps: int
     return min(most_warps // warps, by_registers, by_shared, MOST_PROGRAMS)
 
 
-def local_memory_accesses(measured: dict[str, Any]) -> int:
+def local_memory_accesses(measured: Mapping[str, Any]) -> int:
     return measured["opcodes"].get("LDL", 0) + measured["opcodes"].get("STL", 0)
+
+
+def tensor_core_instructions(measured: Mapping[str, Any]) -> int:
+    return sum(measured["opcodes"].get(name, 0) for name in TENSOR_CORE)
 
 
 def _read(cubin: bytes) -> tuple[dict[str, int], collections.Counter[str]]:

@@ -9,7 +9,8 @@ Same sizes, weights, losses and hard negatives; `scaled_dot_product_attention` o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.plain_transformer import TiedHead, Transformer, attention_mask, padding_mask
 from benchmarks.provenance import RESULTS, ROOT, store
 from benchmarks.timing import interleaved
-from engine.batch import IMAGE, TEXT, Batch
+from engine.batch import IMAGE, TEXT, Batch, OnDevice
 from engine.config import Config
 from engine.data import load_training_sets, make_tokenizer, training_stream
 from engine.models import VisionLanguageModel, build_model
@@ -40,12 +41,13 @@ class Embedder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(stack.width))
         self.projection = None if patch_values is None else nn.Linear(patch_values, stack.width)
         self.eps = stack.eps
+        self.dropout = nn.Dropout(stack.dropout)
 
     def forward(self, first: Tensor, second: Tensor, patches: Tensor | None = None) -> Tensor:
         x = F.embedding(first, self.tables[0]) + F.embedding(second, self.tables[1])
         if patches is not None:
             x = x + self.projection(patches.to(self.projection.weight.dtype))
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return self.dropout(F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps))
 
 
 class FeatureHead(nn.Module):
@@ -85,25 +87,21 @@ class PlainModel(nn.Module):
         self.masked_language_head = TiedHead(fusion, vocab_size)
 
     def encode_text(self, ids: Tensor, visible: Tensor | None) -> Tensor:
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         return self.text_tower(self.text_embedder(ids, positions), visible)
 
-    def forward(self, batch: Batch, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: PaddedPairs, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """Losses by name; `negatives` are the hard texts and the hard images (default: drawn from the
         scores)."""
-        word_counts, patch_counts = batch.layout.lengths[:, TEXT], batch.layout.lengths[:, IMAGE]
-        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text_ids, word_counts)
-        real_patches = padding_mask(patch_counts, patches.shape[1])
-        real_words = padding_mask(word_counts, text_ids.shape[1])
-        see_patches, see_words = attention_mask(real_patches), attention_mask(real_words)
-        positions = padded(batch.image.positions, patch_counts).long()
-        image = self.image_embedder(positions[..., 0], positions[..., 1], patches)
+        see_patches, see_words = batch.see_patches, batch.see_words
+        image = self.image_embedder(batch.rows, batch.columns, batch.patches)
         image = self.image_tower(image, see_patches)
-        text = self.encode_text(text_ids, see_words)
-        image_features, text_features = self.image_head(image, real_patches), self.text_head(text, real_words)
+        text = self.encode_text(batch.text_ids, see_words)
+        image_features = self.image_head(image, batch.real_patches)
+        text_features = self.text_head(text, batch.real_words)
         logits = self.logit_scale.exp() * image_features @ text_features.T
         pairs = len(logits)
-        own = torch.arange(pairs)
+        own = torch.arange(pairs, device=logits.device)
         contrastive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
         hard_texts, hard_images = negatives or (
@@ -114,18 +112,59 @@ class PlainModel(nn.Module):
         texts, images = torch.cat((own, hard_texts, own)), torch.cat((own, own, hard_images))
         read = [tuple(part[images] for part in keys_values) for keys_values in source]
         fused = self.fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
-        matching = F.cross_entropy(self.matching_head(fused), (torch.arange(3 * pairs) < pairs).long())
+        matches = (torch.arange(3 * pairs, device=own.device) < pairs).long()
+        matching = F.cross_entropy(self.matching_head(fused), matches)
 
-        masked = self.encode_text(padded(batch.masked_words.ids, word_counts), see_words)
+        masked = self.encode_text(batch.masked_ids, see_words)
         fused = self.fusion(masked, see_words, source, see_patches)
-        places = batch.masked_words.places
-        words = self.masked_language_head(fused[places.samples, places.offsets], self.text_embedder.tables[0])
-        masked_language = F.cross_entropy(words, batch.masked_words.targets)
+        words = self.masked_language_head(fused[batch.samples, batch.offsets], self.text_embedder.tables[0])
+        masked_language = F.cross_entropy(words, batch.targets)
         return {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
 
 
-def padded(rows: Tensor, counts: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class PaddedPairs(OnDevice):
     """What a padding collate function would have made: `[B, longest, ...]`, zeros behind each sample's rows."""
+
+    text_ids: Tensor
+    masked_ids: Tensor
+    patches: Tensor
+    rows: Tensor
+    columns: Tensor
+    real_words: Tensor
+    real_patches: Tensor
+    see_words: Tensor | None
+    see_patches: Tensor | None
+    samples: Tensor
+    """int64 [M]: where the masked words are, and `offsets` within these."""
+    offsets: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> PaddedPairs:
+        word_counts, patch_counts = batch.layout.lengths[:, TEXT], batch.layout.lengths[:, IMAGE]
+        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text_ids, word_counts)
+        real_patches = padding_mask(patch_counts, patches.shape[1])
+        real_words = padding_mask(word_counts, text_ids.shape[1])
+        positions = padded(batch.image.positions, patch_counts).long()
+        places = batch.masked_words.places
+        return cls(
+            text_ids=text_ids,
+            masked_ids=padded(batch.masked_words.ids, word_counts),
+            patches=patches,
+            rows=positions[..., 0],
+            columns=positions[..., 1],
+            real_words=real_words,
+            real_patches=real_patches,
+            see_words=attention_mask(real_words),
+            see_patches=attention_mask(real_patches),
+            samples=places.samples,
+            offsets=places.offsets,
+            targets=batch.masked_words.targets,
+        )
+
+
+def padded(rows: Tensor, counts: Tensor) -> Tensor:
     return pad_sequence(rows.split(counts.tolist()), batch_first=True)
 
 
@@ -150,15 +189,21 @@ def make_models(config: Config, vocab_size: int) -> tuple[PretrainingModule, Pla
 class PlainLoop:
     """What a researcher would write: load a batch, forward, backward, AdamW."""
 
-    def __init__(self, module: nn.Module, stream: Iterator[list[Batch]], learning_rate: float):
-        self.module, self.stream = module, stream
+    def __init__(
+        self,
+        module: nn.Module,
+        stream: Iterator[list[Batch]],
+        learning_rate: float,
+        pad: Callable[[Batch], Batch | PaddedPairs] = lambda batch: batch,
+    ):
+        self.module, self.stream, self.pad = module, stream, pad
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, fused=True)
 
     def __call__(self) -> None:
         (batch,) = next(self.stream)
         self.optimizer.zero_grad(set_to_none=True)
         batch.normalizers = normalizers(batch.counts, 1, torch.device("cpu"))
-        output = self.module(batch)
+        output = self.module(self.pad(batch))
         losses = output[1] if isinstance(output, tuple) else output
         sum(losses.values()).backward()
         self.optimizer.step()
@@ -196,7 +241,7 @@ def main() -> int:
     loops = {
         "engine": EngineLoop(config, under_zero, stream(), ranks),
         "packed model, no DeepSpeed": PlainLoop(packed, stream(), config.optimizer.lr),
-        "plain padded PyTorch": PlainLoop(plain, stream(), config.optimizer.lr),
+        "plain padded PyTorch": PlainLoop(plain, stream(), config.optimizer.lr, PaddedPairs.of),
     }
     timings = interleaved(loops, "cpu", options.seconds)
     speeds = {name: options.pairs / timing.median for name, timing in timings.items()}

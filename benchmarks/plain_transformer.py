@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from engine.sections import Stack
 
-ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh")}
+CAUSAL = "causal"
+"""In the place of a mask: a token sees those before it. What is padded behind a sample is then seen by nobody in it."""
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU(approximate="tanh"), "quick_gelu": QuickGelu()}
 
 
 class Residual(nn.Module):
@@ -47,7 +56,8 @@ class Attention(Residual):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
         dropped = self.attention_dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropped)
+        seen = {"is_causal": True} if visible is CAUSAL else {"attn_mask": visible}
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropped, **seen)
         return self.output(attended.transpose(1, 2).flatten(2))
 
     def forward(
@@ -126,7 +136,7 @@ class TiedHead(HeadTransform):
 
 
 def padding_mask(lengths: Tensor, longest: int) -> Tensor:
-    return torch.arange(longest) < lengths[:, None]
+    return torch.arange(longest, device=lengths.device) < lengths[:, None]
 
 
 def attention_mask(real: Tensor) -> Tensor | None:

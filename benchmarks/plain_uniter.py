@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.plain_transformer import HeadTransform, TiedHead, Transformer, attention_mask, padding_mask
+from benchmarks.plain_transformer import HeadTransform, TiedHead, Transformer, padding_mask
+from engine.batch import OnDevice
 from engine.sections import Stack
 
 TASKS = ("mlm", "mrfr", "mrc", "mrc_kl", "itm")
@@ -41,7 +42,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class PaddedBatch:
+class PaddedBatch(OnDevice):
     """B pairs of a caption and an image's regions, zeros behind each; a task reads the fields it needs."""
 
     text_lengths: Tensor
@@ -50,6 +51,8 @@ class PaddedBatch:
     """int64 [B], at most R."""
     joint_length: int
     """Length that a caption and its regions are padded to together."""
+    visible: Tensor | None
+    """bool [B, 1, 1, joint_length]: what is no padding; none where nothing is."""
     text_ids: Tensor
     """int64 [B, L]: [CLS] caption [SEP]."""
     features: Tensor
@@ -60,6 +63,8 @@ class PaddedBatch:
     """int64 [B, L]: the captions after masked-language corruption."""
     word_targets: Tensor | None = None
     """int64 [B, L]: the id that stood there, `IGNORED` where nothing is predicted."""
+    word_places: Tensor | None = None
+    """int64 [2, M]: the samples and positions where something is predicted."""
     region_masked: Tensor | None = None
     """bool [B, R]: what MRFR and MRC hide and predict."""
     soft_labels: Tensor | None = None
@@ -135,8 +140,7 @@ class PlainUniter(nn.Module):
         kind = self.text_embedder.types.weight[IMAGE_TYPE]
         regions = self.region_embedder(batch.features, batch.boxes, kind, masked)
         joint = gather(torch.cat((text, regions), dim=1), gather_index(batch))
-        real = padding_mask(batch.text_lengths + batch.region_counts, batch.joint_length)
-        return self.transformer(joint, attention_mask(real))
+        return self.transformer(joint, batch.visible)
 
     def forward(self, batch: PaddedBatch, task: str) -> dict[str, Tensor]:
         """The losses of one of `TASKS` by name; each is a mean over this batch."""
@@ -154,7 +158,7 @@ class PlainUniter(nn.Module):
         return {task: CLASS_LOSSES[task](self.region_class_head(hidden), soft_labels)}
 
     def masked_language_loss(self, batch: PaddedBatch) -> Tensor:
-        predicted = batch.word_targets != IGNORED
+        predicted = batch.word_places.unbind()
         hidden = word_states(self.encode(batch, batch.masked_ids), batch)[predicted]
         logits = self.masked_language_head(hidden, self.text_embedder.words.weight)
         return F.cross_entropy(logits, batch.word_targets[predicted])
@@ -172,7 +176,7 @@ class PlainUniter(nn.Module):
 def gather_index(batch: PaddedBatch) -> Tensor:
     """`[B, joint_length]`: which column of padded text, then padded regions, stands where in the joint
     sequence."""
-    place = torch.arange(batch.joint_length)
+    place = torch.arange(batch.joint_length, device=batch.text_lengths.device)
     behind_text = place - batch.text_lengths[:, None]
     longest_text, most_regions = batch.text_ids.shape[1], batch.features.shape[1]
     index = torch.where(behind_text < 0, place, longest_text + behind_text)
@@ -190,7 +194,7 @@ def word_states(hidden: Tensor, batch: PaddedBatch) -> Tensor:
 
 def region_states(hidden: Tensor, batch: PaddedBatch) -> Tensor:
     """`[B, R, D]`: the regions' part of the joint sequence; what is padding there is anything."""
-    place = batch.text_lengths[:, None] + torch.arange(batch.features.shape[1])
+    place = batch.text_lengths[:, None] + torch.arange(batch.features.shape[1], device=batch.text_lengths.device)
     return gather(hidden, place.clamp(max=batch.joint_length - 1))
 
 

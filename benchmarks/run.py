@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing]`: every declared benchmark, beside its peers.
+"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing | --list | --dry-run]`: every benchmark, beside its peers.
 
 An op whose contract is red prints no time. A result is stored as soon as it is there, in benchmarks/results/<device>/<op>.jsonl
 with its provenance, so that a run that is cut off loses nothing, and the next one with --missing times the rest.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -62,16 +63,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", action="append", help="only this op; may be given several times")
-    parser.add_argument("--budget-s", type=float, default=2.0, help="seconds of measuring per benchmark and dtype")
+    parser.add_argument("--budget-s", type=float, default=1.5, help="seconds of measuring per benchmark and dtype")
     parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {CARD_LIMIT_S} on a card")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     parser.add_argument("--missing", action="store_true", help="only rows without a result of this very source")
     parser.add_argument("--list", action="store_true", help="print the rows and their peers, and time nothing")
+    parser.add_argument("--dry-run", action="store_true", help="the rows of a card as far as they come without one")
     options = parser.parse_args(arguments)
     chosen = [spec for spec in ops.specs() if not options.op or spec.name in options.op]
     if options.list:
         print(*(line for spec in chosen for line in listed(spec, options.device)), sep="\n")
         return 0
+    if options.dry_run:
+        from benchmarks import dry_run  # asks for Triton
+
+        return dry_run.run(chosen, options.limit_s)
     on_card = options.device == "cuda"
     if on_card and not torch.cuda.is_available():
         parser.error("no CUDA device here")
@@ -90,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def listed(spec: OpSpec, device: str) -> list[str]:
     return [
-        f"{spec.name}, {name}, {' and '.join(map(_short, benchmark.dtypes))}: beside {'; '.join(benchmark.peers)}"
+        f"{spec.name}, {name}, {' and '.join(map(short, benchmark.dtypes))}: beside {'; '.join(benchmark.peers)}"
         for name, benchmark in benchmarks_of(spec, device).items()
     ]
 
@@ -132,9 +138,11 @@ def run_op(spec: OpSpec, run: Run) -> bool:
     try:
         verify(spec, dtypes, run.device)
     except Exception as error:  # whatever a kernel fails with
-        print(f"{spec.name}: contract is red, not timed: {_first_line(error)}", flush=True)
+        print(f"{spec.name}: contract is red, not timed: {first_line(error)}", flush=True)
         return False
-    return all([run_benchmark(spec, name, benchmark, run) for name, benchmark in benchmarks.items()])
+    done = all([run_benchmark(spec, name, benchmark, run) for name, benchmark in benchmarks.items()])
+    memory.give_back()
+    return done
 
 
 def verify(spec: OpSpec, dtypes: list[torch.dtype], device: str) -> None:
@@ -148,12 +156,12 @@ def run_benchmark(spec: OpSpec, name: str, benchmark: Benchmark, run: Run) -> bo
     """Time one benchmark in its dtypes and store what came; ``False`` when our own call fails."""
     for dtype in benchmark.dtypes:
         if run.is_over():
-            print(f"{spec.name}, {name}, {_short(dtype)}: not timed, the time of this run is up", flush=True)
+            print(f"{spec.name}, {name}, {short(dtype)}: not timed, the time of this run is up", flush=True)
             continue
         try:
             row = timed(spec, name, benchmark, dtype, run)
         except Exception as reason:
-            print(f"{spec.name}, {name}, {_short(dtype)}: FAILED: {_first_line(reason)}", flush=True)
+            print(f"{spec.name}, {name}, {short(dtype)}: FAILED: {first_line(reason)}", flush=True)
             return False
         store(spec.name, row, run.device, run.results)
         if run.device == "cuda":
@@ -171,10 +179,10 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
     if cost is not None and cost.forward_bytes and not cost.forward_flops:
         calls[COPY] = roof.Copies(cost, run.device)
     run.card.take()
-    timings = interleaved_parts({variant: step.parts() for variant, step in calls.items()}, run.device, run.budget_s)
+    timings = interleaved_parts({variant: step.parts() for variant, step in calls.items()}, run.device, run.budget_s, warm=True)
     card = run.card.take()
     derived = derive(timings, [variant for variant, step in calls.items() if step.rival], cost, run.roof)
-    show(f"{spec.name}, {name}, {_short(dtype)}", timings, derived, peak_bytes)
+    show(f"{spec.name}, {name}, {short(dtype)}", timings, derived, peak_bytes)
     return {
         "op": spec.name,
         "benchmark": name,
@@ -198,7 +206,7 @@ def peaks(
         return {variant: step.peak_bytes() for variant, step in steps.items()}
     if not benchmark.peak_memory:
         return None
-    return {variant: memory.peak_bytes(spec.name, name, _short(dtype), variant) for variant in steps}
+    return {variant: memory.peak_bytes(spec.name, name, short(dtype), variant) for variant in steps}
 
 
 def only_variant(op: str, name: str, dtype: str, variant: str) -> Step:
@@ -261,7 +269,7 @@ def variants(benchmark: Benchmark, arguments: dict[str, Any], run: Run, ours: bo
             else:
                 steps[name] = Step(partial(peer, **arguments), inputs, rival=name != "reference").trial()
         except Exception as reason:  # other people's code: whatever it fails with, the others are timed
-            run.tell_absent(name, _first_line(reason))
+            run.tell_absent(name, first_line(reason))
     return steps
 
 
@@ -314,18 +322,25 @@ def _column(part: str, timing: Timing, variant: str, derived: Mapping[str, Any])
     column = f"{part} {timing.median * 1e3:9.3f} ms [{timing.low * 1e3:.3f}, {timing.high * 1e3:.3f}]"
     for rate, unit in (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s")):
         if rate in derived:
-            column += f" {derived[rate][variant]:5.0f} {unit}"
+            column += f" {significant(derived[rate][variant]):>6} {unit}"
     for share, of in (("share_of_copy", "copy"), ("share_of_roof", "roof")):
         if share in derived:
             column += f" {derived[share][variant]:4.0%} of {of}"
     return column if timing.host is None else f"{column} host {timing.host * 1e6:4.0f} us"
 
 
-def _first_line(reason: BaseException) -> str:
+def significant(value: float) -> str:
+    """Three digits that say something: 0.0912, 1.86, 790, 4320."""
+    if not value:
+        return "0"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def first_line(reason: BaseException) -> str:
     return (str(reason) or type(reason).__name__).splitlines()[0][:160]
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,7 +1,8 @@
 """`python -m benchmarks.static [--op NAME]`: every declared Triton kernel compiled for sm_80, sm_90 and sm_100, without a card.
 
-Writes benchmarks/results/static/<op>.jsonl: registers, shared and local memory, tensor-core instructions, occupancy. A row names
-what it was compiled from; a test fails where the kernels, their tiles or the version of Triton are no longer the row's.
+Writes benchmarks/results/static/<op>.jsonl: registers, shared and local memory, tensor-core instructions, occupancy, and prints which
+kernels are worse than what was stored. A row names what it was compiled from; a test fails where the kernels, their tiles or the
+version of Triton are no longer the row's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import triton
 import triton.language
 
-from benchmarks import offline
+from benchmarks import offline, static_changes
 from benchmarks.provenance import RESULTS
 from vlkernels import ops
 from vlkernels.core.spec import OpSpec, Variant
@@ -45,7 +46,9 @@ def write(spec: OpSpec, workers: int) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         lines = pool.map(functools.partial(_line, spec.name), range(len(list(declared(spec)))), chunksize=1)
+    before = list(stored(spec).values()) if stored_at(spec).exists() else []
     stored_at(spec).write_text("\n".join(lines) + "\n")
+    print(*static_changes.told(spec.name, before, map(json.loads, lines)), sep="\n", flush=True)
 
 
 def _line(name: str, number: int) -> str:
@@ -117,7 +120,7 @@ def stored(spec: OpSpec) -> dict[str, dict[str, Any]]:
 
 
 def show(op: str, row: dict[str, Any]) -> None:
-    products = sum(row["opcodes"].get(name, 0) for name in offline.TENSOR_CORE)
+    products = offline.tensor_core_instructions(row)
     said = " ".join(str(row[name]) for name in ("dtype", "bias") if name in row) + " dropout" * row.get("dropout", False)
     widths = {"K": "head_dim", "slot ": "slot", "D": "width", "texts ": "texts", "images ": "images"}
     said += "".join(f" {letter}{row[name]}" for letter, name in widths.items() if name in row)

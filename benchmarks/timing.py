@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,27 +45,46 @@ def interleaved(variants: Mapping[str, Callable[[], object]], device: str, budge
     return {name: parts["call"] for name, parts in timings.items()}
 
 
-def interleaved_parts(variants: Mapping[str, Parts], device: str, budget_s: float = 3.0) -> dict[str, dict[str, Timing]]:
-    """:func:`interleaved` of variants in parts: the timing of each, and of their sum as ``"total"``."""
-    clock = CudaClock() if device == "cuda" else _HostClock()
+def interleaved_parts(
+    variants: Mapping[str, Parts], device: str, budget_s: float = 3.0, warm: bool = False
+) -> dict[str, dict[str, Timing]]:
+    """:func:`interleaved` of variants in parts: the timing of each, and of their sum as ``"total"``.
+
+    ``warm``: all of them have run before, so that the first of some long rounds counts too.
+    """
+    clock = clock_of(device)
 
     def one_round() -> dict[str, list[Reading]]:
         return {name: [clock.measure((name, part), call) for part, call in parts.items()] for name, parts in variants.items()}
 
-    is_long = host_seconds(one_round) > budget_s > 0
-    for _ in range(0 if is_long else WARM_UP_ROUNDS - 1):
-        one_round()
-    fewest = FEWEST_LONG_ROUNDS if is_long else FEWEST_ROUNDS
     rounds: list[dict[str, list[Reading]]] = []
-    started = time.perf_counter()
-    while len(rounds) < fewest or time.perf_counter() - started < budget_s:
-        rounds.append(one_round())
+    with _little_garbage():
+        is_long = host_seconds(lambda: rounds.append(one_round())) > budget_s > 0
+        if not (is_long and warm):
+            rounds.clear()
+        for _ in range(0 if is_long else WARM_UP_ROUNDS - 1):
+            one_round()
+        fewest = FEWEST_LONG_ROUNDS if is_long else FEWEST_ROUNDS
+        started = time.perf_counter()
+        while len(rounds) < fewest or time.perf_counter() - started < budget_s:
+            rounds.append(one_round())
     return {name: _summaries(list(parts), [readings[name] for readings in rounds]) for name, parts in variants.items()}
 
 
+@contextlib.contextmanager
+def _little_garbage() -> Iterator[None]:
+    """What was made before is not looked through again: a collection takes 0.2 s, from whoever happens to run."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def _summaries(parts: list[str], rounds: list[list[Reading]]) -> dict[str, Timing]:
-    timings = {part: _summary([readings[i] for readings in rounds]) for i, part in enumerate(parts)}
-    return {**timings, "total": _summary([_sum(readings) for readings in rounds])}
+    timings = {part: summary([readings[i] for readings in rounds]) for i, part in enumerate(parts)}
+    return {**timings, "total": summary([_sum(readings) for readings in rounds])}
 
 
 def _sum(readings: list[Reading]) -> Reading:
@@ -71,7 +92,7 @@ def _sum(readings: list[Reading]) -> Reading:
     return Reading(sum(reading.seconds for reading in readings), sum(hosts) if hosts else None)
 
 
-def _summary(readings: list[Reading]) -> Timing:
+def summary(readings: list[Reading]) -> Timing:
     low, median, high = statistics.quantiles([reading.seconds for reading in readings], n=4)
     hosts = [reading.host for reading in readings if reading.host is not None]
     return Timing(median, low, high, len(readings), statistics.median(hosts) if hosts else None)
@@ -83,7 +104,11 @@ def host_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-class _HostClock:
+def clock_of(device: str) -> HostClock | CudaClock:
+    return CudaClock() if device == "cuda" else HostClock()
+
+
+class HostClock:
     def measure(self, name: object, call: Callable[[], object]) -> Reading:
         return Reading(host_seconds(call), None)
 

@@ -15,6 +15,7 @@ import vlkernels as vk
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.plain_transformer import attention_mask, padding_mask
 from benchmarks.plain_uniter import IGNORED, PaddedBatch, Sizes
 from engine.batch import Batch, MaskedRegions, MaskedWords, Places, Regions
 
@@ -107,17 +108,21 @@ def pad(pairs: Sequence[Pair], multiple: int = 1) -> PaddedBatch:
     """Captions and regions to the longest of each, pairs to the longest pair rounded up to a `multiple`."""
     text_lengths = torch.tensor([len(pair.text_ids) for pair in pairs])
     region_counts = torch.tensor([len(pair.features) for pair in pairs])
-    longest = int((text_lengths + region_counts).max())
+    lengths = text_lengths + region_counts
+    joint_length = -(-int(lengths.max()) // multiple) * multiple
 
     def padded(name: str, value: int = 0) -> Tensor:
         return pad_sequence([getattr(pair, name) for pair in pairs], batch_first=True, padding_value=value)
 
+    word_targets = padded("word_targets", IGNORED)
     ragged = ("text_ids", "masked_ids", "features", "boxes", "region_masked", "soft_labels")
     return PaddedBatch(
         text_lengths=text_lengths,
         region_counts=region_counts,
-        joint_length=-(-longest // multiple) * multiple,
-        word_targets=padded("word_targets", IGNORED),
+        joint_length=joint_length,
+        visible=attention_mask(padding_mask(lengths, joint_length)),
+        word_targets=word_targets,
+        word_places=(word_targets != IGNORED).nonzero().T,
         own_image=torch.stack([pair.own_image for pair in pairs]),
         **{name: padded(name) for name in ragged},
     )

@@ -3,13 +3,10 @@
 import hashlib
 import io
 import json
-import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import numpy as np
 from PIL import Image, features
 
 from engine.data import glyphs, scenes
+from engine.data.cache_folder import write_folder
 from engine.data.glyphs import Glyph
 from engine.data.held_out import HELD_OUT_CODE_POINTS
 from engine.data.records import DataError, Region
@@ -40,7 +38,7 @@ def shards(name: str, split: str, cache: Path) -> list[Path]:
         raise DataError(f'"{EMOJI}" has no held-out part; use "{GLYPHS}" or "{SCENES}"')
     folder = cache / f"{name}-{split}-{_fingerprint(name)}"
     if not folder.is_dir():
-        _write_set(folder, _items(name, split))
+        write_folder(folder, partial(_write_shards, _items(name, split)))
     return sorted(folder.glob("*.tar"))
 
 
@@ -108,21 +106,11 @@ def _alone(glyph: Glyph) -> Item:
     return glyph.picture, glyph.captions, [Region(glyph.ink, glyph.captions[0])]
 
 
-def _write_set(folder: Path, items: Iterator[Item]) -> None:
-    """Writes a folder that takes its name when complete; of several processes the first to finish wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-unfinished-"))
-    try:
-        number = 0
-        while shard := list(islice(items, _RECORDS_PER_SHARD)):
-            _write_shard(unfinished / f"{number:05d}.tar", number, shard)
-            number += 1
-        os.rename(unfinished, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _write_shards(items: Iterator[Item], folder: Path) -> None:
+    number = 0
+    while shard := list(islice(items, _RECORDS_PER_SHARD)):
+        _write_shard(folder / f"{number:05d}.tar", number, shard)
+        number += 1
 
 
 def _write_shard(path: Path, shard: int, items: list[Item]) -> None:

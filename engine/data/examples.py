@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.data.cache_folder import write_folder
 from engine.data.records import ExampleIndex, FaultLedger, RecordFault, Source
 from engine.data.tokenization import Tokenizer
 
@@ -56,6 +58,22 @@ def cached_index(
     for fault in faults:
         ledger.add(fault)
     return index
+
+
+def cached_arrays(
+    cache: Path, kind: str, content: list[Any], build: Callable[[], Sequence[np.ndarray]]
+) -> list[np.ndarray]:
+    """The arrays that `build` gives, kept under the digest of `content` and mapped from there, not read."""
+    digest = hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()
+    folder = cache / "indices" / f"{kind}-{digest}"
+    if not folder.is_dir():
+        write_folder(folder, partial(_write_arrays, build))
+    return [np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))]
+
+
+def _write_arrays(build: Callable[[], Sequence[np.ndarray]], folder: Path) -> None:
+    for number, array in enumerate(build()):
+        np.save(folder / f"{number}.npy", array, allow_pickle=False)
 
 
 def _read(path: Path) -> tuple[ExampleIndex, list[str]] | None:

@@ -83,14 +83,14 @@ def _render(character: str) -> Image.Image:
 def _fitting_font(character: str) -> ImageFont.FreeTypeFont:
     """The usual size, or the largest smaller one in which the character does not leave its cell."""
     for size in range(_FONT_SIZE, 8, -2):
-        box = _font(size).getbbox(character, anchor="mm")
+        box = font_of(size).getbbox(character, anchor="mm")
         if max(-box[0], -box[1], box[2], box[3]) <= CELL / 2:
             break
-    return _font(size)
+    return font_of(size)
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font_of(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FONT), size, layout_engine=ImageFont.Layout.BASIC)
 
 

@@ -31,6 +31,9 @@ class Purpose(IntEnum):
     REGIONS = 9
     PICTURE = 10
     PICTURE_REPLACEMENT = 11
+    PAGES = 12
+    AUGMENTATION = 13
+    SEGMENTS = 14
 
 
 def generator(seed: int, epoch: int, example: int, purpose: Purpose, stream: int = 0) -> np.random.Generator:

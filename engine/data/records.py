@@ -70,11 +70,23 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class PageWords:
+    """The words of a page in reading order, checked."""
+
+    words: list[str]
+    boxes: np.ndarray
+    """int32 [n, 4]: left, top, right, bottom in thousandths of the page's sides."""
+    lines: np.ndarray
+    """int32 [n]: the line of each word."""
+
+
+@dataclass(frozen=True)
 class Record:
     """A picture with its captions; `identity` is equal for equal image files, `notes` names mended faults.
 
     A run that reads regions has `detections` in place of `image`; a set of ids has `token_ids` in place of
-    captions.
+    captions. A document has sentences and no picture, a page has words and a picture, a picture of a class may have
+    no caption.
     """
 
     key: str
@@ -85,6 +97,10 @@ class Record:
     notes: tuple[str, ...] = ()
     detections: Detections | None = None
     token_ids: list[list[int]] | None = None
+    sentences: list[str] | None = None
+    page: PageWords | None = None
+    classes: tuple[int, ...] = ()
+    """What it shows, by number in the source's `class_names`: one class of a picture, any number of tags of a page."""
 
 
 @dataclass(frozen=True)

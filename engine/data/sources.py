@@ -1,4 +1,4 @@
-"""From the data section of a run to a source of records: built-in sets, shards, permuted captions."""
+"""From the data section of a run to a source of records: built-in sets, shards, documents, folders, databases."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,8 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from engine.data import builtin
+from engine.data import builtin, builtin_folders
 from engine.data.detector import SceneSource
+from engine.data.documents import EXTENSIONS, DocumentSource
+from engine.data.folders import CLASSES, PAGES, PREFIXES, ClassFolder, PageFolder, class_names_of
 from engine.data.plan import Permutation, Purpose
 from engine.data.records import (
     DataError,
@@ -75,13 +77,16 @@ class PermutedCaptions:
 
 
 class JoinedSources:
-    """Several sources, one after the other."""
+    """Several sources of one sort, one after the other."""
 
     def __init__(self, sources: list[Source]) -> None:
         self.sources = sources
         self.ledger = sources[0].ledger
         self._starts = np.cumsum([0, *map(len, sources)])
-        self._first_images = np.cumsum([0, *(source.num_images for source in sources)])
+        self._first_images = np.cumsum([0, *(getattr(source, "num_images", 0) for source in sources)])
+        self.class_names = _class_names(sources[0])
+        if any(_class_names(source) != self.class_names for source in sources):
+            raise DataError("data.source joins sources with other classes or tags: give every one the same")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -129,6 +134,11 @@ class JoinedSources:
         )
 
 
+def _class_names(source: Source) -> tuple[str, ...]:
+    """Of sources whose records have classes; empty for others."""
+    return getattr(source, "class_names", ())
+
+
 def _part(starts: np.ndarray, index: int) -> tuple[int, int]:
     """(which part, place in it) of a number counted through all parts."""
     if not 0 <= index < starts[-1]:
@@ -147,7 +157,11 @@ def load_source(data: Data, split: Split, seed: int = 0) -> Source:
         if left is None or left > 0:
             sources.append(_open(data, split, group, left, ledger))
     source = sources[0] if len(sources) == 1 else JoinedSources(sources)
-    return PermutedCaptions(source, seed) if data.permute_captions and split == "train" else source
+    if not data.permute_captions or split != "train":
+        return source
+    if not hasattr(sources[0], "num_images"):
+        raise DataError("data.permute_captions gives captions to other pictures: documents, pages and classes have none")
+    return PermutedCaptions(source, seed)
 
 
 def _groups(data: Data, patterns: list[str]) -> list[list[str]]:
@@ -162,8 +176,14 @@ def _groups(data: Data, patterns: list[str]) -> list[list[str]]:
 
 
 def _kind(data: Data, pattern: str) -> str:
-    special = _PLUS in pattern or (pattern in builtin.NAMES and data.regions is not None)
-    return pattern if special else "shards"
+    if _is_documents(pattern):
+        return "documents"
+    alone = _PLUS in pattern or pattern.startswith(PREFIXES) or pattern in builtin_folders.NAMES
+    return pattern if alone or (pattern in builtin.NAMES and data.regions is not None) else "shards"
+
+
+def _is_documents(pattern: str) -> bool:
+    return pattern == builtin_folders.TEXT or pattern.endswith(EXTENSIONS)
 
 
 def _open_databases(data: Data, pattern: str, max_records: int | None, ledger: FaultLedger) -> Source:
@@ -188,9 +208,53 @@ def _open_databases(data: Data, pattern: str, max_records: int | None, ledger: F
 def _open(
     data: Data, split: Split, patterns: list[str], max_records: int | None, ledger: FaultLedger
 ) -> Source:
-    first, cache, kind, options = patterns[0], Path(data.cache), ShardSource, {}
+    first = patterns[0]
     if _PLUS in first:
         return _open_databases(data, first, max_records, ledger)
+    if _is_documents(first):
+        return _open_documents(data, split, patterns, max_records, ledger)
+    if _kind(data, first) != "shards" and first not in builtin.NAMES:
+        return _open_folder(data, split, first, max_records, ledger)
+    return _open_shards(data, split, patterns, max_records, ledger)
+
+
+def _open_documents(
+    data: Data, split: Split, patterns: list[str], max_records: int | None, ledger: FaultLedger
+) -> Source:
+    cache, files = Path(data.cache), list[Path]()
+    for pattern in patterns:
+        named = pattern == builtin_folders.TEXT
+        files += [builtin_folders.documents_file(split, cache)] if named else expand_pattern(pattern)
+    return DocumentSource(files, cache, ledger, max_records)
+
+
+def _open_folder(
+    data: Data, split: Split, pattern: str, max_records: int | None, ledger: FaultLedger
+) -> Source:
+    if data.regions is not None:
+        raise DataError(f"{pattern} has no regions, which data.regions asks for")
+    folder = _folder(data, split, pattern)
+    if pattern.startswith(PAGES) or pattern == builtin_folders.PAGES:
+        return PageFolder(folder, data.max_image_pixels, ledger, max_records)
+    trained = data.source if isinstance(data.source, str) else data.source[0]
+    known = trained.startswith(CLASSES) or trained == builtin_folders.GLYPH_CLASSES
+    names = class_names_of(_folder(data, "train", trained)) if known else None
+    return ClassFolder(folder, data.max_image_pixels, ledger, max_records, names)
+
+
+def _folder(data: Data, split: Split, pattern: str) -> Path:
+    if pattern in builtin_folders.NAMES:
+        return builtin_folders.folder(pattern, split, Path(data.cache))
+    folder = Path(pattern.partition(":")[2]).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{pattern}: no such folder")
+    return folder
+
+
+def _open_shards(
+    data: Data, split: Split, patterns: list[str], max_records: int | None, ledger: FaultLedger
+) -> Source:
+    first, cache, kind, options = patterns[0], Path(data.cache), ShardSource, {}
     if data.regions is not None:
         options["regions"] = data.regions
         if first == builtin.SCENES:

@@ -6,7 +6,7 @@ out keeps the default. Errors name the option as it is written on the command li
 
 from engine.sections.checks import require, require_not_negative, require_positive, require_share
 from engine.sections.data import Data, DataSet, Regions, Tokenizer
-from engine.sections.model import FusionStack, ImageStack, JointStack, Model, Stack, TextStack
+from engine.sections.model import Distances, FusionStack, ImageStack, JointStack, Model, Stack, TextStack
 from engine.sections.objectives import (
     Contrastive,
     MaskedLanguage,
@@ -23,6 +23,7 @@ __all__ = [
     "Contrastive",
     "Data",
     "DataSet",
+    "Distances",
     "Evaluation",
     "FusionStack",
     "ImageStack",

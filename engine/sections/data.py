@@ -53,8 +53,11 @@ class Data:
 
     source: str | list[str] = "builtin"
     """Training records: "builtin" (rendered glyphs and their names), "builtin-scenes" (two to four of them),
-    "builtin-emoji" (where the Noto font is installed), img2dataset tar shards as a path or a brace pattern such
-    as shards/{00000..00099}.tar, UNITER's databases as "TEXT_DB + IMAGE_DB", or a list of all these."""
+    "builtin-emoji" (where the Noto font is installed), "builtin-text" (documents: Python's own help texts),
+    "builtin-pages" (such text on rendered pages), "builtin-glyph-classes" (glyphs by script); img2dataset tar shards as
+    a path or a brace pattern such as shards/{00000..00099}.tar, documents as .txt or .jsonl files written alike,
+    "pages:FOLDER" (pictures beside json of their words and boxes), "classes:FOLDER" (a folder of pictures per class),
+    UNITER's databases as "TEXT_DB + IMAGE_DB"; or a list of one sort of these."""
     sets: dict[str, DataSet] | None = None
     """Several named sets in place of data.source, each with its tasks: every optimizer step then trains one
     objective on one set (null: every step trains all objectives on data.source)."""

@@ -1,5 +1,6 @@
 """The runner stores what it measured with its provenance, and times nothing that is wrong."""
 
+import gc
 import json
 import subprocess
 import time
@@ -9,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import host_cost, memory, provenance, roof, run, timing, uniter_step
-from benchmarks.plain_uniter import Sizes, bert
+from benchmarks import host_cost, memory, provenance, roof, run, timing
 from benchmarks.provenance import CardLog
 from vlkernels import ops
 from vlkernels.core import dispatch
@@ -36,7 +36,7 @@ def test_the_rows_of_a_card_are_listed_without_one(capsys, monkeypatch):
     assert run.main(["--device", "cuda", "--list", "--op", "take_rows", "--op", "segment_mean"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("take_rows, 15% of 65536 rows, D768, bfloat16 and float32: beside index_select; torch.compile; ")
-    assert told[-1] == "segment_mean, regions, float32 and bfloat16 and float16: beside reference; index_add"
+    assert told[-1] == "segment_mean, regions, float32 and bfloat16: beside reference; index_add"
 
 
 def test_a_red_contract_prints_no_time(tmp_path, capsys, monkeypatch):
@@ -73,8 +73,9 @@ def test_an_op_with_a_faulty_kernel_prints_no_time_and_the_others_do(fault, tmp_
 
 def test_a_second_run_times_what_the_first_one_left(tmp_path, capsys, monkeypatch):
     arguments = [*ARGUMENTS, "--op", "segment_mean", "--results", str(tmp_path)]
-    whole = SEGMENT_MEAN.dtypes
-    monkeypatch.setattr(ops, "specs", lambda: (replace(SEGMENT_MEAN, dtypes=whole[:1]),))
+    row = SEGMENT_MEAN.benchmarks["regions"]
+    whole, part = row.dtypes, replace(row, dtypes=row.dtypes[:1])
+    monkeypatch.setattr(ops, "specs", lambda: (replace(SEGMENT_MEAN, benchmarks={"regions": part}),))
     assert run.main(arguments) == 0
     monkeypatch.setattr(ops, "specs", lambda: (SEGMENT_MEAN,))
     assert run.main([*arguments, "--missing"]) == 0
@@ -148,6 +149,11 @@ def test_a_copy_moves_as_many_bytes_as_the_call_must(monkeypatch):
         call()
     assert copied == [4096, 512]
     assert list(roof.Copies(Cost(forward_bytes=8), "cpu").parts()) == ["forward"]
+
+
+@pytest.mark.parametrize("value, told", ((0.0912, "0.0912"), (0.2, "0.200"), (1.855, "1.85"), (25.56, "25.6"), (4321.9, "4322"), (0, "0")))
+def test_a_rate_has_digits_that_say_something(value, told):
+    assert run.significant(value) == told
 
 
 def test_peak_memory_is_that_of_a_whole_step(monkeypatch):
@@ -234,6 +240,19 @@ def test_parts_are_timed_one_after_the_other_and_summed():
     assert timings["a"]["total"].runs == timing.FEWEST_ROUNDS
 
 
+def test_long_rounds_of_warm_variants_count_from_the_first():
+    runs = []
+    parts = {"long": {"forward": lambda: (runs.append(None), time.sleep(0.02))}}
+    timings = timing.interleaved_parts(parts, "cpu", 0.01, warm=True)
+    assert timings["long"]["forward"].runs == len(runs) == timing.FEWEST_LONG_ROUNDS
+
+
+def test_old_objects_are_not_collected_while_the_clock_runs():
+    before, seen = gc.get_freeze_count(), []
+    timing.interleaved({"call": lambda: seen.append(gc.get_freeze_count())}, "cpu", budget_s=0.0)
+    assert min(seen) > 10_000 > before and gc.get_freeze_count() == 0
+
+
 def test_a_round_longer_than_the_budget_is_repeated_less_often():
     runs = []
     timings = timing.interleaved({"long": lambda: (runs.append(None), time.sleep(0.02))}, "cpu", budget_s=0.01)
@@ -296,31 +315,6 @@ def test_a_run_on_a_card(tmp_path, capsys):
     (path,) = tmp_path.glob("*/segment_mean.jsonl")
     row = json.loads(path.read_text().splitlines()[0])
     assert row["roof"]["flops"] > 1e12 and row["seconds"]["vlkernels"]["host"] > 0 and row["arch"].startswith("sm_")
-
-
-TINY_UNITER = Sizes(bert(32, 2, 4), vocab_size=120, feature_values=20, classes=9)
-
-
-def test_the_uniter_step_compares_equal_work():
-    rows, results = uniter_step.run(TINY_UNITER, 2)
-    assert [task for task, _ in rows] == ["mrfr", "mrc_kl", "itm", "mlm", "mlm"]
-    assert all(value > 0 for _, seconds in rows for value in seconds.values())
-    assert results["padded_by_true"]["random"] > 1.4 > 1.1 > results["padded_by_true"]["bucketed"] >= 1
-    variants = {"plain random", "packed random", "plain bucketed", "packed bucketed"}
-    assert results["true_tokens_per_s"].keys() == variants and len(results["packed_times_as_fast"]) == 8
-
-
-def test_the_uniter_step_is_not_timed_when_losses_differ(monkeypatch):
-    load = uniter_step.load_engine_weights
-
-    def spoiled(plain, engine):
-        load(plain, engine)
-        torch.nn.init.normal_(engine.transformer.blocks[0].feed_forward.norm.bias, std=0.1)
-
-    monkeypatch.setattr(uniter_step, "load_engine_weights", spoiled)
-    monkeypatch.setattr(uniter_step, "measure", lambda *_: pytest.fail("timed"))
-    with pytest.raises(AssertionError, match="mlm: packed loss"):
-        uniter_step.run(TINY_UNITER, 2)
 
 
 def test_host_cost_of_every_call(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from vlkernels import ops
 
 triton = pytest.importorskip("triton")
 
-from benchmarks import offline, static  # noqa: E402
+from benchmarks import offline, static, static_changes  # noqa: E402
 from vlkernels.core.triton_runtime import Launch  # noqa: E402
 from vlkernels.ops.attention.gpu import variants  # noqa: E402
 from vlkernels.ops.sigmoid_loss.gpu import variants as sigmoid  # noqa: E402
@@ -70,6 +71,66 @@ def test_kernels_fit_their_cards(spec):
             assert offline.local_memory_accesses(row) == 0, f"{name} spills"
         else:
             assert row["stack_bytes"] <= 64, f"{name} spills {row['stack_bytes']} bytes"
+
+
+def test_a_kernel_that_got_worse_is_told(tmp_path, monkeypatch, capsys):
+    """One that is compiled here beside a stored line that is doctored: fewer registers, no spills, more tensor-core instructions."""
+    spec = next(spec for spec in SPECS if spec.name == "sigmoid_loss")
+    lines = static.stored_at(spec).read_text().splitlines()
+    monkeypatch.setattr(static, "FOLDER", tmp_path)
+    monkeypatch.setattr(static.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=lambda _: InOneProcess(lines)))
+
+    def write(change=dict):
+        old = [json.loads(line) for line in lines]
+        old[0] = change(old[0])
+        static.stored_at(spec).write_text("".join(json.dumps(row) + "\n" for row in old))
+        static.write(spec, workers=1)
+        return capsys.readouterr().out.splitlines()
+
+    first = json.loads(lines[0])
+    named = f"kernel pairs, dtype {first['dtype']}, width {first['width']}, labels False, gradient True, architecture 80"
+    assert write() == [f"sigmoid_loss: {len(lines)} kernels as stored, 0 others no worse"]
+    fewer = {"registers": first["registers"] - 1, "instructions": first["instructions"] - 5}
+    assert write(lambda row: row | fewer)[0] == (
+        f"sigmoid_loss WORSE: {named}: registers {first['registers'] - 1} -> {first['registers']}, "
+        f"instructions {first['instructions'] - 5} -> {first['instructions']}"
+    )
+    assert write(lambda row: row | {"registers": 255})[-1] == f"sigmoid_loss: {len(lines) - 1} kernels as stored, 1 others no worse"
+    told = write(lambda row: row | {"width": 11})
+    assert told[:2] == [f"sigmoid_loss gone: {named.replace('width 512', 'width 11')}", f"sigmoid_loss new: {named}"]
+
+
+@pytest.mark.parametrize(
+    "name, change, told",
+    (
+        ("shared_bytes", 100, "bytes of shared memory 100 -> 200"),
+        ("stack_bytes", 0, "bytes of stack 0 -> 8"),
+        ("programs_per_sm", 3, "programs per multiprocessor 3 -> 2"),
+        ("opcodes", {"LDL": 1, "HMMA": 9}, "local accesses 1 -> 3"),
+        ("opcodes", {"LDL": 2, "STL": 1, "HMMA": 10}, "tensor-core instructions 10 -> 9"),
+    ),
+)
+def test_what_counts_as_worse(name, change, told):
+    row = {"registers": 9, "shared_bytes": 200, "stack_bytes": 8, "programs_per_sm": 2, "instructions": 50}
+    row["opcodes"] = {"LDL": 2, "STL": 1, "HMMA": 9}
+    assert list(static_changes.regressions(row | {name: change}, row)) == [told]
+    assert list(static_changes.regressions(row, row | {name: change})) == []
+
+
+class InOneProcess:
+    """A pool whose compiler gives the lines that are stored."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, function, numbers, chunksize):
+        return [self.lines[number] for number in numbers]
 
 
 def test_an_edited_kernel_has_another_identity():

@@ -60,3 +60,12 @@ def test_mistakes_get_one_clear_line():
         vk.SegmentMask.full(1).check(layout, None)
     with pytest.raises(ValueError, match="got 'some'"):
         vk.SegmentMask([["some"]])
+
+
+def test_of_queries_are_rows_of_the_table():
+    mask = vk.SegmentMask.prefix_lm()
+    assert mask.of_queries((1,)) == vk.SegmentMask([["full", "causal"]])
+    assert mask.of_queries([1, 0]).codes == (mask.codes[1], mask.codes[0])
+    assert mask.of_queries((1,)) is mask.of_queries([1]), "its tables on devices are made once"
+    with pytest.raises(ValueError, match=r"below 2, got \[2\]"):
+        mask.of_queries((2,))

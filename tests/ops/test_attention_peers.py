@@ -80,7 +80,7 @@ def test_the_rows_of_a_card_run_small_on_it(op, name, capsys):
 
 
 def test_names_say_what_is_timed(monkeypatch):
-    monkeypatch.setattr(benchmarks, "_drawn", lambda fill, *shape: torch.empty(0))
+    monkeypatch.setattr(InputMaker, "drawn", lambda fill, *shape: torch.empty(0))
     for name, row in benchmarks.on_a_card().items():
         if "tables" in name:
             continue

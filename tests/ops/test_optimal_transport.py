@@ -25,7 +25,7 @@ HERE = [
 each_impl = pytest.mark.parametrize("impl", HERE)
 TEXTS, IMAGES = [3, 1, 5, 2], [7, 4, 1, 9]
 SPEC = spec.SPECS[0]
-UNITER_LIKE = SPEC.benchmarks["b64 text 10-20 regions 10-100"]
+UNITER_LIKE = SPEC.benchmarks["b64 text 10-20 regions 10-100"].make
 
 
 def layout_of(lengths):

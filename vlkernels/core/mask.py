@@ -34,6 +34,7 @@ class SegmentMask:
             ((q, k) for q, row in enumerate(self.codes) for k, code in enumerate(row) if code == CAUSAL and q != k), None
         )
         self._tables: dict[torch.device, Tensor] = {}
+        self._selections: dict[tuple[int, ...], SegmentMask] = {}
         self.table("cpu")
 
     @classmethod
@@ -72,6 +73,16 @@ class SegmentMask:
             flat = [code for row in self.codes for code in row]
             self._tables[device] = lasting(lambda: torch.tensor(flat, dtype=torch.int32, device=device))
         return self._tables[device]
+
+    def of_queries(self, segments: Sequence[int]) -> SegmentMask:
+        """The rows of some query segments, which then are a stream of their own with the keys of all as another."""
+        chosen = tuple(segments)
+        if not chosen or any(not 0 <= s < self.num_query_segments for s in chosen):
+            raise ValueError(f"segments must be indices below {self.num_query_segments}, got {list(chosen)}")
+        if chosen not in self._selections:
+            rows = self._rows()
+            self._selections[chosen] = SegmentMask([rows[s] for s in chosen])
+        return self._selections[chosen]
 
     def check(self, layout: SegmentLayout, kv_layout: SegmentLayout | None) -> None:
         """Raise unless the table fits the layouts and, within one stream, is causal on its diagonal only."""

@@ -16,7 +16,10 @@ from vlkernels.core.triton_runtime import Launch
 
 
 class InputMaker:
-    """Makes the inputs of a case: the same values for every dtype and device, drawn in float64 from one seed."""
+    """Makes the inputs of a case: the same values for every dtype and device, drawn in float64 from one seed.
+
+    On the meta device nothing is drawn: forms alone, of any size.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0):
         self.dtype = dtype
@@ -26,6 +29,8 @@ class InputMaker:
 
     def normal(self, *shape: int, grad: bool = True, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal values; ``dtype`` overrides the case's (float32 weights beside bfloat16 data)."""
+        if self.device.type == "meta":
+            return torch.empty(shape, device="meta", dtype=self._pick(dtype)).requires_grad_(grad)
         drawn = torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale
         # Values are first rounded to bfloat16, so every dtype of a case sees exactly the same numbers.
         exact = drawn.to(torch.bfloat16)
@@ -33,6 +38,8 @@ class InputMaker:
 
     def drawn(self, *shape: int) -> Tensor:
         """Normal values for a benchmark, drawn on the device in its dtype: hundreds of millions take no time there."""
+        if self.device.type == "meta":
+            return self.normal(*shape)
         if self._here is None:
             self._here = torch.Generator(self.device).manual_seed(0)
         return torch.randn(shape, generator=self._here, device=self.device, dtype=self.dtype).requires_grad_()
@@ -40,8 +47,12 @@ class InputMaker:
     def _pick(self, dtype: torch.dtype | None) -> torch.dtype:
         return self.dtype if dtype is None or self.dtype == torch.float64 else dtype
 
+    def counts(self, low: int, high: int, shape: Sequence[int]) -> Tensor:
+        """Integers that stay on the host: lengths and sizes."""
+        return torch.randint(low, high, tuple(shape), generator=self._generator)
+
     def integers(self, low: int, high: int, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.randint(low, high, tuple(shape), generator=self._generator, dtype=dtype).to(self.device)
+        return self.counts(low, high, shape).to(self.device, dtype)
 
     def layout(self, lengths: Any, **options: Any) -> SegmentLayout:
         return SegmentLayout(lengths, **options).to(self.device)

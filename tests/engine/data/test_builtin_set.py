@@ -1,6 +1,7 @@
 """The built-in glyphs and scenes: a fixed, honest split, exact regions, the same bytes every time."""
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from engine.data import (
     train_tokenizer,
 )
 from engine.data.builtin import NAMES, NUM_SCENES, shards, split_glyphs
+from engine.data.cache_folder import write_folder
 from engine.data.held_out import HELD_OUT_CODE_POINTS
 from engine.data.sources import usable_captions
 from engine.sections import Data
@@ -159,7 +161,8 @@ def test_shards_are_the_same_bytes_every_time(cache, tmp_path, name):
 def test_a_process_that_finishes_second_uses_what_is_there(tmp_path):
     (first,) = shards("builtin", "held_out", tmp_path)
     before = first.read_bytes()
-    builtin._write_set(first.parent, iter([(Image.new("L", (32, 32)), ("late",), [])]))
+    late = iter([(Image.new("L", (32, 32)), ("late",), [])])
+    write_folder(first.parent, partial(builtin._write_shards, late))
     assert first.read_bytes() == before and list(tmp_path.iterdir()) == [first.parent]
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 import vlkernels as vk
 from random_pairs import region_batch, small_one_stream
+from stack_parity import redraw
 
 from engine.batch import IMAGE, TEXT
 from engine.models.transformer import PackedTransformer, SelectedRows, Source, Tokens
-from engine.sections import Stack
+from engine.sections import Distances, Stack
 
 WIDTH, LENGTHS = 32, [[5], [1], [7], [3]]
 PLACES = [(0, 1), (0, 4), (2, 0), (2, 5), (2, 6), (3, 2)]
@@ -89,6 +90,37 @@ def test_nothing_selected():
     assert states.shape == (0, WIDTH)
     states.sum().backward()
     assert not read.hidden.grad.any() and not model.blocks[-1].feed_forward.inner.weight.grad.any()
+
+
+def segmented(**options):
+    """A stack under a table of two segments, and its tokens."""
+    torch.manual_seed(0)
+    stack = Stack(width=WIDTH, layers=2, heads=4, mlp_width=64, norm="post", activation="gelu", **options)
+    layout = vk.SegmentLayout([[3, 2], [0, 4], [2, 5]])
+    hidden = torch.randn(layout.num_tokens, WIDTH, dtype=torch.float64, requires_grad=True)
+    return redraw(PackedTransformer(stack, itertools.count())), Tokens(hidden, layout)
+
+
+@pytest.mark.parametrize("options", [{}, {"relative_position": Distances(8, 6), "biases": "none"}])
+@pytest.mark.parametrize("segments", [(0,), (1,), (0, 1)])
+def test_whole_segments_under_a_causal_table_and_a_relative_bias(segments, options):
+    model, read = segmented(**options)
+    chosen = SelectedRows.whole(read.layout, segments)
+    rows = vk.take_segments(torch.arange(read.layout.num_tokens), read.layout, segments)
+    mask = vk.SegmentMask.prefix_lm()
+    expected = states_and_gradients(model, read, model(read, mask=mask).hidden[rows])
+    states = model(read, mask=mask, selected=chosen).hidden
+    for mine, whole in zip(states_and_gradients(model, read, states), expected, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-9, atol=1e-10)
+
+
+def test_single_rows_of_a_segment_under_a_table():
+    model, read = segmented(relative_position=Distances(8, 6))
+    mask = vk.SegmentMask([["full", "none"], ["full", "full"]])
+    samples, offsets = torch.tensor([[0, 1, 2, 2], [1, 0, 2, 4]])
+    chosen = SelectedRows.of(read.layout.starts[samples, 1] + offsets, samples, read.layout, segment=1)
+    expected = model(read, mask=mask).hidden[chosen.index]
+    torch.testing.assert_close(model(read, mask=mask, selected=chosen).hidden, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("segment", [TEXT, IMAGE])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from random_batch import VOCAB, random_batch, small_config, small_model
 
-from benchmarks.plain_quickstart import PlainModel
+from benchmarks.plain_quickstart import PaddedPairs, PlainModel
 from engine.objectives import PretrainingModule, build_objectives, matching
 from engine.sections import Objectives
 
@@ -26,7 +26,7 @@ def test_losses_and_gradients(monkeypatch, dtype, tolerance, recompute):
 
     total, losses, _ = PretrainingModule(packed, build_objectives(Objectives()))(batch)
     total.backward()
-    expected = plain(batch, (HARD_TEXTS, HARD_IMAGES))
+    expected = plain(PaddedPairs.of(batch), (HARD_TEXTS, HARD_IMAGES))
     sum(expected.values()).backward()
 
     assert losses.keys() == expected.keys()

@@ -7,7 +7,7 @@ from random_pairs import SIZES, packed, random_pairs, small_one_stream
 
 from benchmarks.plain_uniter import PlainUniter, region_states, word_states
 from benchmarks.uniter_pairs import pad
-from benchmarks.uniter_step import engine_name, load_engine_weights
+from benchmarks.steps.uniter import engine_name, load_engine_weights
 from engine.batch import IMAGE
 from engine.objectives import PretrainingModule, build_objectives
 from engine.sections import MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching

@@ -134,6 +134,23 @@ def test_large_blocks_are_reused():
     assert faults["keep"] < 0.2 * pages, faults
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_nobody_pays_for_what_others_freed():
+    """1.25 GiB lie free below a block: the one who frees that must not hand all of it back."""
+    script = (
+        "import ctypes, sys\nfrom ctypes import c_size_t, c_void_p\nfrom engine.training.host_memory import keep_large_blocks\n"
+        "libc = ctypes.CDLL(None)\nkeep_large_blocks()\n"
+        "libc.sbrk.restype = libc.malloc.restype = c_void_p; libc.free.argtypes = [c_void_p]; libc.malloc.argtypes = [c_size_t]\n"
+        "if sys.argv[1] == 'trim': libc.mallopt(-1, 1 << 30)\n"  # M_TRIM_THRESHOLD
+        "blocks = [libc.malloc(size) for size in (1 << 30, 1 << 28, 1 << 20)]\n"
+        "for block in blocks[:2]: libc.free(block)\n"
+        "before = libc.sbrk(0); libc.free(blocks[2])\n"
+        "print(before - libc.sbrk(0))"
+    )
+    returned = {mode: int(run(["-c", script, mode])[0].out) for mode in ("keep", "trim")}
+    assert returned["keep"] == 0 and returned["trim"] > 1 << 30, returned
+
+
 def test_ranks_agree():
     """A coalesced gather on gloo would leave every later all_reduce without effect: it still sums
     once there is an engine. What fails on one rank fails on all, instead of leaving the others to wait."""

@@ -98,10 +98,8 @@ def _cost(image_features: Tensor, text_features: Tensor, logit_scale: Tensor | f
     )
 
 
-def _on_cpu(pairs: int) -> Benchmark:
-    return Benchmark(
-        lambda fill: _features(fill, pairs, 512), ("cpu",), (torch.float32,), peers=peers.DENSE, peak_memory=True
-    )
+def _on_cpu(pairs: int, *dtypes: torch.dtype) -> Benchmark:
+    return Benchmark(lambda fill: _features(fill, pairs, 512), ("cpu",), dtypes, peers=peers.DENSE, peak_memory=True)
 
 
 def _on_card(pairs: int, width: int, beside: Mapping[str, Any]) -> Benchmark:
@@ -117,9 +115,9 @@ SPECS = (
         cases=CASES,
         benchmarks={
             "quickstart_n128_d64": lambda fill: _features(fill, 128, 64),
-            "n4096_d512": lambda fill: _features(fill, 4096, 512),
-            "n8192_d512": _on_cpu(8192),
-            "n16384_d512": _on_cpu(16384),
+            "n4096_d512": _on_cpu(4096, torch.float32, torch.bfloat16),
+            "n8192_d512": _on_cpu(8192, torch.float32),
+            "n16384_d512": _on_cpu(16384, torch.float32),
             "n32768_d512": _on_card(32768, 512, peers.ALL),
             "n65536_d768": _on_card(65536, 768, peers.ALL),
             "n262144_d768": _on_card(262144, 768, peers.TILED),

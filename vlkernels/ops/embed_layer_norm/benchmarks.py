@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlkernels.core.layout import SegmentLayout
 from vlkernels.core.peers import compiled, rival
-from vlkernels.core.spec import Arguments, Benchmark, Cost, InputMaker
+from vlkernels.core.spec import Arguments, Benchmark, Cost, InputMaker, Peer
 from vlkernels.ops.embed_layer_norm import functional, peers
 
 BERT = (30_522, 512, 2)  # words, positions, types
@@ -27,20 +27,20 @@ def ids(fill: InputMaker, rows: int, sizes: Sequence[int], low: int = 0) -> Tens
 def text_and_regions(
     fill: InputMaker, layout: SegmentLayout, width: int, sizes: tuple[int, int], num_norms: int = 2
 ) -> Arguments:
-    """UNITER's embedder: rows of words and positions have one norm, computed rows of regions another."""
+    """UNITER's embedder, its layout still on the host: rows of words and positions have one norm, computed rows of regions another."""
     segment = layout.token_segment().long()
     text, region = segment == 0, segment == 1
     region_rows = torch.where(region, region.cumsum(0) - 1, -1)
-    words = fill.integers(0, sizes[0], (layout.num_tokens,))
+    words = fill.counts(0, sizes[0], (layout.num_tokens,))
     positions = layout.token_position()
     columns = (torch.where(text, words, -1), torch.where(text, positions, -1), segment, region_rows)
     return {
-        "ids": torch.stack(columns, dim=1),
+        "ids": torch.stack(columns, dim=1).to(fill.device),
         "tables": [fill.normal(size, width) for size in (*sizes, 2, int(region.sum()))],
         "weight": fill.normal(num_norms, width),
         "bias": fill.normal(num_norms, width),
-        "norm_ids": segment,
-        "layout": layout,
+        "norm_ids": segment.to(fill.device),
+        "layout": layout.to(fill.device),
         "rng": fill.rng(),
         "dropout_p": 0.1,
     }
@@ -70,12 +70,13 @@ def _uniter(samples: int, width: int, sizes: tuple[int, int] = UNITER) -> Callab
     """Captions of 20 tokens and 36 regions on average."""
 
     def make(fill: InputMaker) -> Arguments:
-        lengths = torch.stack((fill.integers(8, 33, (samples,)), fill.integers(10, 63, (samples,))), dim=1)
-        return text_and_regions(fill, fill.layout(lengths.cpu()), width, sizes)
+        lengths = torch.stack((fill.counts(8, 33, (samples,)), fill.counts(10, 63, (samples,))), dim=1)
+        return text_and_regions(fill, SegmentLayout(lengths), width, sizes)
 
     return make
 
 
+PEERS = {"eager": Peer(lambda **given: peers.eager(**given)[:2])}
 CARD_PEERS = {
     "eager": rival(peers.eager, functional.embed_layer_norm),
     "torch.compile": rival(compiled(peers.eager), functional.embed_layer_norm),
@@ -85,9 +86,9 @@ CARD_PEERS = {
 def embed_layer_norm(shrink: int = 1) -> dict[str, Benchmark]:
     """``shrink`` makes the rows of a card small, for a trial of the code."""
     rows = {
-        "BERT 8192x768": Benchmark(_bert(8192, 768), ("cpu",)),
-        "BERT 2000x128, dropout": Benchmark(_bert(2000, 128, dropout_p=0.1), ("cpu",)),
-        "UNITER 8192x768, dropout": Benchmark(_uniter(146, 768), ("cpu",)),
+        "BERT 8192x768": _cpu(_bert(8192, 768)),
+        "BERT 2000x128, dropout": _cpu(_bert(2000, 128, dropout_p=0.1)),
+        "UNITER 8192x768, dropout": _cpu(_uniter(146, 768)),
     }
     bert, uniter = (BERT, UNITER) if shrink == 1 else ((50, 12, 2), (40, 33))
     for position, (count, width) in enumerate(CARD_BERT):
@@ -97,6 +98,10 @@ def embed_layer_norm(shrink: int = 1) -> dict[str, Benchmark]:
         make = _uniter(max(4, samples // shrink), max(8, width // shrink), uniter)
         rows[f"UNITER, {samples} x 8..32 + 10..62, D{width}, dropout 0.1"] = _card(make, position)
     return rows
+
+
+def _cpu(make: Callable[[InputMaker], Arguments]) -> Benchmark:
+    return Benchmark(make, ("cpu",), (torch.float32, torch.bfloat16), PEERS)
 
 
 def _card(make: Callable[[InputMaker], Arguments], position: int) -> Benchmark:

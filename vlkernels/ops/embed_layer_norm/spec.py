@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec, Peer
-from vlkernels.ops.embed_layer_norm import benchmarks, functional, peers, reference
+from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.spec import Arguments, Case, InputMaker, OpSpec
+from vlkernels.ops.embed_layer_norm import benchmarks, functional, reference
 
 
 def _bert(fill: InputMaker) -> Arguments:
@@ -20,7 +21,7 @@ def _bert(fill: InputMaker) -> Arguments:
 
 def _mixed(fill: InputMaker) -> Arguments:
     """Text and region rows in one stream: ids are -1 where a term is absent; the layout keys the dropout."""
-    layout = fill.layout([[5, 3], [0, 7], [4, 0]], capacity=24, sample_ids=[11, 3, 500])
+    layout = SegmentLayout([[5, 3], [0, 7], [4, 0]], capacity=24, sample_ids=[11, 3, 500])
     sizes, width = (20, 9), 77
     return {
         "ids": benchmarks.ids(fill, layout.num_tokens, sizes, low=-1).to(torch.int32),
@@ -60,7 +61,7 @@ def _large_table(fill: InputMaker) -> Arguments:
 
 def _uniter(fill: InputMaker) -> Arguments:
     """Rows without text, without regions, and nobody's; no row has the third norm."""
-    layout = fill.layout([[5, 3], [0, 7], [4, 0]], capacity=24, sample_ids=[11, 3, 500])
+    layout = SegmentLayout([[5, 3], [0, 7], [4, 0]], capacity=24, sample_ids=[11, 3, 500])
     return benchmarks.text_and_regions(fill, layout, width=77, sizes=(30, 12), num_norms=3)
 
 
@@ -104,7 +105,7 @@ SPECS = (
         ),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         benchmarks=benchmarks.embed_layer_norm(),
-        peers={"eager": Peer(lambda **given: peers.eager(**given)[:2])},
+        peers=benchmarks.PEERS,
         cost=benchmarks.cost,
     ),
 )

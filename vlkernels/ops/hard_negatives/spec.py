@@ -48,7 +48,6 @@ SPECS = (
         implementations=functional.IMPLEMENTATIONS,
         cases=CASES,
         benchmarks={
-            "quickstart_n128_d64": lambda fill: _features(fill, 128, 64),
             "n4096_d256": lambda fill: _features(fill, 4096, 256),
         },
         cost=_cost,

@@ -39,7 +39,7 @@ def _sides(
 
 def _ragged(fill: InputMaker, pairs: int, width: int, images: int, texts: int, **options: Any) -> Arguments:
     """So many pairs of 1 to ``images`` and 1 to ``texts`` tokens."""
-    lengths = (fill.integers(1, longest + 1, (pairs,)).tolist() for longest in (images, texts))
+    lengths = (fill.counts(1, longest + 1, (pairs,)).tolist() for longest in (images, texts))
     return _sides(fill, *lengths, width, **options)
 
 
@@ -102,7 +102,7 @@ def _queries(fill: InputMaker, pairs: int = 20, queries: int = 8, width: int = 1
 
 def _captioned(fill: InputMaker, pairs: int, patches: int, width: int) -> Arguments:
     """As many patches for every image, captions of 5 to 32 tokens."""
-    return _sides(fill, [patches] * pairs, fill.integers(5, 33, (pairs,)).tolist(), width)
+    return _sides(fill, [patches] * pairs, fill.counts(5, 33, (pairs,)).tolist(), width)
 
 
 CASES = (
@@ -174,11 +174,14 @@ def benchmarks(shrink: int = 1) -> dict[str, Benchmark]:
         return lambda fill: _queries(fill, pairs // shrink, 32, 256)
 
     return {
-        "filip n64 p49 t5-32 d256": Benchmark(captioned(64), dtypes=TIMED, peers=PACKED),
-        "filip n256 p49 t5-32 d256": Benchmark(captioned(256), dtypes=TIMED, peers=PACKED),
-        "filip n256 p49 t32 d256": Benchmark(equal(256), dtypes=TIMED, peers=EQUAL),
-        "filip n512 p49 t32 d256": Benchmark(equal(512), dtypes=(torch.float32,), peers=EQUAL, peak_memory=True),
-        "filip n2048 p49 t32 d256": Benchmark(equal(2048), ("cuda",), (torch.bfloat16,), EQUAL),
+        **{
+            f"filip n{pairs} p49 t5-32 d256": Benchmark(captioned(pairs), devices, TIMED, PACKED, peak_memory=True)
+            for pairs, devices in ((64, ("cpu",)), (128, ("cpu",)), (256, ("cpu", "cuda")))
+        },
+        **{
+            f"filip n{pairs} p49 t32 d256": Benchmark(equal(pairs), ("cuda",), (torch.bfloat16,), EQUAL)
+            for pairs in (256, 512, 2048)
+        },
         "blip-2 n512 q32 d256": Benchmark(queries(512), dtypes=TIMED, peers=DENSE),
         "blip-2 n4096 q32 d256": Benchmark(queries(4096), ("cuda",), (torch.bfloat16,), DENSE),
     }

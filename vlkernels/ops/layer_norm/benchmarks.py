@@ -17,6 +17,7 @@ FUSED = ((65_536, 768), (16_384, 768), (4_096, 768), (131_072, 768), (16_384, 10
 PLAIN = ((65_536, 768), (16_384, 768), (4_096, 768), (65_536, 1024), (131_072, 1024))
 RMS = ((65_536, 768), (16_384, 768), (4_096, 768), (65_536, 1024))
 DROPOUT = 0.1
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def cost(
@@ -43,7 +44,7 @@ def _on_cpu(rows: int, width: int, **options: float) -> Benchmark:
             parameters["linear_bias"] = fill.normal(width)
         return {**data, **parameters, **options}
 
-    return Benchmark(make, ("cpu",))
+    return Benchmark(make, ("cpu",), CPU_DTYPES)
 
 
 def _rivals(builds: Mapping[str, Build], ours: Callable[..., Any]) -> dict[str, Peer]:
@@ -116,7 +117,7 @@ def rms_norm(shrink: int = 1) -> dict[str, Benchmark]:
         return {"x": fill.normal(8192, 768), "weight": fill.normal(768), "residual": fill.normal(8192, 768)}
 
     return {
-        "residual 8192x768": Benchmark(on_cpu, ("cpu",)),
+        "residual 8192x768": Benchmark(on_cpu, ("cpu",), CPU_DTYPES),
         **_rows_on_a_card("residual ", RMS, ("weight", "residual"), RMS_PEERS, shrink),
         **_rows_on_a_card("", RMS[:1], ("weight",), RMS_PEERS, shrink),
     }

@@ -70,7 +70,6 @@ SPECS = (
         benchmarks={
             "quickstart_t3000_128_to_512": lambda fill: _map(fill, 3000, 128, outputs=512),
             "bert_t1830_768_to_2304": lambda fill: _map(fill, 1830, 768, outputs=2304),
-            "bert_t1830_768_to_3072": lambda fill: _map(fill, 1830, 768, outputs=3072),
             "bert_t1830_3072_to_768": lambda fill: _map(fill, 1830, 3072, outputs=768),
         },
         peers={"torch": F.linear},

@@ -44,7 +44,6 @@ def benchmarks() -> dict[str, Callable[[InputMaker], Arguments] | Benchmark]:
     on_card = {"devices": ("cuda",), "dtypes": HALF, "peers": CARD_PEERS}
     return {
         "quickstart_m300_v2000_d128": Benchmark(partial(head, rows=300, width=128, entries=2000), ("cpu",), peers=PEERS),
-        "bert_m1024_v30522_d768": Benchmark(partial(head, rows=1024, **BERT), ("cpu",), peers=PEERS),
         "bert_m2048_v30522_d768": Benchmark(partial(head, rows=2048, **BERT), ("cpu",), peers=PEERS, peak_memory=True),
         "bert_m1024_v30522_d768_on_a_card": Benchmark(partial(head, rows=1024, **BERT), **on_card),
         "bert_m8192_v30522_d768": Benchmark(partial(head, rows=8192, **BERT), **on_card),

@@ -13,7 +13,8 @@ Loss = Callable[..., Tensor]
 
 
 def dense(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight, bias), targets)
+    """The loss in float32, as models compute it from logits of any dtype."""
+    return F.cross_entropy(F.linear(hidden, weight, bias).float(), targets)
 
 
 def torch_chunked() -> Loss:

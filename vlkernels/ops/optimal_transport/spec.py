@@ -107,13 +107,13 @@ def _hold_plans(image_tokens: Tensor, text_tokens: Tensor, **options: Any) -> Ca
 
 def _uniter_like(fill: InputMaker) -> Arguments:
     """A batch of UNITER's: captions and the regions of their images in one stream."""
-    images, texts = (fill.integers(low, high, (64,)).tolist() for low, high in ((10, 101), (10, 21)))
+    images, texts = (fill.counts(low, high, (64,)).tolist() for low, high in ((10, 101), (10, 21)))
     return _joint(fill, images, texts, width=768)
 
 
 def _vilt_like(fill: InputMaker) -> Arguments:
     """A batch of ViLT's: captions and the patches of their images in one stream."""
-    images, texts = (fill.integers(low, high, (64,)).tolist() for low, high in ((120, 241), (10, 41)))
+    images, texts = (fill.counts(low, high, (64,)).tolist() for low, high in ((120, 241), (10, 41)))
     return _joint(fill, images, texts, width=768)
 
 
@@ -169,6 +169,14 @@ def _eager(
     return (costs @ plan).diagonal(dim1=1, dim2=2).sum(1)
 
 
+PEERS = {"eager, padded": Peer(_prepare_eager)}
+TIMED = (torch.float32, torch.bfloat16)
+
+
+def _pairs_of_forty(fill: InputMaker) -> Arguments:
+    return _joint(fill, [40] * 256, [40] * 256, width=768)
+
+
 SPECS = (
     OpSpec(
         name="optimal_transport",
@@ -179,11 +187,11 @@ SPECS = (
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
         held=_hold_plans,
         benchmarks={
-            "b64 text 10-20 regions 10-100": _uniter_like,
-            "b256 text 40 regions 40": lambda fill: _joint(fill, [40] * 256, [40] * 256, width=768),
-            "b64 text 10-40 patches 120-240": Benchmark(_vilt_like, devices=("cuda",)),
+            "b64 text 10-20 regions 10-100": Benchmark(_uniter_like, dtypes=TIMED, peers=PEERS),
+            "b256 text 40 regions 40": Benchmark(_pairs_of_forty, dtypes=TIMED, peers=PEERS),
+            "b64 text 10-40 patches 120-240": Benchmark(_vilt_like, ("cuda",), TIMED, PEERS),
         },
-        peers={"eager, padded": Peer(_prepare_eager)},
+        peers=PEERS,
         cost=_cost,
         variants=variants.variants,
     ),

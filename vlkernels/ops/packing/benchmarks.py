@@ -15,6 +15,7 @@ from vlkernels.ops.packing import functional, peers
 
 BATCH, TEXT, IMAGE, WIDTH = 64, 60, 196, 768
 BOTH = ((0,), (1,))
+DTYPES = (torch.float32, torch.bfloat16)
 # (samples, width), the most telling first, which is also timed in float32; (rows, width) of masked tokens' streams
 CARD_BATCHES = ((256, 768), (256, 1024), (1024, 768), (32, 768))
 CARD_STREAMS = ((65_536, 768), (65_536, 1024), (4_096, 768))
@@ -23,7 +24,7 @@ TAKEN = 0.15
 
 def _lengths(fill: InputMaker, samples: int, longest: Sequence[int]) -> SegmentLayout:
     """Captions and regions: from a fifth of the longest to the longest, so that two rows in five are padding."""
-    drawn = [fill.integers(most // 5, most + 1, (samples, 1)).cpu() for most in longest]
+    drawn = [fill.counts(most // 5, most + 1, (samples, 1)) for most in longest]
     return fill.layout(torch.cat(drawn, dim=1))
 
 
@@ -115,20 +116,24 @@ def take_rows(shrink: int = 1) -> dict[str, Benchmark]:
     return rows
 
 
-def take_segments() -> dict[str, Callable[[InputMaker], Arguments]]:
-    return {"both streams": lambda fill: {**_packed(fill), "segments": BOTH}}
+def take_segments() -> dict[str, Benchmark]:
+    return {"both streams": _both(lambda fill: {**_packed(fill), "segments": BOTH})}
 
 
-def put_segments() -> dict[str, Callable[[InputMaker], Arguments]]:
-    return {"both streams": _put}
+def put_segments() -> dict[str, Benchmark]:
+    return {"both streams": _both(_put)}
 
 
-def segment_mean() -> dict[str, Callable[[InputMaker], Arguments]]:
-    return {"regions": lambda fill: {**_packed(fill), "segment": 1}}
+def segment_mean() -> dict[str, Benchmark]:
+    return {"regions": _both(lambda fill: {**_packed(fill), "segment": 1})}
+
+
+def _both(make: Callable[[InputMaker], Arguments]) -> Benchmark:
+    return Benchmark(make, dtypes=DTYPES)
 
 
 def _cpu(make: Callable[[InputMaker], Arguments]) -> Benchmark:
-    return Benchmark(make, ("cpu",))
+    return Benchmark(make, ("cpu",), DTYPES)
 
 
 def _card(make: Callable[[InputMaker], Arguments], position: int, beside: Mapping[str, Peer]) -> Benchmark:

@@ -33,7 +33,7 @@ def patch_counts(sizes: Sequence[Sequence[int]], patch_size: int) -> list[int]:
 def patchify(shrink: int = 1) -> dict[str, Benchmark]:
     """``shrink`` makes the rows of a card small, for a trial of the code."""
     kinds = {"equal sizes": _equal, "native sizes": _native}
-    cpu = {name: Benchmark(make(CPU_IMAGES), ("cpu",)) for name, make in kinds.items()}
+    cpu = {name: Benchmark(make(CPU_IMAGES), ("cpu",), (torch.float32, torch.bfloat16)) for name, make in kinds.items()}
     dtypes = {"equal sizes": (torch.bfloat16, torch.float32), "native sizes": (torch.bfloat16,)}
     card = {
         f"{CARD_IMAGES} images, {name}": Benchmark(make(max(2, CARD_IMAGES // shrink)), ("cuda",), dtypes[name], CARD_PEERS)
@@ -54,9 +54,9 @@ def _native(images: int) -> Callable[[InputMaker], Arguments]:
     """Sides between half the longest and the longest."""
 
     def make(fill: InputMaker) -> Arguments:
-        sizes = fill.integers(SIDE // 2, SIDE + 1, (images, 2))
+        sizes = fill.counts(SIDE // 2, SIDE + 1, (images, 2))
         layout = fill.layout([[n] for n in patch_counts(sizes.tolist(), PATCH)])
-        return {"images": fill.drawn(images, 3, SIDE, SIDE), "layout": layout, "patch_size": PATCH, "sizes": sizes}
+        return {"images": fill.drawn(images, 3, SIDE, SIDE), "layout": layout, "patch_size": PATCH, "sizes": sizes.to(fill.device)}
 
     return make
 

@@ -92,7 +92,6 @@ SPECS = (
         cases=CASES,
         benchmarks={
             "quickstart_n128_d64": lambda fill: features(fill, 128, 64),
-            "n4096_d512": lambda fill: features(fill, 4096, 512),
             "n8192_d512": _on_cpu(8192),
             "n16384_d512": _on_cpu(16384),
             **{f"n{count}_d{width}": _on_a_card(count, width) for count, width in ((16384, 768), (65536, 768), (32768, 512))},

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from engine.corruption.words import corrupt, starts_word
 from engine.data import train_tokenizer
-from engine.data.corruption import choose_regions, corrupt
 from engine.data.plan import Purpose, generator
 
 TOKENIZER = train_tokenizer(
@@ -101,15 +101,6 @@ def test_where_the_draw_selects_nothing_the_first_token_can_be_masked(whole_word
     assert abs(empty / 4000 - share) < 4 * np.sqrt(share * (1 - share) / 4000)
 
 
-def test_regions_are_masked_by_their_share_and_one_at_least():
-    """Share within 4 standard deviations; an empty draw masks each region equally often."""
-    chosen = choose_regions(200_000, 0.15, generator(0, 0, 0, Purpose.REGIONS))
-    assert abs(len(chosen) / 200_000 - 0.15) < 4 * np.sqrt(0.15 * 0.85 / 200_000)
-    counts = np.zeros(3)
-    for record in range(6000):
-        chosen = choose_regions(3, 0.0, generator(0, 0, record, Purpose.REGIONS))
-        assert len(chosen) == 1
-        counts[chosen] += 1
-    assert (np.abs(counts / 6000 - 1 / 3) < 4 * np.sqrt(2 / 9 / 6000)).all()
-    few = [len(choose_regions(10, 0.15, generator(0, 0, record, Purpose.REGIONS))) for record in range(6000)]
-    assert min(few) == 1 and abs(np.mean(few) - (1.5 + 0.85**10)) < 4 * np.sqrt(1.3 / 6000)
+def test_words_start_where_their_number_changes_in_whatever_order_they_stand():
+    words = np.asarray([-1, 2, 2, 0, 1, 1, -1, 1, -1])
+    assert np.flatnonzero(starts_word(words)).tolist() == [1, 3, 4, 7]

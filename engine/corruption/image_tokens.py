@@ -1,0 +1,22 @@
+"""Which tokens of a picture are hidden: regions, patches, or all places of one visual code."""
+
+import numpy as np
+
+from engine.corruption.words import one_at_least
+
+
+def choose_regions(count: int, probability: float, random: np.random.Generator) -> np.ndarray:
+    """Positions of the regions, of `count`, that are masked: each with the probability, one at least."""
+    return np.flatnonzero(one_at_least(random.random(count) < probability, random))
+
+
+def keep_patches(count: int, hidden: float, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(kept, hidden) positions, ascending, after MAE: the patches with the least of `count` random numbers are kept."""
+    kept = int(count * (1 - hidden))
+    order = np.argsort(random.random(count))
+    return np.sort(order[:kept]), np.sort(order[kept:])
+
+
+def positions_of_one_code(codes: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """After SOHO: every position that has the code of one drawn position, so that no copy of it is left to read."""
+    return np.flatnonzero(codes == codes[random.integers(codes.size)])

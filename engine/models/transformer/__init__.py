@@ -1,0 +1,14 @@
+"""The packed transformer: pre- or post-norm, any mask table, relative bias, cross-attention, shared layers, feed-forward
+networks per segment.
+
+Tokens are one packed `[num_tokens, D]` tensor without padding. Every sub-layer leaves its output bias, the dropout, the
+residual sum and the norm that follows to one fused call.
+"""
+
+from engine.models.transformer.block import Block
+from engine.models.transformer.maps import Linear, norm_of
+from engine.models.transformer.feed_forward import ACTIVATIONS
+from engine.models.transformer.stack import PackedTransformer
+from engine.models.transformer.tokens import SelectedRows, Source, Tokens
+
+__all__ = ["ACTIVATIONS", "Block", "Linear", "PackedTransformer", "SelectedRows", "Source", "Tokens", "norm_of"]

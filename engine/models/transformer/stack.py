@@ -1,0 +1,123 @@
+"""The stack: blocks over packed tokens, their relative bias, and the pass through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+import vlkernels as vk
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from engine.models.transformer.attention import Sublayer
+from engine.models.transformer.block import Block, GroupedBlock, PlainBlock
+from engine.models.transformer.maps import Norm, norm_of
+from engine.models.transformer.relative_bias import Distances
+from engine.models.transformer.tokens import Context, SelectedRows, Source, Tokens
+from engine.sections import Stack
+
+
+class PackedTransformer(nn.Module):
+    """A stack of blocks over packed tokens, some of which can read a source.
+
+    Args:
+        stack: sizes and options of the blocks.
+        streams: yields the constants that keep the dropout sites of a model apart.
+        source_width: width of the rows that cross-attention reads; `None` builds no cross-attention.
+        cross_every, cross_from: every how many blocks cross-attention stands, from which block on.
+        groups: groups of segments with feed-forward networks of their own; rows of the first group alone read
+            the source. By default one network serves all rows, which all read.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        streams: Iterator[int],
+        *,
+        source_width: int | None = None,
+        cross_every: int = 1,
+        cross_from: int = 0,
+        groups: Sequence[Sequence[int]] = (),
+        impl: str = "auto",
+    ):
+        super().__init__()
+        assert not groups or stack.norm == "post", "one fused norm serves all rows behind self-attention"
+
+        def build(layer: int) -> Block:
+            crosses = layer >= cross_from and (layer - cross_from) % cross_every == 0
+            width = source_width if crosses else None
+            return GroupedBlock(stack, width, streams, impl, groups) if groups else PlainBlock(stack, width, streams, impl)
+
+        self.blocks = nn.ModuleList(build(layer) for layer in range(1 if stack.shared else stack.layers))
+        self.shared, self.layers = stack.shared, stack.layers
+        if stack.shared:  # further applications of the block draw by constants of their own, behind those of the first
+            self.sites = sum(part.SITES for part in self.blocks.modules() if isinstance(part, Sublayer))
+            for _ in range((stack.layers - 1) * self.sites):
+                next(streams)
+        self.pre_norm = stack.norm == "pre"
+        self.final_norm = norm_of(stack) if self.pre_norm and stack.final_norm else None
+        self.distances = Distances(stack) if stack.relative_position is not None else None
+        self.activation_checkpointing = False
+        self.impl = impl
+
+    def project_source(self, source: Tensor) -> list[Tensor]:
+        """Keys and values of every cross layer: done once per source, whoever reads them."""
+        return [block.cross_attention.project(source) for block in self._cross_blocks()]
+
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        rng: vk.Rng | None = None,
+        mask: vk.SegmentMask | None = None,
+        boxes: Tensor | None = None,
+        source: Source | None = None,
+        selected: SelectedRows | None = None,
+    ) -> Tokens:
+        """States of all tokens, or of the `selected` ones, which are the same without dropout: the last block
+        then computes nothing but their keys and values for the others.
+
+        `boxes` `[num_tokens, 4]` (x0, y0, x1, y1) are what a bias by boxes reads.
+        """
+        x, residual = tokens.hidden, tokens.hidden
+        if self.pre_norm:
+            x = self.blocks[0].self_attention.norm(x, impl=self.impl)
+        reads = {} if source is None else dict(zip(self._cross_blocks(), source.keys_values, strict=True))
+        contexts = self._contexts(Context(tokens.layout, rng, mask), boxes, selected)
+        for block, exit_norm, context in zip(self._applied(), self._exit_norms(), contexts, strict=True):
+            read = (source, reads[block]) if block in reads else None
+            x, residual = self._run(block, x, residual, exit_norm, context, read)
+        return Tokens(x, tokens.layout if selected is None else selected.layout)
+
+    def _applied(self) -> list[Block]:
+        """The block of every layer."""
+        return [self.blocks[0]] * self.layers if self.shared else list(self.blocks)
+
+    def _exit_norms(self) -> list[Norm | None]:
+        return [*(block.self_attention.norm for block in self._applied()[1:]), self.final_norm]
+
+    def _cross_blocks(self) -> list[Block]:
+        return [block for block in self.blocks if block.cross_attention is not None]
+
+    def _contexts(self, context: Context, boxes: Tensor | None, selected: SelectedRows | None) -> list[Context]:
+        """What the sub-layers of every layer share."""
+        tables, coordinates = None, None
+        if self.distances is not None:
+            tables, coordinates = self.distances(), self.distances.coordinates(context.layout, boxes)
+            context = replace(context, bias=self.distances.bias(tables, coordinates))
+        contexts = [context] * self.layers
+        if self.shared:
+            contexts = [replace(context, stream_offset=layer * self.sites) for layer in range(self.layers)]
+        if selected is not None:
+            contexts[-1] = replace(contexts[-1], selected=selected, mask=selected.rows_of(context.mask))
+            if tables is not None:
+                own = vk.take_rows(coordinates, selected.index, impl=self.impl)
+                contexts[-1] = replace(contexts[-1], bias=self.distances.bias(tables, own, coordinates))
+        return contexts
+
+    def _run(self, block: Block, *arguments: object) -> tuple[Tensor, Tensor]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # Dropout is counter-based, so the recomputed forward draws the same masks without saving a state.
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(*arguments)
