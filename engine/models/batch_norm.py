@@ -36,7 +36,7 @@ class BatchNorm(Float32Buffers):
     """`[N, channels, ...]` by the statistics of a micro-step's batches on all ranks: those of one process on the
     concatenated batch. torch's SyncBatchNorm computes the same on GPUs alone.
 
-    Names are torch's. The running statistics move in every reading that has a graph.
+    Names are torch's. The running statistics move after the step, by those of each reading that had a graph.
     """
 
     running_mean: Tensor
@@ -48,6 +48,7 @@ class BatchNorm(Float32Buffers):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -55,13 +56,15 @@ class BatchNorm(Float32Buffers):
             return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
         normalised, mean, var, count = _Normalise.apply(x, self.eps)
         if torch.is_grad_enabled():
-            self._follow(mean.flatten(), var.flatten() * (count / (count - 1)))
+            self._seen.append((mean.flatten(), var.flatten() * (count / (count - 1))))
         return normalised * over_channels(self.weight, x) + over_channels(self.bias, x)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, var: Tensor) -> None:
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+    def after_step(self, applied: bool) -> None:
+        seen, self._seen = self._seen, []
+        for mean, var in seen if applied else ():
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
 
 
 def over_channels(values: Tensor, x: Tensor) -> Tensor:

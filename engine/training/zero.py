@@ -261,10 +261,10 @@ class Engine:
 
     def after_step(self, applied: bool) -> None:
         """Let momentum copies, queues and codebooks follow the step that the last `step` ended."""
-        if applied:
-            self.averages.follow()
         for part in self._followers:
             part.after_step(applied)
+        if applied:
+            self.averages.follow()  # buffers too: after the statistics of batch norms
 
     def _guard_plain_gradients(self) -> bool:
         """Give ZeRO-0 the guard that the other stages have: a gradient that is not finite changes no weight.

@@ -63,7 +63,7 @@ class WithStates(nn.Module):
 
 def summands(features: Tensor, keys: Tensor, codes: Tensor, queue: Tensor, head) -> dict[str, Tensor]:
     """Of each row."""
-    near = -(features * keys).sum(1) + torch.logsumexp(features @ queue.T, 1)
+    near = -(features * keys).sum(1) + torch.logsumexp(features @ queue.T.to(features.dtype), 1)
     return {"keys": near, "codes": (head(codes) - features).square().sum(1)}
 
 
