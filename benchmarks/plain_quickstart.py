@@ -24,8 +24,9 @@ from benchmarks.timing import interleaved
 from engine.batch import IMAGE, TEXT, Batch, OnDevice
 from engine.config import Config
 from engine.data import load_training_sets, make_tokenizer, training_stream
-from engine.models import VisionLanguageModel, build_model
-from engine.objectives import PretrainingModule, build_objectives
+from engine.build import build_model
+from engine.models import VisionLanguageModel
+from engine.objectives import PretrainingModule
 from engine.sections import Model, Stack
 from engine.training import zero
 from engine.training.command_line import parse
@@ -83,8 +84,8 @@ class PlainModel(nn.Module):
         self.text_head = FeatureHead(text.width, model.projection_dim)
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.fusion = Transformer(fusion, image.width)
-        self.matching_head = MatchingHead(fusion.width)
-        self.masked_language_head = TiedHead(fusion, vocab_size)
+        masked_language = TiedHead(fusion, vocab_size)
+        self.heads = nn.ModuleDict({"masked_language": masked_language, "matching": MatchingHead(fusion.width)})
 
     def encode_text(self, ids: Tensor, visible: Tensor | None) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -113,11 +114,11 @@ class PlainModel(nn.Module):
         read = [tuple(part[images] for part in keys_values) for keys_values in source]
         fused = self.fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
         matches = (torch.arange(3 * pairs, device=own.device) < pairs).long()
-        matching = F.cross_entropy(self.matching_head(fused), matches)
+        matching = F.cross_entropy(self.heads["matching"](fused), matches)
 
         masked = self.encode_text(batch.masked_ids, see_words)
         fused = self.fusion(masked, see_words, source, see_patches)
-        words = self.masked_language_head(fused[batch.samples, batch.offsets], self.text_embedder.tables[0])
+        words = self.heads["masked_language"](fused[batch.samples, batch.offsets], self.text_embedder.tables[0])
         masked_language = F.cross_entropy(words, batch.targets)
         return {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
 
@@ -143,14 +144,14 @@ class PaddedPairs(OnDevice):
     @classmethod
     def of(cls, batch: Batch) -> PaddedPairs:
         word_counts, patch_counts = batch.layout.lengths[:, TEXT], batch.layout.lengths[:, IMAGE]
-        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text_ids, word_counts)
+        patches, text_ids = padded(batch.image.values, patch_counts), padded(batch.text.ids, word_counts)
         real_patches = padding_mask(patch_counts, patches.shape[1])
         real_words = padding_mask(word_counts, text_ids.shape[1])
         positions = padded(batch.image.positions, patch_counts).long()
-        places = batch.masked_words.places
+        masked = batch.views["masked_language"]
         return cls(
             text_ids=text_ids,
-            masked_ids=padded(batch.masked_words.ids, word_counts),
+            masked_ids=padded(masked.ids, word_counts),
             patches=patches,
             rows=positions[..., 0],
             columns=positions[..., 1],
@@ -158,9 +159,9 @@ class PaddedPairs(OnDevice):
             real_patches=real_patches,
             see_words=attention_mask(real_words),
             see_patches=attention_mask(real_patches),
-            samples=places.samples,
-            offsets=places.offsets,
-            targets=batch.masked_words.targets,
+            samples=masked.places.samples,
+            offsets=masked.places.offsets,
+            targets=masked.targets,
         )
 
 
@@ -183,7 +184,7 @@ def make_models(config: Config, vocab_size: int) -> tuple[PretrainingModule, Pla
     packed: VisionLanguageModel = build_model(config, vocab_size)
     plain = PlainModel(config.model, vocab_size)
     plain.load_state_dict(packed.state_dict())
-    return PretrainingModule(packed, build_objectives(config.objectives)), plain
+    return PretrainingModule(packed, config.objectives.active), plain
 
 
 class PlainLoop:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.plain_transformer import attention_mask, padding_mask
 from benchmarks.plain_uniter import IGNORED, PaddedBatch, Sizes
-from engine.batch import Batch, MaskedRegions, MaskedWords, Places, Regions
+from engine.batch import TEXT, Batch, MaskedRegions, MaskedWords, Places, Regions, Text
 
 CLS, SEP, MASK, FIRST_WORD = 101, 102, 103, 104
 FEWEST_REGIONS, MOST_REGIONS = 10, 100
@@ -134,29 +134,30 @@ def packed(pairs: Sequence[Pair], sample_ids: Sequence[int] | None = None) -> Ba
     lengths = [[len(pair.text_ids), len(pair.features)] for pair in pairs]
     words = [pair.word_targets != IGNORED for pair in pairs]
     regions = [pair.region_masked for pair in pairs]
-    batch = Batch(
-        layout=vk.SegmentLayout(lengths, sample_ids=ids),
-        text_ids=joined(pair.text_ids for pair in pairs),
+    layout = vk.SegmentLayout(lengths, sample_ids=ids)
+    masked_words = MaskedWords(
+        ids=joined(pair.masked_ids for pair in pairs),
+        places=places_of(words),
+        targets=joined(pair.word_targets[chosen] for pair, chosen in zip(pairs, words, strict=True)),
+    )
+    masked_regions = MaskedRegions(
+        places=places_of(regions),
+        soft_labels=joined(pair.soft_labels[pair.region_masked] for pair in pairs),
+    )
+    views = {
+        "masked_language": masked_words,
+        "masked_region_features": masked_regions,
+        "masked_region_classes": masked_regions,
+    }
+    return Batch(
+        layout=layout,
+        text=Text(joined(pair.text_ids for pair in pairs), layout.select((TEXT,))),
         image=Regions(joined(pair.features for pair in pairs), joined(pair.boxes for pair in pairs)),
         labels=torch.arange(len(pairs)),
         sample_ids=ids,
-        masked_words=MaskedWords(
-            ids=joined(pair.masked_ids for pair in pairs),
-            places=places_of(words),
-            targets=joined(pair.word_targets[chosen] for pair, chosen in zip(pairs, words, strict=True)),
-        ),
-        masked_regions=MaskedRegions(
-            places=places_of(regions),
-            soft_labels=joined(pair.soft_labels[pair.region_masked] for pair in pairs),
-        ),
-        own_image=torch.stack([pair.own_image for pair in pairs]),
-        counts={"pairs": len(pairs)},
+        views={**views, "random_matching": torch.stack([pair.own_image for pair in pairs])},
+        counts={"pairs": len(pairs), **{name: len(view) for name, view in views.items()}},
     )
-    batch.counts |= {
-        "masked_words": len(batch.masked_words.places),
-        "masked_regions": len(batch.masked_regions.places),
-    }
-    return batch
 
 
 def places_of(chosen: Sequence[Tensor]) -> Places:

@@ -1,18 +1,20 @@
-"""What the data layer makes and models and objectives read: one micro-batch of image-text pairs."""
+"""What the data layer makes and models and objectives read: samples, and the micro-batch they are put together to."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import vlkernels as vk
 
 TEXT, IMAGE = 0, 1
-"""The segments of a pair, in the order of `Batch.layout`."""
+"""The segments of a sample, in the order of `Batch.layout`."""
 
 Moved = TypeVar("Moved", bound="OnDevice")
 
@@ -27,12 +29,12 @@ class OnDevice:
         return self._moved("pin_memory")
 
     def _moved(self: Moved, move: str, *where: Any, **how: Any) -> Moved:
-        moved = {}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
+        def moved(value: Any) -> Any:
             if isinstance(value, (Tensor, vk.SegmentLayout, OnDevice)):
-                moved[item.name] = getattr(value, move)(*where, **how)
-        return dataclasses.replace(self, **moved)
+                return getattr(value, move)(*where, **how)
+            return {name: moved(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+        return dataclasses.replace(self, **{item.name: moved(getattr(self, item.name)) for item in dataclasses.fields(self)})
 
 
 @dataclass
@@ -44,6 +46,9 @@ class Patches(OnDevice):
     positions: Tensor
     """int32 [N, 2]: row and column in the picture's grid of patches."""
 
+    def __len__(self) -> int:
+        return len(self.values)
+
 
 @dataclass
 class Regions(OnDevice):
@@ -53,6 +58,9 @@ class Regions(OnDevice):
     """float32 [N, F]."""
     boxes: Tensor
     """float32 [N, 7]: x1, y1, x2, y2, w, h as shares of the picture's sides, and w * h."""
+
+    def __len__(self) -> int:
+        return len(self.features)
 
 
 @dataclass
@@ -64,6 +72,17 @@ class Places(OnDevice):
     offsets: Tensor
     """int64 [M]: position within the segment."""
 
+    @classmethod
+    def of_sample(cls, offsets: np.ndarray) -> Places:
+        """Those of a sample that is not in a batch yet."""
+        return cls(torch.zeros(len(offsets), dtype=torch.int64), torch.from_numpy(offsets))
+
+    @classmethod
+    def of_samples(cls, parts: Sequence[Places]) -> Places:
+        """Those of one sample after another."""
+        counts = torch.tensor([len(part) for part in parts])
+        return cls(torch.repeat_interleave(counts), torch.cat([part.offsets for part in parts]))
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -73,15 +92,32 @@ class Places(OnDevice):
 
 
 @dataclass
-class MaskedWords(OnDevice):
-    """The captions after masked-language corruption."""
+class Text(OnDevice):
+    """Packed texts: [CLS] text [SEP], or as an objective has made them."""
 
     ids: Tensor
-    """int64 [T], as `Batch.text_ids`."""
+    """int64 [T]."""
+    layout: vk.SegmentLayout
+    """Lengths [B, 1]."""
+    types: Tensor | None = None
+    """int64 [T]: which sentence of a pair a token is of."""
+    boxes: Tensor | None = None
+    """int32 [T, 4]: x0, y0, x1, y1 of the word in thousandths of the page's sides."""
+
+
+@dataclass
+class MaskedWords(OnDevice):
+    """The texts after corruption, as long as before."""
+
+    ids: Tensor
+    """int64 [T], as `Text.ids`."""
     places: Places
     """The selected tokens of the text segment."""
     targets: Tensor
     """int64 [M]: the ids that stood there."""
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
 @dataclass
@@ -90,46 +126,99 @@ class MaskedRegions(OnDevice):
 
     places: Places
     """The masked tokens of the image segment."""
-    soft_labels: Tensor | None
-    """float32 [M, C]: the detector's distribution over its classes, where the task needs it."""
+    soft_labels: Tensor | None = None
+    """float32 [M, C]: the detector's distribution over its classes, where the objective needs it."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass
+class Words:
+    """The text of one sample, as objectives prepare it and `collate` makes `Text` of it."""
+
+    ids: np.ndarray
+    """int64 [T]."""
+    words: np.ndarray
+    """int64 [T]: the word that each token is of; special tokens -1."""
+    types: np.ndarray | None = None
+    boxes: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class Sample:
+    """One example: a text, a picture or both, and what objectives have added to them."""
+
+    text: Words | None
+    image: Patches | Regions | None
+    identity: int
+    """Equal for equal pictures."""
+    soft_labels: np.ndarray | None = None
+    """float32 [regions, C]: the detector's distributions, where an objective needs them."""
+    own_image: bool | None = None
+    """Whether the picture is the text's own, where others may take its place."""
+    views: dict[str, Any] = field(default_factory=dict)
+    """By name, what objectives have prepared of it: `Words` of its own length, a dataclass on device as a batch of one
+    has it, rows of an array, or a number."""
 
 
 @dataclass
 class Batch(OnDevice):
-    """B image-text pairs of one micro-step of one rank.
+    """B samples of one micro-step of one rank: texts, images, or pairs of them.
 
-    The layout carries `sample_ids`, so what `vk.Rng` draws for a pair does not depend on ranks and accumulation.
+    The layout carries `sample_ids`, so what `vk.Rng` draws for a sample does not depend on ranks and accumulation.
     """
 
     layout: vk.SegmentLayout
-    """Lengths [B, 2]: tokens of each caption; patches or regions of each image."""
-    text_ids: Tensor
-    """int64 [T], packed: [CLS] caption [SEP]."""
-    image: Patches | Regions
+    """Lengths [B, 2]: tokens of each text; patches or regions of each image. Either may be 0, for some or for all."""
+    text: Text | None
+    image: Patches | Regions | None
     """What the images are to the model."""
     labels: Tensor
     """int64 [B]: equal for equal images."""
     sample_ids: Tensor
     """int32 [B]: place in the optimizer step's global batch."""
-    masked_words: MaskedWords | None = None
-    masked_regions: MaskedRegions | None = None
-    own_image: Tensor | None = None
-    """int64 [B]: 1 where the image is the caption's own, 0 where it was replaced."""
+    views: dict[str, OnDevice | Tensor] = field(default_factory=dict)
+    """What objectives have prepared, by their names."""
     task: tuple[str, ...] | None = None
     """Names of the objectives this batch is for (None: all of the run)."""
     counts: dict[str, int] = field(default_factory=dict)
-    """What losses are averaged over: "pairs", "masked_words", "masked_regions"."""
+    """What losses are averaged over: "pairs", which are all samples, and by the name of its view what an objective
+    predicts."""
     normalizers: dict[str, Tensor] = field(default_factory=dict)
     """Factor on each local sum, by the name of its count; filled by the trainer."""
     faults: list[str] = field(default_factory=list)
     """Name and reason of every broken record met while the batch was made."""
 
     @property
-    def text_layout(self) -> vk.SegmentLayout:
-        """The captions as a stream of their own: lengths [B, 1]."""
-        return self.layout.select((TEXT,))
-
-    @property
     def image_layout(self) -> vk.SegmentLayout:
         """The images as a stream of their own: lengths [B, 1]."""
         return self.layout.select((IMAGE,))
+
+
+def put_together(parts: Sequence[Any], sample_ids: Tensor) -> Any:
+    """What each sample has, as their batch has it; it follows from the type."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Words):
+        return _texts(parts, sample_ids)
+    if isinstance(first, Places):
+        return Places.of_samples(parts)
+    if isinstance(first, OnDevice):
+        columns = {item.name: [getattr(part, item.name) for part in parts] for item in dataclasses.fields(first)}
+        return type(first)(**{name: put_together(column, sample_ids) for name, column in columns.items()})
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    return torch.from_numpy(np.concatenate(parts)) if isinstance(first, np.ndarray) else torch.tensor(parts)
+
+
+def _texts(parts: Sequence[Words], sample_ids: Tensor) -> Text:
+    layout = vk.SegmentLayout([[len(part)] for part in parts], sample_ids=sample_ids)
+    ids, types, boxes = (
+        put_together([getattr(part, name) for part in parts], sample_ids) for name in ("ids", "types", "boxes")
+    )
+    return Text(ids, layout, types, boxes)

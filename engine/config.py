@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import yaml
 
+from engine.objectives import Objectives
 from engine.sections import (
     Data,
     Evaluation,
     Model,
-    Objectives,
     Optimizer,
     Schedule,
     Tokenizer,
@@ -81,6 +81,7 @@ class Config:
             self._shrink()
         plain = self.name not in ("", ".", "..") and "/" not in self.name
         require(plain, f"name must be the name of a folder, got {self.name!r}")
+        require(bool(self.objectives.active), "objectives: at least one must be given")
         self._check_shapes()
         self._check_tasks()
         self._check_steps()
@@ -105,7 +106,7 @@ class Config:
             f"train.global_batch must be divisible by ranks * train.{name} = {world} * {given}, got {train.global_batch}",
         )
         steps = given if train.micro_batch is None else train.global_batch // (world * given)
-        self._check_negatives(steps)
+        self._check_micro_steps(steps)
         return steps
 
     def as_dict(self) -> dict[str, Any]:
@@ -165,27 +166,28 @@ class Config:
         )
 
     def _check_tasks(self) -> None:
-        objectives, sets = self.objectives, self.data.sets
-        needed = objectives.need_joint if self.model.joint is None else objectives.need_towers
-        kind = "model.joint" if self.model.joint is None else "towers, not model.joint"
-        require(not needed, f"objectives.{' and objectives.'.join(needed)} need {kind}")
+        active, sets = self.objectives.active, self.data.sets
+        for objective in active.values():
+            objective.check(self)
         require(
             self.model.joint is None or self.evaluation.zero_shot is None,
             "evaluation.zero_shot compares features of two towers, which model.joint has not: set it to null",
         )
         if sets is None:
-            alone = len(objectives.active) == 1 or not objectives.need_joint
-            names = " and ".join(f"objectives.{name}" for name in objectives.need_joint)
-            require(alone, f"{names} cannot share batches: give every objective its task in data.sets")
+            alone = [f"objectives.{name}" for name, objective in active.items() if objective.alone]
+            require(
+                len(active) == 1 or not alone,
+                f"{' and '.join(alone)} cannot share batches: give every objective its task in data.sets",
+            )
             return
         served = {task for one in sets.values() for task in one.tasks}
-        unknown, idle = sorted(served - set(objectives.active)), sorted(set(objectives.active) - served)
+        unknown, idle = sorted(served - active.keys()), sorted(active.keys() - served)
         require(not unknown, f"data.sets: tasks must be objectives of the run, got {', '.join(unknown)}")
         require(not idle, f"data.sets: no set has the task {', '.join(idle)}")
 
     def _check_steps(self) -> None:
         train = self.train
-        self._check_negatives(train.accumulation)
+        self._check_micro_steps(train.accumulation)
         require(
             train.buckets is None or (train.max_steps is not None and train.max_pairs is None),
             "train.buckets makes batches of uneven size: say with train.max_steps how long the run is, not with "
@@ -199,18 +201,10 @@ class Config:
             train.max_steps is not None or train.max_pairs is not None,
             "train.max_steps or train.max_pairs must say how long the run is",
         )
-        require(
-            not self.objectives.batch_coupled or train.global_batch >= 2,
-            f"train.global_batch must be at least 2, so that pairs have negatives, got {train.global_batch}",
-        )
 
-    def _check_negatives(self, micro_steps: int) -> None:
-        matching = self.objectives.matching
-        require(
-            micro_steps == 1 or matching is None or matching.negatives == "local",
-            f"objectives.matching.negatives must be local with {micro_steps} micro-batches per rank and step: states "
-            "of the other micro-batches, which global negatives need, are not kept",
-        )
+    def _check_micro_steps(self, micro_steps: int) -> None:
+        for objective in self.objectives.active.values():
+            objective.check_micro_steps(micro_steps)
 
     def _check_precision(self) -> None:
         require(

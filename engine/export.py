@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.build import build_model
 from engine.config import Config
 from engine.data import ImageTransform, Tokenizer, image_transform, load_tokenizer
-from engine.models import VisionLanguageModel, build_model
+from engine.models import VisionLanguageModel
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 

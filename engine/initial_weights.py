@@ -37,7 +37,7 @@ SIZES = {
 DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "position_embedding_type": "absolute"}
 """What older folders leave out."""
 
-BY_ROW = ("text_embedder.tables.", "masked_language_head.bias")
+BY_ROW = ("text_embedder.tables.", "heads.masked_language.bias")
 """What may have another number of rows: words, positions, types."""
 
 OPTIONAL = ("pooler.", "cls.")
@@ -62,6 +62,8 @@ def _load_bert(folder: Path, stack: JointStack, model: VisionLanguageModel) -> l
     taken: dict[str, list[str]] = {}
     fewer = []
     for name, sources in _bert_names(stack.layers):
+        if name not in parameters:  # a head of an objective that the run has not
+            continue
         if missing := [source for source in sources if source not in saved]:
             optional = missing[0].startswith(OPTIONAL)
             require(optional, f"init_from.joint: {folder} has no {', '.join(missing)}")
@@ -145,12 +147,12 @@ def _bert_names(layers: int) -> Iterator[tuple[str, list[str]]]:
             f"{block}.feed_forward.output": [f"{theirs}.output.dense"],
             f"{block}.feed_forward.norm": [f"{theirs}.output.LayerNorm"],
         }
-    modules["masked_language_head.transform"] = ["cls.predictions.transform.dense"]
-    modules["masked_language_head.norm"] = ["cls.predictions.transform.LayerNorm"]
+    modules["heads.masked_language.transform"] = ["cls.predictions.transform.dense"]
+    modules["heads.masked_language.norm"] = ["cls.predictions.transform.LayerNorm"]
     for ours, sources in modules.items():
         for kind in ("weight", "bias"):
             yield f"{ours}.{kind}", [f"{source}.{kind}" for source in sources]
-    yield "masked_language_head.bias", ["cls.predictions.bias"]
+    yield "heads.masked_language.bias", ["cls.predictions.bias"]
 
 
 def _copy(folder: Path, name: str, found: Tensor, target: Tensor) -> str | None:
@@ -173,9 +175,9 @@ def _report(
     fewer: list[str],
 ) -> list[str]:
     used = {source for sources in taken.values() for source in sources}
-    begun = {name.split(".")[0] for name in taken}
+    begun = {_module_of(name) for name in taken}
     untouched = [name for name, _ in model.named_parameters() if name not in taken]
-    left = dict.fromkeys(name if name.split(".")[0] in begun else name.split(".")[0] for name in untouched)
+    left = dict.fromkeys(name if _module_of(name) in begun else _module_of(name) for name in untouched)
     lines = [
         f"loaded {len(used)} tensors of {folder} into model.joint, "
         f"left at their initialisation: {', '.join(left)}"
@@ -185,3 +187,9 @@ def _report(
     if idle := sorted(saved.keys() - used):
         lines.append(f"not used of {folder}: {', '.join(idle)}")
     return lines
+
+
+def _module_of(name: str) -> str:
+    """The part of the model, or the head, that a parameter is of."""
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if first == "heads" else first

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from engine.build import build_model
 from engine.config import Config
 from engine.data import (
     DataError,
@@ -35,8 +36,7 @@ from engine.evaluation import describe, evaluate
 from engine.evaluation.zero_shot import find_classes
 from engine.export import export
 from engine.initial_weights import load_initial_weights
-from engine.models import build_model
-from engine.objectives import PretrainingModule, build_objectives
+from engine.objectives import PretrainingModule
 from engine.sections import require
 from engine.training import zero
 from engine.training.checkpoint import Checkpoints, Progress
@@ -117,7 +117,7 @@ def build_engine(
             print(line, flush=True)
     optimizer = make_optimizer(config.optimizer, model.named_parameters(), ranks.device)
     learning_rate = LearningRate(config, optimizer)
-    module = PretrainingModule(model, build_objectives(config.objectives))
+    module = PretrainingModule(model, config.objectives.active)
     engine = zero.Engine(config, module, optimizer, ranks)
     torch.manual_seed(config.seed + 1 + ranks.rank)
     return engine, learning_rate

@@ -3,16 +3,20 @@
 import numpy as np
 import torch
 
-from engine.batch import Batch, Patches
+from engine.batch import Batch, MaskedWords, Patches, Places, Sample, Words
 from engine.data import collate
-from engine.data.samples import Sample
 from engine.models import AlignAndFuse
+from engine.objectives import Objectives, add_heads
+from engine.objectives.contrastive import Contrastive
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.matching import Matching
 from engine.sections import FusionStack, ImageStack, Model, TextStack
 
 VOCAB = 40
 PATCH = 4
 GRID = (3, 4)
 MASK_ID = 3
+THREE = Objectives(contrastive=Contrastive(), matching=Matching(), masked_language=MaskedLanguage())
 
 
 def random_sample(number: int) -> Sample:
@@ -24,12 +28,12 @@ def random_sample(number: int) -> Sample:
     chosen = np.sort(random.choice(np.arange(1, len(text_ids) - 1), random.integers(1, 3), replace=False))
     masked_ids = text_ids.copy()
     masked_ids[chosen] = MASK_ID
+    targets = torch.from_numpy(text_ids[chosen])
     return Sample(
-        text_ids=text_ids,
+        text=Words(text_ids, np.arange(len(text_ids))),
         image=random_patches(rows, columns, random),
         identity=0 if number == 5 else number,
-        masked_ids=masked_ids,
-        masked_positions=chosen.astype(np.int64),
+        views={"masked_language": MaskedWords(torch.from_numpy(masked_ids), Places.of_sample(chosen), targets)},
     )
 
 
@@ -67,6 +71,7 @@ def small_model(
     norms."""
     torch.manual_seed(3)
     model = AlignAndFuse(small_config(dropout), VOCAB, impl)
+    add_heads(model, THREE.active)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != "logit_scale":

@@ -9,12 +9,26 @@ import torch
 
 from benchmarks.plain_uniter import Sizes, bert
 from benchmarks.uniter_pairs import Pair, packed, random_pair
-from engine.batch import Batch
+from engine.batch import IMAGE, TEXT, Batch
 from engine.models import OneStream
-from engine.sections import JointStack
+from engine.objectives import Objectives, add_heads
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.masked_region_classes import MaskedRegionClasses
+from engine.objectives.masked_region_features import MaskedRegionFeatures
+from engine.objectives.random_matching import RandomMatching
+from engine.sections import JointStack, Regions
 
 SIZES = Sizes(bert(32, 2, 4, dropout=0.0), vocab_size=120, max_positions=24, feature_values=20, classes=9)
 TASKS = ("masked_language", "masked_region_features", "masked_region_classes", "random_matching")
+FOUR = Objectives(
+    masked_language=MaskedLanguage(),
+    masked_region_features=MaskedRegionFeatures(),
+    masked_region_classes=MaskedRegionClasses(),
+    random_matching=RandomMatching(),
+)
+
+VIEWS = {None: None, TEXT: "masked_language", IMAGE: "masked_region_features"}
+"""What hides tokens of a segment."""
 
 
 def random_pairs(numbers: Sequence[int], sizes: Sizes = SIZES) -> list[Pair]:
@@ -43,13 +57,9 @@ def small_one_stream(
     dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32
 ) -> OneStream:
     """Redrawn, vectors too: at its initialisation a model hides lost biases and swapped norms."""
-    model = OneStream(
-        small_stack(dropout=dropout),
-        SIZES.vocab_size,
-        feature_values=SIZES.feature_values,
-        classes=SIZES.classes,
-        impl=impl,
-    )
+    regions = Regions(SIZES.feature_values, SIZES.classes)
+    model = OneStream(small_stack(dropout=dropout), SIZES.vocab_size, regions, impl=impl)
+    add_heads(model, FOUR.active)
     redraw(model)
     return model.to(dtype)
 

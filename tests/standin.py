@@ -9,7 +9,9 @@ import vlkernels as vk
 from torch import nn
 
 from engine.config import Config
-from engine.sections import Objectives, Optimizer, Schedule, Train, Zero
+from engine.objectives import Objectives
+from engine.objectives.masked_language import MaskedLanguage
+from engine.sections import Optimizer, Schedule, Train, Zero
 from vlkernels.core.random import dropout_scale, keep_mask
 
 WIDTH = 6
@@ -22,7 +24,7 @@ def small_config(stage: int = 1, **options) -> Config:
     whole = {name: value for name, value in options.items() if name in known}
     train = {name: value for name, value in options.items() if name not in known}
     defaults = {
-        "objectives": Objectives(contrastive=None, matching=None),
+        "objectives": Objectives(masked_language=MaskedLanguage()),
         "optimizer": Optimizer(kind="sgd", lr=0.02, weight_decay=0.0, clip=0.0),
         "schedule": Schedule(kind="constant"),
         "device": "cpu",

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from benchmarks.plain_quickstart import PaddedPairs, PlainModel
 from benchmarks.steps.system import HUGGING_FACE, PADDED, Products, System, load, long_tailed, redraw
 from benchmarks.uniter_pairs import CLS, FIRST_WORD, MASK, SEP, chosen_at_random
-from engine.batch import IMAGE, TEXT, Batch, Patches
+from engine.batch import IMAGE, TEXT, Batch, MaskedWords, Patches, Places, Sample, Words
 from engine.data import collate
-from engine.data.samples import Sample
 from engine.models import AlignAndFuse
-from engine.objectives import PretrainingModule, build_objectives
-from engine.objectives.matching import draw_negatives
-from engine.sections import FusionStack, ImageStack, Matching, Model, Objectives, TextStack
+from engine.objectives import Objectives, PretrainingModule, add_heads
+from engine.objectives.contrastive import Contrastive
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.matching import Matching, draw_negatives
+from engine.sections import FusionStack, ImageStack, Model, TextStack
 
-OBJECTIVES = Objectives(matching=Matching(negatives="local"))
+OBJECTIVES = Objectives(
+    contrastive=Contrastive(), matching=Matching(negatives="local"), masked_language=MaskedLanguage()
+)
 MOST_WORDS, SPECIALS = 28, 2
 
 
@@ -92,12 +95,12 @@ class Albef(System):
         masked[chosen] = MASK
         values = random.standard_normal((int(lengths[IMAGE]), 3 * self.shape.model.image.patch_size**2), np.float32)
         grid = np.indices(self.shape.model.image.max_grid, dtype=np.int32).reshape(2, -1).T
+        hidden = MaskedWords(torch.from_numpy(masked), Places.of_sample(chosen), torch.from_numpy(ids[chosen]))
         return Sample(
-            text_ids=ids,
+            text=Words(ids, np.arange(len(ids))),
             image=Patches(torch.from_numpy(values), torch.from_numpy(grid)),
             identity=int(random.integers(2**31)),
-            masked_ids=masked,
-            masked_positions=chosen,
+            views={"masked_language": hidden},
         )
 
     def packed(self, samples: Sequence[Sample]) -> Batch:
@@ -107,7 +110,9 @@ class Albef(System):
         return PaddedPairs.of(self.packed(samples))
 
     def model(self) -> PackedAlbef:
-        return PackedAlbef(redraw(AlignAndFuse(self.shape.model, self.shape.vocab_size)), build_objectives(OBJECTIVES))
+        model = AlignAndFuse(self.shape.model, self.shape.vocab_size)
+        add_heads(model, OBJECTIVES.active)
+        return PackedAlbef(redraw(model), OBJECTIVES.active)
 
     def peer(self, name: str, ours: nn.Module) -> nn.Module:
         if name == HUGGING_FACE:
@@ -123,7 +128,7 @@ class Albef(System):
         """A hard negative has the length of the text whose place it takes."""
         model, lengths = self.shape.model, batch.layout.lengths.cpu()
         text, image, pairs = lengths[:, TEXT], lengths[:, IMAGE], len(lengths)
-        width, words = model.text.width, len(batch.masked_words.targets)
+        width, words = model.text.width, len(batch.views["masked_language"].targets)
         embedded = 2 * int(image.sum()) * 3 * model.image.patch_size**2 * model.image.width
         source = 4 * int(image.sum()) * model.image.width * width * model.fusion.layers
         fused = Products(model.fusion)(text) + Products(model.fusion).cross(text, image)

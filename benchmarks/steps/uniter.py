@@ -14,12 +14,15 @@ from benchmarks.steps.system import HUGGING_FACE, Products, System, load, redraw
 from benchmarks.uniter_pairs import Pair, coco_like_lengths, packed, pad, random_pair
 from engine.batch import IMAGE, Batch
 from engine.models import OneStream
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import JointStack, MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching
+from engine.objectives import Objectives, PretrainingModule, add_heads
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.masked_region_classes import MaskedRegionClasses
+from engine.objectives.masked_region_features import MaskedRegionFeatures
+from engine.objectives.random_matching import RandomMatching
+from engine.sections import JointStack, Regions
 
 OBJECTIVES = Objectives(
-    contrastive=None,
-    matching=None,
+    masked_language=MaskedLanguage(),
     masked_region_features=MaskedRegionFeatures(),
     masked_region_classes=MaskedRegionClasses(),
     random_matching=RandomMatching(),
@@ -34,8 +37,11 @@ def engine_name(name: str) -> str:
         ("text_embedder.positions.weight", "text_embedder.tables.1"),
         ("text_embedder.types.weight", "text_embedder.tables.2"),
         ("embedder.norm.", "embedder."),
-        ("region_class_head.0.", "region_class_head."),
-        ("region_class_head.1.", "region_class_head.classifier."),
+        ("masked_language_head.", "heads.masked_language."),
+        ("region_feature_head.", "heads.masked_region_features."),
+        ("region_class_head.0.", "heads.masked_region_classes."),
+        ("region_class_head.1.", "heads.masked_region_classes.classifier."),
+        ("matching_head.", "heads.random_matching."),
     ):
         name = name.replace(plain, engine)
     return name
@@ -87,8 +93,9 @@ class Uniter(System):
     def model(self) -> PackedUniter:
         sizes = self.sizes
         stack = JointStack(**asdict(sizes.stack), max_positions=sizes.max_positions)
-        model = OneStream(stack, sizes.vocab_size, feature_values=sizes.feature_values, classes=sizes.classes)
-        return PackedUniter(redraw(model), build_objectives(OBJECTIVES))
+        model = OneStream(stack, sizes.vocab_size, Regions(sizes.feature_values, sizes.classes))
+        add_heads(model, OBJECTIVES.active)
+        return PackedUniter(redraw(model), OBJECTIVES.active)
 
     def peer(self, name: str, ours: PackedUniter) -> nn.Module:
         plain = PlainUniter(self.sizes)
@@ -101,7 +108,7 @@ class Uniter(System):
 
     def flops(self, batch: Batch) -> float:
         sizes, lengths = self.sizes, batch.layout.lengths.cpu()
-        width, words = sizes.stack.width, len(batch.masked_words.targets)
+        width, words = sizes.stack.width, len(batch.views["masked_language"].targets)
         embedded = 2 * int(lengths[:, IMAGE].sum()) * (sizes.feature_values + 7) * width
         head = 2 * words * width * (width + sizes.vocab_size)
         return 3 * (embedded + Products(sizes.stack)(lengths.sum(1)) + head)

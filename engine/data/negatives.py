@@ -12,11 +12,13 @@ class RandomPictures:
     All other pictures that examples have are equally likely.
     """
 
-    def __init__(self, images: np.ndarray, probability: float, seed: int, stream: int, name: str) -> None:
+    def __init__(
+        self, images: np.ndarray, probability: float, seed: int, stream: int, name: str, asked_by: str
+    ) -> None:
         self.pictures, own = np.unique(images, return_inverse=True)
         if len(self.pictures) < 2:
             raise DataError(
-                f"objectives.random_matching draws other pictures: {name} must have at least 2, "
+                f"{asked_by} draws other pictures: {name} must have at least 2, "
                 f"got {len(self.pictures)}"
             )
         self.own = own.astype(np.int32)

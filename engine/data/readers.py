@@ -4,9 +4,10 @@ from typing import Protocol
 
 import numpy as np
 
+from engine.batch import Sample
 from engine.data.negatives import RandomPictures
 from engine.data.records import DataError, Detections, Record, RecordFault, Source, Texts
-from engine.data.samples import Sample, SampleMaker
+from engine.data.samples import SampleMaker
 
 MAX_REPLACEMENTS = 32
 
@@ -49,10 +50,10 @@ class RegionReader:
         identity, detections = self._shown(epoch, example, texts.key, faults)
         faults += _notes(texts)
         record = _record(texts, identity, detections)
-        sample = self.maker(record, epoch, example, int(self.captions[example]))
+        own = None
         if self.pictures is not None:
-            sample.own_image = identity == self.source.identity(int(self.images[example]))
-        return sample
+            own = identity == self.source.identity(int(self.images[example]))
+        return self.maker(record, epoch, example, int(self.captions[example]), own)
 
     def _shown(self, epoch: int, example: int, key: str, faults: list[str]) -> tuple[int, Detections]:
         """The caption's own picture, or the one drawn in its place, or another where that one is broken."""

@@ -1,14 +1,14 @@
 """The streams of batches that training and evaluation read."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from engine.batch import Batch
+from engine.batch import Batch, Sample
 from engine.config import Config
 from engine.data.batches import collate
 from engine.data.buckets import BucketPlan, check_budget
@@ -17,9 +17,10 @@ from engine.data.negatives import RandomPictures
 from engine.data.plan import PairPlan, Plan
 from engine.data.readers import MAX_REPLACEMENTS, PatchReader, Reader, RegionReader
 from engine.data.records import DataError, ExampleIndex, RecordFault, Source
-from engine.data.samples import Sample, SampleMaker
+from engine.data.samples import SampleMaker
 from engine.data.sets import TrainingSet, TrainingSets
 from engine.data.tokenization import Tokenizer
+from engine.objectives import Objective
 
 _PREFETCHED = 4  # micro-batches that every worker prepares ahead
 _SPECIAL_TOKENS = 2
@@ -38,15 +39,15 @@ class TaskStream:
         stream: int,
     ) -> None:
         self.task = task
-        tasks = config.objectives.active if task is None else [task]
-        maker = SampleMaker(config, tokenizer, train=True, tasks=tasks, stream=stream)
+        objectives = list(config.objectives.active.values()) if task is None else [config.objectives.active[task]]
+        maker = SampleMaker(config, tokenizer, train=True, objectives=objectives, stream=stream)
         self.reader: Reader
         self.plan: Plan
         if index is None:
             self.reader = PatchReader(data.source, maker)
             self.plan = PairPlan(len(data.source), config.seed, stream)
             return
-        pictures = random_pictures(config, tasks, index.images, config.seed, stream, data.name)
+        pictures = random_pictures(objectives, index.images, config.seed, stream, data.name)
         self.reader = RegionReader(data.source, index.records, index.captions, index.images, maker, pictures)
         self.plan = region_plan(config, data.name, index, pictures, stream)
 
@@ -70,12 +71,15 @@ class TaskStream:
 
 
 def random_pictures(
-    config: Config, tasks: list[str], images: np.ndarray, seed: int, stream: int, name: str
+    objectives: Iterable[Objective], images: np.ndarray, seed: int, stream: int, name: str
 ) -> RandomPictures | None:
-    """The pictures that image-text matching shows captions with; None for other objectives."""
-    if "random_matching" not in tasks:
-        return None
-    return RandomPictures(images, config.objectives.random_matching.probability, seed, stream, name)
+    """The pictures that an objective shows texts with; None where these are their own."""
+    for objective in objectives:
+        if objective.replaced_images > 0:
+            return RandomPictures(
+                images, objective.replaced_images, seed, stream, name, f"objectives.{objective.name}"
+            )
+    return None
 
 
 def region_plan(
@@ -193,10 +197,10 @@ def training_stream(
 def check_streams(config: Config, sets: TrainingSets, held_out: Source, tokenizer: Tokenizer) -> None:
     """Refuse before anything is trained what training or evaluation could not read."""
     task_streams(config, sets, tokenizer)
-    for task in [None] if config.data.regions is None else config.objectives.active:
+    for task in config.objectives.active:
         if next(held_out_batches(config, held_out, tokenizer, 1, task), None) is None:
-            purpose = "" if task is None else f" for objectives.{task}"
-            raise DataError(f"data.held_out has no usable pair{purpose}: {held_out.ledger.summary()}")
+            summary = held_out.ledger.summary()
+            raise DataError(f"data.held_out has no usable pair for objectives.{task}: {summary}")
 
 
 def leave_signals_to_the_run(worker: int) -> None:
@@ -211,7 +215,7 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """The records of a held-out source in order, first captions, no random crop, masks of a fixed draw.
 
-    They are for one objective, or for all of the run that share batches. Broken records are left out and
+    They are prepared for one objective, or for none (None). Broken records are left out and
     named in the faults of the batch that they would have been in.
     """
     reader = held_out_reader(config, source, tokenizer, task)
@@ -230,14 +234,12 @@ def held_out_batches(
 
 
 def held_out_reader(config: Config, source: Source, tokenizer: Tokenizer, task: str | None) -> Reader:
-    objectives = config.objectives
-    alone = objectives.need_joint
-    tasks = [name for name in objectives.active if name not in alone] if task is None else [task]
-    maker = SampleMaker(config, tokenizer, train=False, tasks=tasks)
+    objectives = [] if task is None else [config.objectives.active[task]]
+    maker = SampleMaker(config, tokenizer, train=False, objectives=objectives)
     if config.data.regions is None:
         return PatchReader(source, maker)
     source.check_tokenizer(tokenizer)
     records = np.arange(len(source))
     images = np.asarray([source.image_of(record) for record in records.tolist()])
-    pictures = random_pictures(config, tasks, images, 0, 0, "data.held_out")
+    pictures = random_pictures(objectives, images, 0, 0, "data.held_out")
     return RegionReader(source, records, np.zeros_like(records), images, maker, pictures)

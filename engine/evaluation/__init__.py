@@ -1,4 +1,4 @@
-"""Evaluation on held-out pairs: retrieval, matching, masked words, zero-shot classification."""
+"""Evaluation on held-out samples: what every objective of the run measures, zero-shot classification, a sheet."""
 
 from engine.evaluation.evaluate import describe, evaluate
 

@@ -1,4 +1,4 @@
-"""Everything that is measured on held-out pairs, each figure beside chance."""
+"""Everything that is measured on held-out samples, each figure beside what can be had blindly."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 
-from engine.config import Config
 from engine.batch import Batch
+from engine.config import Config
 from engine.data import DataError, Tokenizer
-from engine.evaluation.accuracy import masked_language_accuracy, matching_accuracy
-from engine.evaluation.gallery import encode_gallery
-from engine.evaluation.one_stream import evaluate_one_stream
-from engine.evaluation.retrieval import reranked_retrieval, retrieval
 from engine.evaluation.sheet import draw_sheet
 from engine.evaluation.zero_shot import zero_shot
 from engine.models import AlignAndFuse, VisionLanguageModel
+from engine.objectives.parts.held_out import HeldOut, NothingToMeasure
 
 
 @torch.no_grad()
@@ -29,47 +26,27 @@ def evaluate(
     tokenizer: Tokenizer | None = None,
     sheet: Path | None = None,
 ) -> dict[str, Any]:
-    """Figures by group, as the run has them: retrieval, matching, every loss, zero-shot classification.
+    """Figures by group: what the objectives of the run measure, and zero-shot classification.
 
-    `read(pairs, task)` gives the held-out batches of so many pairs, made for one objective or (None) for all that
-    share batches. The model holds whole weights (`Engine.whole_module` under ZeRO-3). Nothing is exchanged between
-    ranks: one rank may evaluate alone. `tokenizer` is needed for zero-shot classification and for the sheet of
-    retrievals.
+    `read(samples, task)` gives the held-out batches of so many samples, prepared for one objective or for none (None).
+    The model holds whole weights (`Engine.whole_module` under ZeRO-3). Nothing is exchanged between ranks: one rank may
+    evaluate alone. `tokenizer` is needed for zero-shot classification and for the sheet of retrievals.
     """
     was_training = model.training
     model.eval()
+    held_out, results = HeldOut(read, model, config.evaluation), {}
     try:
-        if isinstance(model, AlignAndFuse):
-            return evaluate_towers(model, read(config.evaluation.batch, None), config, tokenizer, sheet)
-        return evaluate_one_stream(model, read, config)
+        for objective in config.objectives.active.values():
+            results |= objective.measure(model, held_out)
+        if config.evaluation.zero_shot is not None and tokenizer is not None:
+            results["zero_shot"] = zero_shot(model, config.evaluation.zero_shot, tokenizer, config)
+        if sheet is not None and tokenizer is not None and isinstance(model, AlignAndFuse):
+            draw_sheet(sheet, held_out.gallery, held_out.ranked, tokenizer, config)
+    except NothingToMeasure as error:
+        raise DataError(str(error)) from None
     finally:
         model.train(was_training)
-
-
-def evaluate_towers(
-    model: AlignAndFuse,
-    batches: Iterable[Batch],
-    config: Config,
-    tokenizer: Tokenizer | None,
-    sheet: Path | None,
-) -> dict[str, Any]:
-    """Contrastive, reranked, matching, masked_language and zero_shot, each figure beside chance."""
-    kept = _first_pairs(batches, config.evaluation.gallery, model.logit_scale.device)
-    if not kept:
-        raise DataError("there are no held-out pairs to evaluate")
-    gallery = encode_gallery(model, kept)
-    results: dict[str, Any] = {"pairs": len(gallery), "contrastive": retrieval(gallery)}
-    if config.objectives.matching is not None:
-        results["matching"] = matching_accuracy(model, gallery)
-        if config.evaluation.rerank_top:
-            results["reranked"] = reranked_retrieval(model, gallery, config.evaluation.rerank_top)
-    if config.objectives.masked_language is not None:
-        results["masked_language"] = masked_language_accuracy(model, kept)
-    if config.evaluation.zero_shot is not None and tokenizer is not None:
-        results["zero_shot"] = zero_shot(model, config.evaluation.zero_shot, tokenizer, config)
-    if sheet is not None and tokenizer is not None:
-        draw_sheet(sheet, gallery, kept, tokenizer, config)
-    return results
+    return {"pairs": held_out.most, **results}
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -110,15 +87,3 @@ def _number(name: str, figures: dict[str, float]) -> str:
 def _chance(figures: dict[str, float], name: str) -> float:
     depth = name.partition("@")[2]
     return figures[f"chance_recall@{depth}" if depth else "chance"]
-
-
-def _first_pairs(batches: Iterable[Batch], limit: int, device: torch.device) -> list[Batch]:
-    """Whole batches of together at most `limit` pairs, at least one."""
-    kept: list[Batch] = []
-    pairs = 0
-    for batch in batches:
-        pairs += len(batch.labels)
-        if kept and pairs > limit:
-            break
-        kept.append(batch.to(device))
-    return kept

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.batch import IMAGE, TEXT, Batch
 from engine.data import Tokenizer
-from engine.evaluation.gallery import Gallery
+from engine.objectives.parts.gallery import Gallery
 
 TOP = 5
 QUERIES = 8
@@ -53,7 +53,7 @@ def draw_sheet(
 
 
 def _captions_of(batch: Batch) -> tuple[Tensor, ...]:
-    return batch.text_ids.cpu().split(batch.layout.lengths[:, TEXT].tolist())
+    return batch.text.ids.cpu().split(batch.layout.lengths[:, TEXT].tolist())
 
 
 def _patches_of(batch: Batch) -> Iterable[tuple[Tensor, Tensor]]:

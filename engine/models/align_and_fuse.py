@@ -7,15 +7,16 @@ import itertools
 import math
 
 import torch
+import vlkernels as vk
 from torch import Tensor, nn
 
 from engine.batch import Batch
 from engine.models.base import VisionLanguageModel
 from engine.models.embedders import PatchEmbedder, TextEmbedder
-from engine.models.heads import FeatureHead, MaskedLanguageHead, MatchingHead
+from engine.models.heads import FeatureHead
 from engine.models.initialization import initialize
 from engine.models.transformer import PackedTransformer, Source, Tokens
-from engine.sections import Model
+from engine.sections import FusionStack, Model
 
 CHANNELS = 3
 
@@ -38,7 +39,7 @@ class AlignAndFuse(VisionLanguageModel):
     language."""
 
     def __init__(self, config: Model, vocab_size: int, impl: str = "auto"):
-        super().__init__(impl)
+        super().__init__(impl, config.initializer_range)
         image, text, fusion = config.image, config.text, config.fusion
         if fusion.width != text.width:
             raise ValueError(
@@ -57,17 +58,19 @@ class AlignAndFuse(VisionLanguageModel):
         self.fusion = PackedTransformer(
             fusion, streams, source_width=image.width, cross_every=fusion.cross_every, impl=impl
         )
-        self.matching_head = MatchingHead(fusion.width, impl)
-        self.masked_language_head = MaskedLanguageHead(
-            fusion.width, text.width, vocab_size, fusion.activation, fusion.eps, impl
-        )
+        self.fusion_options = fusion
         self.negatives_stream = next(streams)
         self.max_log_scale = math.log(config.logit_scale_max)
+        self.heads = nn.ModuleDict()
         initialize(self, config.initializer_range)
 
     @property
     def words(self) -> Tensor:
         return self.text_embedder.words
+
+    @property
+    def last_stack(self) -> FusionStack:
+        return self.fusion_options
 
     # ---- passes over a batch
 
@@ -75,13 +78,13 @@ class AlignAndFuse(VisionLanguageModel):
         """The image tower's states."""
         return self._once(batch, "image", lambda: self._encode_image(batch))
 
-    def encode_text(self, batch: Batch, masked: bool = False) -> Tokens:
-        """The text tower's states of the captions, or of the captions after corruption."""
-        variant = Variant.MASKED if masked else Variant.PLAIN
-        return self._once(batch, f"text {variant.name}", lambda: self._encode_text(batch, variant))
+    def encode_text(self, batch: Batch, view: str | None = None) -> Tokens:
+        """The text tower's states of the captions, or of the captions after a view's corruption."""
+        return self._once(batch, f"text {view}", lambda: self._encode_text(batch, view))
 
-    def encode_masked_words(self, batch: Batch) -> Tokens:
-        return self.fuse(self.encode_text(batch, masked=True), self.image_source(batch))
+    def masked_states(self, batch: Batch, view: str) -> Tensor:
+        read = self.fuse(self.encode_text(batch, view), self.image_source(batch))
+        return vk.take_rows(read.hidden, batch.views[view].places.rows(read.layout), impl=self.impl)
 
     def image_features(self, batch: Batch) -> Tensor:
         """`[B, E]`, unit length."""
@@ -111,10 +114,6 @@ class AlignAndFuse(VisionLanguageModel):
         """Text states that have read their images."""
         return self.fusion(text, rng=self.rng, source=image)
 
-    def matching_logits(self, fused: Tokens) -> Tensor:
-        """`[B, 2]`: does not belong together, does."""
-        return self.matching_head(fused.hidden, fused.layout)
-
     def scale(self) -> Tensor:
         """What multiplies cosine similarities: exp of the parameter, at most `logit_scale_max`."""
         return self.logit_scale.clamp(max=self.max_log_scale).exp()
@@ -124,8 +123,9 @@ class AlignAndFuse(VisionLanguageModel):
         hidden = self.image_embedder(batch.image.values, batch.image.positions, layout, self.rng)
         return self.image_tower(Tokens(hidden, layout), rng=self.rng)
 
-    def _encode_text(self, batch: Batch, variant: Variant) -> Tokens:
-        layout = batch.text_layout.with_sample_ids(variant.identities(batch.text_layout.sample_ids))
-        ids = batch.masked_words.ids if variant == Variant.MASKED else batch.text_ids
+    def _encode_text(self, batch: Batch, view: str | None) -> Tokens:
+        variant = Variant.PLAIN if view is None else Variant.MASKED
+        layout = batch.text.layout.with_sample_ids(variant.identities(batch.text.layout.sample_ids))
+        ids = batch.text.ids if view is None else batch.views[view].ids
         hidden = self.text_embedder(ids, layout, self.rng)
         return self.text_tower(Tokens(hidden, layout), rng=self.rng)

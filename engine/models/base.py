@@ -9,25 +9,27 @@ from typing import Any, TypeVar
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.batch import TEXT, Batch
-from engine.models.heads import MaskedLanguageHead
-from engine.models.transformer import PackedTransformer, Tokens
+from engine.batch import Batch
+from engine.models.initialization import initialize
+from engine.models.transformer import PackedTransformer
+from engine.sections import Stack
 
 T = TypeVar("T")
 
 
 class VisionLanguageModel(nn.Module):
-    """A model that reads batches of pairs.
+    """A model that reads batches; `heads` are what the objectives of the run have added, by name.
 
     `rng` is the state all dropout reads; whoever trains advances it once per optimizer step. `impl` is the
     implementation every op is asked for.
     """
 
-    masked_language_head: MaskedLanguageHead
+    heads: nn.ModuleDict
 
-    def __init__(self, impl: str):
+    def __init__(self, impl: str, initializer_range: float):
         super().__init__()
         self.impl = impl
+        self.initializer_range = initializer_range
         self.rng = vk.Rng(0)
         self._passes: dict[tuple[int, str], Any] | None = None
 
@@ -36,17 +38,19 @@ class VisionLanguageModel(nn.Module):
         """The word table `[V, D]`, which embeds captions and decodes masked words."""
         raise NotImplementedError
 
-    def encode_masked_words(self, batch: Batch) -> Tokens:
-        """States of the captions after corruption beside their images; text is segment 0."""
+    @property
+    def last_stack(self) -> Stack:
+        """The stack whose states words are predicted from: the last one that text goes through."""
         raise NotImplementedError
 
-    def masked_word_states(self, batch: Batch) -> Tensor:
-        """`[M, D]`: the states of the masked words alone."""
-        return self.at_masked_words(self.encode_masked_words(batch), batch)
+    def masked_states(self, batch: Batch, view: str) -> Tensor:
+        """`[M, D]`: states of the words or regions that a view hides, where all else is read."""
+        raise NotImplementedError
 
-    def at_masked_words(self, read: Tokens, batch: Batch) -> Tensor:
-        """`[M, D]`: their states among those of all tokens."""
-        return vk.take_rows(read.hidden, batch.masked_words.places.rows(read.layout, TEXT), impl=self.impl)
+    def add_head(self, name: str, head: nn.Module) -> None:
+        """Initialise and keep a head."""
+        initialize(head, self.initializer_range)
+        self.heads[name] = head
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Recompute every block in the backward instead of keeping its activations."""

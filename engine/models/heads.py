@@ -23,19 +23,6 @@ class FeatureHead(nn.Module):
         return F.normalize(self.projection(pooled), dim=-1)
 
 
-class MatchingHead(nn.Module):
-    """Two logits from a sample's first token: the pair does not belong together, it does."""
-
-    def __init__(self, width: int, impl: str):
-        super().__init__()
-        self.classifier = nn.Linear(width, 2)
-        self.impl = impl
-
-    def forward(self, hidden: Tensor, layout: vk.SegmentLayout) -> Tensor:
-        first = vk.take_rows(hidden, layout.starts[:, 0], impl=self.impl)
-        return self.classifier(first)
-
-
 class HeadTransform(nn.Module):
     """BERT's: linear map, activation, LayerNorm."""
 
@@ -66,26 +53,3 @@ class MaskedLanguageHead(HeadTransform):
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         return F.linear(self(hidden), table, self.bias)
-
-
-class RegionFeatureHead(HeadTransform):
-    """The transform, then the transposed map that embeds features as decoder, with a bias per value."""
-
-    def __init__(self, width: int, feature_values: int, activation: str, eps: float, impl: str):
-        super().__init__(width, width, activation, eps, impl)
-        self.bias = nn.Parameter(torch.zeros(feature_values))
-
-    def features(self, hidden: Tensor, projection: Tensor) -> Tensor:
-        """`[M, F]`; `projection` `[D, F]` is the weight of the embedding map."""
-        return F.linear(self(hidden), projection.T, self.bias)
-
-
-class RegionClassHead(HeadTransform):
-    """The transform, then a linear map to the detector's classes."""
-
-    def __init__(self, width: int, classes: int, activation: str, eps: float, impl: str):
-        super().__init__(width, width, activation, eps, impl)
-        self.classifier = nn.Linear(width, classes)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.classifier(self(hidden))

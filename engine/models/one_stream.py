@@ -8,13 +8,12 @@ import torch
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.batch import IMAGE, TEXT, Batch, Places
+from engine.batch import IMAGE, TEXT, Batch, MaskedRegions, MaskedWords
 from engine.models.base import VisionLanguageModel
 from engine.models.embedders import RegionRows, TextTables
-from engine.models.heads import MaskedLanguageHead, RegionClassHead, RegionFeatureHead
 from engine.models.initialization import initialize
 from engine.models.transformer import PackedTransformer, SelectedRows, Tokens
-from engine.sections import JointStack
+from engine.sections import JointStack, Regions
 
 
 class OneStream(VisionLanguageModel):
@@ -28,74 +27,58 @@ class OneStream(VisionLanguageModel):
         self,
         stack: JointStack,
         vocab_size: int,
+        regions: Regions,
         *,
-        feature_values: int,
-        classes: int,
         initializer_range: float = 0.02,
         impl: str = "auto",
     ):
-        super().__init__(impl)
+        super().__init__(impl, initializer_range)
         streams = itertools.count()
-        width, head = stack.width, (stack.activation, stack.eps, impl)
+        self.stack, self.regions = stack, regions
         self.text_embedder = TextTables(stack, vocab_size)
-        self.region_embedder = RegionRows(stack, feature_values, impl)
+        self.region_embedder = RegionRows(stack, regions.feature_values, impl)
         self.eps, self.dropout, self.embedding_stream = stack.eps, stack.dropout, next(streams)
         self.transformer = PackedTransformer(stack, streams, impl=impl)
-        self.pooler = nn.Linear(width, width)
-        self.masked_language_head = MaskedLanguageHead(width, width, vocab_size, *head)
-        self.region_feature_head = RegionFeatureHead(width, feature_values, *head)
-        self.region_class_head = RegionClassHead(width, classes, *head)
-        self.matching_head = nn.Linear(width, 2)
+        self.pooler = nn.Linear(stack.width, stack.width)
+        self.heads = nn.ModuleDict()
         initialize(self, initializer_range)
 
     @property
     def words(self) -> Tensor:
         return self.text_embedder.words
 
-    def encode(self, batch: Batch, masked: int | None = None) -> Tokens:
-        """States over `batch.layout`; `masked` is the segment, TEXT or IMAGE, that is read after
-        corruption."""
-        return self._once(batch, f"encode {masked}", lambda: self._encode(batch, masked))
+    @property
+    def last_stack(self) -> JointStack:
+        return self.stack
 
-    def encode_masked_words(self, batch: Batch) -> Tokens:
-        return self.encode(batch, masked=TEXT)
+    def encode(self, batch: Batch, view: str | None = None) -> Tokens:
+        """States over `batch.layout`, of what is there or of what a view has left of it."""
+        return self._once(batch, f"encode {view}", lambda: self._encode(batch, view))
 
-    def masked_word_states(self, batch: Batch) -> Tensor:
-        return self._states_at(batch, TEXT, batch.masked_words.places)
-
-    def masked_region_states(self, batch: Batch) -> Tensor:
-        """`[M, D]`: the states of the masked regions alone."""
-        return self._states_at(batch, IMAGE, batch.masked_regions.places)
+    def masked_states(self, batch: Batch, view: str) -> Tensor:
+        """Those of the other tokens are never computed."""
+        masked = batch.views[view]
+        segment = TEXT if isinstance(masked, MaskedWords) else IMAGE
+        places = masked.places
+        selected = SelectedRows.of(places.rows(batch.layout, segment), places.samples, batch.layout)
+        return self._once(batch, f"masked {view}", lambda: self._encode(batch, view, selected)).hidden
 
     def pooled(self, tokens: Tokens) -> Tensor:
         """`[B, D]`: what a pair's first token says of the pair."""
         first = vk.take_rows(tokens.hidden, tokens.layout.starts[:, 0], impl=self.impl)
         return torch.tanh(self.pooler(first))
 
-    def matching_logits(self, tokens: Tokens) -> Tensor:
-        """`[B, 2]`: the image was replaced, it is the caption's own."""
-        return self.matching_head(self.pooled(tokens))
-
-    def region_features(self, hidden: Tensor) -> Tensor:
-        """`[M, F]`: features predicted from the states of regions."""
-        return self.region_feature_head.features(hidden, self.region_embedder.feature_projection.weight)
-
-    def _encode(self, batch: Batch, masked: int | None, selected: SelectedRows | None = None) -> Tokens:
-        hidden = self._embed(batch, masked)
+    def _encode(self, batch: Batch, view: str | None, selected: SelectedRows | None = None) -> Tokens:
+        hidden = self._embed(batch, None if view is None else batch.views[view])
         return self.transformer(Tokens(hidden, batch.layout), rng=self.rng, selected=selected)
 
-    def _states_at(self, batch: Batch, segment: int, places: Places) -> Tensor:
-        """`[M, D]`: states of what is masked in a segment; those of the other tokens are never computed."""
-        selected = SelectedRows.of(places.rows(batch.layout, segment), places.samples, batch.layout)
-        read = self._once(batch, f"masked {segment}", lambda: self._encode(batch, segment, selected))
-        return read.hidden
-
-    def _embed(self, batch: Batch, masked: int | None) -> Tensor:
+    def _embed(self, batch: Batch, masked: MaskedWords | MaskedRegions | None) -> Tensor:
         """`[num_tokens, D]`: dropout(LN(word + position + type)) and dropout(LN(region + type)), each segment
         with a norm of its own."""
         text, regions, layout = self.text_embedder, self.region_embedder, batch.layout
-        ids = batch.masked_words.ids if masked == TEXT else batch.text_ids
-        hidden_regions = batch.masked_regions.places.rows(batch.image_layout) if masked == IMAGE else None
+        ids = masked.ids if isinstance(masked, MaskedWords) else batch.text.ids
+        hides_regions = isinstance(masked, MaskedRegions)
+        hidden_regions = masked.places.rows(batch.image_layout) if hides_regions else None
         rows = regions(batch.image, hidden_regions)
         segment = layout.token_segment()
         return vk.embed_layer_norm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import vlkernels as vk
@@ -10,17 +11,23 @@ from torch import Tensor
 
 from engine.batch import Batch
 from engine.models import AlignAndFuse
-from engine.objectives.batch_coupled import BatchCoupledObjective, Features, Losses, Report
-from engine.objectives.normalization import negatives_group, rank_counts
+from engine.objectives.parts.batch_coupled import BatchCoupledObjective, Features
+from engine.objectives.parts.held_out import Figures, HeldOut
+from engine.objectives.parts.normalization import negatives_group, rank_counts
+from engine.objectives.parts.objective import Losses, Report
+from engine.objectives.parts.retrieval import retrieval
 
 LOGITS_AT_ONCE = 2**22
 
 
-@dataclass(frozen=True)
-class ContrastiveObjective(BatchCoupledObjective):
-    """`negatives`: "global", against all pairs of the step, or "local", against those of this rank."""
+@dataclass
+class Contrastive(BatchCoupledObjective):
+    """Image-text contrastive loss (ITC)."""
 
-    negatives: str = "global"
+    roles: ClassVar[tuple[str, ...]] = ("image", "text")
+
+    negatives: Literal["global", "local"] = "global"
+    """global: against all pairs of the step; local: against those of this rank."""
 
     def features(self, model: AlignAndFuse, batch: Batch) -> Features:
         rows = {"image": model.image_features(batch), "text": model.text_features(batch)}
@@ -38,6 +45,10 @@ class ContrastiveObjective(BatchCoupledObjective):
             "logit_scale": scale.detach()[0],
         }
         return {"contrastive": loss}, report
+
+    def measure(self, model: AlignAndFuse, held_out: HeldOut) -> Figures:
+        """Recall both ways among the gallery, beside chance."""
+        return {"contrastive": retrieval(held_out.gallery)}
 
 
 def _accuracy(image: Tensor, text: Tensor) -> Tensor:

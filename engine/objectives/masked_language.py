@@ -1,23 +1,89 @@
-"""Masked-language modelling of the caption beside its image."""
+"""Masked-language modelling."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from engine.batch import Batch
+from engine.batch import Batch, MaskedWords, Places, Sample
+from engine.corruption.words import corrupt
 from engine.models import VisionLanguageModel
-from engine.objectives.normalization import normalizer
+from engine.models.heads import MaskedLanguageHead
+from engine.objectives.parts.baselines import Unigrams
+from engine.objectives.parts.held_out import Figures, HeldOut, require_some
+from engine.objectives.parts.normalization import normalizer
+from engine.objectives.parts.objective import Draw, Losses, Objective, Report
+from engine.objectives.parts.other_images import other_images, with_images
+from engine.sections import require_share
 
 
-@dataclass(frozen=True)
-class MaskedLanguageObjective:
-    """Cross-entropy of the words that stood where the caption was corrupted, mean over these places."""
+@dataclass
+class MaskedLanguage(Objective):
+    """Masked-language modelling of the text, beside its image where it has one (MLM).
 
-    def __call__(
-        self, model: VisionLanguageModel, batch: Batch
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        states, targets = model.masked_word_states(batch), batch.masked_words.targets
-        total = model.masked_language_head.loss(states, targets, model.words)
-        return {"masked_language": total * normalizer(batch, "masked_words")}, {}
+    Cross-entropy of the words that stood where the text was corrupted, mean over these places.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("fusion or joint",)
+
+    probability: float = 0.15
+    """Share of tokens that are predicted."""
+    whole_word: bool = False
+    """Select whole words instead of single tokens."""
+    when_none: Literal["any", "first"] = "any"
+    """Where the draw selects nothing. any: one is drawn, with the fate of all; first: the first token is masked, as
+    UNITER does."""
+
+    def __post_init__(self) -> None:
+        require_share("objectives.masked_language.probability", self.probability)
+
+    def prepare(self, sample: Sample, draw: Draw) -> None:
+        text = sample.text
+        how = (self.probability, self.whole_word, draw.random, self.when_none)
+        ids, selected = corrupt(text.ids, text.words, draw.tokenizer, *how)
+        targets = torch.from_numpy(text.ids[selected])
+        sample.views[self.name] = MaskedWords(torch.from_numpy(ids), Places.of_sample(selected), targets)
+
+    def build_head(self, model: VisionLanguageModel) -> nn.Module:
+        stack, (vocab_size, width) = model.last_stack, model.words.shape
+        return MaskedLanguageHead(stack.width, width, vocab_size, stack.activation, stack.eps, model.impl)
+
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:
+        states, targets = model.masked_states(batch, self.name), batch.views[self.name].targets
+        total = model.heads[self.head].loss(states, targets, model.words)
+        return {self.name: total * normalizer(batch, self.name)}, {}
+
+    def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
+        """Found beside the text's own image, and beside another one of the batch; or, without images, beside what the
+        frequencies of the words tell."""
+        totals, unigrams = Counter(), Unigrams(len(model.words))
+        for batch in held_out.batches(self.name):
+            seen = {"": batch}
+            if batch.image is not None:
+                others = other_images(batch.labels)
+                if others is None:
+                    continue
+                seen["_shuffled_image"] = with_images(batch, others)
+            unigrams.add(batch.views[self.name].targets)
+            for beside, one in seen.items():
+                with model.passes_shared():
+                    totals["loss" + beside] += self(model, one)[0][self.name].item()
+                    totals["accuracy" + beside] += self.found(model, one)
+        require_some(unigrams.count, "masked words beside two different images")
+        figures = {name: total / unigrams.count for name, total in totals.items()}
+        if "loss_shuffled_image" not in figures:
+            figures["loss_unigram"] = unigrams.entropy
+        return {self.name: figures | {"accuracy_chance": 1 / len(model.words)}}
+
+    def found(self, model: VisionLanguageModel, batch: Batch) -> float:
+        """How many masked words have the highest logit."""
+        states, targets = model.masked_states(batch, self.name), batch.views[self.name].targets
+        return (self.logits(model, states).argmax(1) == targets).sum().item()
+
+    def logits(self, model: VisionLanguageModel, states: Tensor) -> Tensor:
+        """`[M, V]`."""
+        return model.heads[self.head].logits(states, model.words)

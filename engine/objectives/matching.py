@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 import vlkernels as vk
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.batch import Batch
@@ -15,28 +17,58 @@ from engine.models import AlignAndFuse
 from engine.models.exchange import gather_tokens
 from engine.models.align_and_fuse import Variant
 from engine.models.transformer import Source, Tokens
-from engine.objectives.normalization import negatives_group, normalizer, rank_counts, widened
+from engine.objectives.parts.batch_coupled import require_negatives
+from engine.objectives.parts.gallery import Gallery
+from engine.objectives.parts.held_out import Figures, HeldOut
+from engine.objectives.parts.normalization import negatives_group, normalizer, rank_counts, widened
+from engine.objectives.parts.objective import Losses, Objective, Report
+from engine.objectives.parts.retrieval import reranked_retrieval
+from engine.sections import require, require_not_negative
 
 ORDER = (Variant.PLAIN, Variant.NEGATIVE_TEXT, Variant.NEGATIVE_IMAGE)
+PAIRS_PER_PASS = 1024
 
 
-@dataclass(frozen=True)
-class MatchingObjective:
-    """Two-way cross-entropy on three pairs per sample: its own, its image with a hard text, its text with a
-    hard image.
+@dataclass
+class Matching(Objective):
+    """Image-text matching with hard negatives (ITM).
 
-    Negatives are drawn with the softmax of `hardness` times the contrastive scores, from all ranks ("global") or
-    from this rank ("local"), and never with the label of the sample itself.
+    Two-way cross-entropy on three pairs per sample: its own, its image with a hard text, its text with a hard image.
+    Negatives are drawn with the softmax of `hardness` times the contrastive scores, and never with the label of the
+    sample itself.
     """
 
-    negatives: str = "global"
-    hardness: float = 1.0
+    roles: ClassVar[tuple[str, ...]] = ("image", "text", "fusion")
 
-    def __call__(self, model: AlignAndFuse, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    negatives: Literal["global", "local"] = "global"
+    """Where hard negatives are drawn from. global: the pairs of all ranks, which takes one micro-batch per rank and
+    step; local: this rank's own micro-batch."""
+    hardness: float = 1.0
+    """Factor on the contrastive scores that negatives are drawn by. 1: as often as the contrastive softmax confuses
+    them, so the loss has nothing to learn until fusion knows more than the towers; 0: all alike."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "objectives.matching", "hardness")
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        require_negatives(config)
+
+    def check_micro_steps(self, micro_steps: int) -> None:
+        require(
+            micro_steps == 1 or self.negatives == "local",
+            f"objectives.matching.negatives must be local with {micro_steps} micro-batches per rank and step: states "
+            "of the other micro-batches, which global negatives need, are not kept",
+        )
+
+    def build_head(self, model: AlignAndFuse) -> nn.Module:
+        return MatchingHead(model.last_stack.width, model.impl)
+
+    def __call__(self, model: AlignAndFuse, batch: Batch) -> tuple[Losses, Report]:
         group = negatives_group(self.negatives)
         hard_texts, hard_images = draw_negatives(model, batch, group, self.hardness)
         texts, images = pair_up(model, batch, hard_texts.clamp(min=0), hard_images.clamp(min=0), group)
-        logits = widened(model.matching_logits(model.fuse(texts, images)))
+        logits = widened(matching_logits(model, model.fuse(texts, images)))
         own = torch.ones_like(hard_texts)
         targets = torch.cat((own, torch.zeros_like(hard_texts), torch.zeros_like(hard_images)))
         # A batch of one label has no negatives (-1): what stands in their place counts for nothing.
@@ -45,6 +77,33 @@ class MatchingObjective:
         right = (logits.detach().argmax(1) == targets) & drawn
         report = {"matching_accuracy": right.sum() / drawn.sum()}
         return {"matching": each.sum() / len(ORDER) * normalizer(batch, "pairs")}, report
+
+    def measure(self, model: AlignAndFuse, held_out: HeldOut) -> Figures:
+        """Right pairs told from wrong ones; and recall where the head has re-ranked the best by contrastive score."""
+        gallery, top = held_out.gallery, held_out.options.rerank_top
+        figures = {"matching": matching_accuracy(model, gallery)}
+        if top:
+            match = functools.partial(logits_of_pairs, model, gallery)
+            figures["reranked"] = reranked_retrieval(gallery, top, match)
+        return figures
+
+
+class MatchingHead(nn.Module):
+    """Two logits from a sample's first token: the pair does not belong together, it does."""
+
+    def __init__(self, width: int, impl: str):
+        super().__init__()
+        self.classifier = nn.Linear(width, 2)
+        self.impl = impl
+
+    def forward(self, hidden: Tensor, layout: vk.SegmentLayout) -> Tensor:
+        first = vk.take_rows(hidden, layout.starts[:, 0], impl=self.impl)
+        return self.classifier(first)
+
+
+def matching_logits(model: AlignAndFuse, fused: Tokens) -> Tensor:
+    """`[B, 2]`: does not belong together, does."""
+    return model.heads["matching"](fused.hidden, fused.layout)
 
 
 def draw_negatives(
@@ -91,3 +150,27 @@ def pair_up(
     texts = text.take(torch.cat((own, hard_texts, own)), model.impl)
     identities = torch.cat([variant.identities(batch.sample_ids) for variant in ORDER])
     return Tokens(texts.hidden, texts.layout.with_sample_ids(identities)), images
+
+
+def logits_of_pairs(model: AlignAndFuse, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:
+    """`[P, 2]` for pairs (`images[p]`, `texts[p]`); pairs sorted by image cost one projection per image."""
+    logits = []
+    for some_images, some_texts in zip(
+        images.split(PAIRS_PER_PASS), texts.split(PAIRS_PER_PASS), strict=True
+    ):
+        needed, index = some_images.unique(return_inverse=True)
+        source = model.source_of(gallery.images.take(needed, model.impl), index.to(torch.int32))
+        fused = model.fuse(gallery.texts.take(some_texts, model.impl), source)
+        logits.append(matching_logits(model, fused))
+    return torch.cat(logits).float()
+
+
+def matching_accuracy(model: AlignAndFuse, gallery: Gallery) -> dict[str, float]:
+    """Accuracy on as many wrong pairs as right ones: text `i` with image `i`, and with one that is not its
+    own."""
+    own = torch.arange(len(gallery), device=gallery.labels.device)
+    other = own.roll(max(len(gallery) // 2, 1))
+    wrong = gallery.labels[own] != gallery.labels[other]
+    accepted = logits_of_pairs(model, gallery, own, own).argmax(1) == 1
+    rejected = logits_of_pairs(model, gallery, other[wrong], own[wrong]).argmax(1) == 0
+    return {"accuracy": (accepted.float().mean().item() + rejected.float().mean().item()) / 2, "chance": 0.5}

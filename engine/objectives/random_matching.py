@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 import vlkernels as vk
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.batch import IMAGE, TEXT, Batch
+from engine.batch import IMAGE, TEXT, Batch, Sample
 from engine.models import OneStream
 from engine.models.transformer import Tokens
-from engine.objectives.normalization import normalizer, widened
+from engine.objectives.parts.held_out import Figures, HeldOut, require_some
+from engine.objectives.parts.normalization import normalizer, widened
+from engine.objectives.parts.objective import Draw, Losses, Objective, Report
+from engine.objectives.parts.other_images import with_images
+from engine.objectives.parts.retrieval import both_ways
+from engine.sections import require_not_negative, require_share
+
+GALLERY = 100
+"""Most pairs for retrieval by the matching head, which reads every caption with every image."""
 
 
-@dataclass(frozen=True)
-class RandomMatchingObjective:
-    """Two-way cross-entropy: is the image the caption's own? And `alignment` times the optimal-transport
-    distance between words and regions of own pairs, less that of replaced ones.
+@dataclass
+class RandomMatching(Objective):
+    """Image-text matching with images replaced at random before batching (ITM), and word-region alignment (WRA).
 
-    Both are means over all pairs. The named losses are what enters the total, so the second contains its
-    factor; the report has the mean distances themselves.
+    Two-way cross-entropy: is the image the caption's own? And `alignment` times the optimal-transport distance between
+    words and regions of own pairs, less that of replaced ones. Both are means over all pairs. The named losses are what
+    enters the total, so the second contains its factor; the report has the mean distances themselves.
     """
 
-    alignment: float = 0.1
+    roles: ClassVar[tuple[str, ...]] = ("joint",)
+    alone: ClassVar[bool] = True
 
-    def __call__(self, model: OneStream, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        read, own, factor = model.encode(batch), batch.own_image, normalizer(batch, "pairs")
-        logits = widened(model.matching_logits(read))
+    probability: float = 0.5
+    """Share of pairs whose image is replaced by another one, drawn anew every epoch."""
+    alignment: float = 0.1
+    """Factor of the alignment loss: optimal-transport distance of own pairs less that of replaced ones (0: none)."""
+
+    def __post_init__(self) -> None:
+        require_share("objectives.random_matching.probability", self.probability)
+        require_not_negative(self, "objectives.random_matching", "alignment")
+
+    @property
+    def replaced_images(self) -> float:
+        return self.probability
+
+    def prepare(self, sample: Sample, draw: Draw) -> None:
+        sample.views[self.name] = int(sample.own_image)
+
+    def build_head(self, model: OneStream) -> nn.Module:
+        return nn.Linear(model.last_stack.width, 2)
+
+    def __call__(self, model: OneStream, batch: Batch) -> tuple[Losses, Report]:
+        read, own, factor = model.encode(batch), batch.views[self.name], normalizer(batch, "pairs")
+        logits = widened(matching_logits(model, read))
         losses = {"random_matching": F.cross_entropy(logits, own, reduction="sum") * factor}
         report = {"matching_accuracy": (logits.detach().argmax(1) == own).float().mean()}
         if self.alignment > 0:
@@ -37,6 +69,57 @@ class RandomMatchingObjective:
             report["transport_own"] = _mean_where(own == 1, distance.detach())
             report["transport_replaced"] = _mean_where(own == 0, distance.detach())
         return losses, report
+
+    def measure(self, model: OneStream, held_out: HeldOut) -> Figures:
+        """Own images told from replaced ones, how far the words are from the regions of either, and retrieval."""
+        totals, distances = Counter(), Counter()
+        for batch in held_out.batches(self.name):
+            losses, report = self(model, batch)
+            own = int(batch.views[self.name].sum())
+            kinds = {"own": own, "replaced": len(batch.labels) - own}
+            totals.update(kinds)
+            totals["loss"] += losses[self.name].item()
+            totals["right"] += round(report["matching_accuracy"].item() * len(batch.labels))
+            if self.alignment > 0:
+                distances.update({kind: report[f"transport_{kind}"].item() * kinds[kind] for kind in kinds})
+        gallery = held_out.first(min(held_out.options.gallery, GALLERY))
+        return figures(totals, distances) | {"retrieval": matching_retrieval(model, gallery)}
+
+
+def figures(totals: Counter[str], distances: Counter[str]) -> Figures:
+    """What sums over pairs of either kind come to."""
+    own, replaced = totals["own"], totals["replaced"]
+    require_some(min(own, replaced), "pairs of own or of replaced images")
+    found: Figures = {
+        "random_matching": {
+            "loss": totals["loss"] / (own + replaced),
+            "loss_even_odds": math.log(2),
+            "accuracy": totals["right"] / (own + replaced),
+            "accuracy_majority": max(own, replaced) / (own + replaced),
+        }
+    }
+    if distances:
+        found["word_region_alignment"] = {
+            "distance": distances["own"] / own,
+            "distance_replaced": distances["replaced"] / replaced,
+        }
+    return found
+
+
+def matching_logits(model: OneStream, read: Tokens) -> Tensor:
+    """`[B, 2]`: the image was replaced, it is the caption's own."""
+    return model.heads["random_matching"](model.pooled(read))
+
+
+def matching_retrieval(model: OneStream, gallery: Batch) -> dict[str, float]:
+    """Recall both ways where the matching head has read every caption with every image."""
+    texts = torch.arange(len(gallery.labels), device=gallery.labels.device)
+    scores = torch.empty(len(texts), len(texts), device=texts.device)
+    for shift in range(len(texts)):
+        images = texts.roll(shift)
+        logits = matching_logits(model, model.encode(with_images(gallery, images))).float()
+        scores[images, texts] = logits[:, 1] - logits[:, 0]
+    return both_ways(scores, scores.T, gallery.labels[:, None] == gallery.labels[None, :])
 
 
 def transport_distance(model: OneStream, read: Tokens) -> Tensor:

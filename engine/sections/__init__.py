@@ -7,20 +7,10 @@ out keeps the default. Errors name the option as it is written on the command li
 from engine.sections.checks import require, require_not_negative, require_positive, require_share
 from engine.sections.data import Data, DataSet, Regions, Tokenizer
 from engine.sections.model import Distances, FusionStack, ImageStack, JointStack, Model, Stack, TextStack
-from engine.sections.objectives import (
-    Contrastive,
-    MaskedLanguage,
-    MaskedRegionClasses,
-    MaskedRegionFeatures,
-    Matching,
-    Objectives,
-    RandomMatching,
-)
 from engine.sections.training import Buckets, Evaluation, Optimizer, Schedule, Train, Zero
 
 __all__ = [
     "Buckets",
-    "Contrastive",
     "Data",
     "DataSet",
     "Distances",
@@ -28,14 +18,8 @@ __all__ = [
     "FusionStack",
     "ImageStack",
     "JointStack",
-    "MaskedLanguage",
-    "MaskedRegionClasses",
-    "MaskedRegionFeatures",
-    "Matching",
     "Model",
-    "Objectives",
     "Optimizer",
-    "RandomMatching",
     "Regions",
     "Schedule",
     "Stack",

@@ -142,7 +142,7 @@ def identity(config: Config, world: int) -> dict[str, Any]:
     shared = {
         **{f"model.{tower}.{name}": value for tower, options in towers for name, value in options.items()},
         "model.projection_dim": config.model.projection_dim,
-        "objectives": config.objectives.active,
+        "objectives": list(config.objectives.active),
         # a checkpoint brings its own: DeepSpeed restores the groups of parameters with all they hold
         **{f"optimizer.{name}": getattr(config.optimizer, name) for name in RESTORED},
         "precision": config.precision,

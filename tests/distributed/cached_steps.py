@@ -7,8 +7,10 @@ from random_batch import random_batch, small_model
 
 from engine.batch import Batch
 from engine.config import Config
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import Objectives, Optimizer, Schedule, Train, Zero
+from engine.objectives import Objectives, PretrainingModule
+from engine.objectives.contrastive import Contrastive
+from engine.objectives.masked_language import MaskedLanguage
+from engine.sections import Optimizer, Schedule, Train, Zero
 from engine.training import zero
 from engine.training.optimizer import make_optimizer
 from engine.training.step import StepResult, agree, normalizers, run_window
@@ -16,7 +18,7 @@ from engine.training.step import StepResult, agree, normalizers, run_window
 PAIRS = 512
 RATE = 1024.0
 """Weights are small beside their change, which is then the gradient."""
-OBJECTIVES = Objectives(matching=None)
+OBJECTIVES = Objectives(contrastive=Contrastive(), masked_language=MaskedLanguage())
 STAGES = (0, 1, 2, 3)
 
 
@@ -24,7 +26,7 @@ def training_module(recompute: bool) -> PretrainingModule:
     """ITC and MLM together, dropout everywhere."""
     model = small_model(dropout=0.1)
     model.checkpoint_activations(recompute)
-    return PretrainingModule(model, build_objectives(OBJECTIVES))
+    return PretrainingModule(model, OBJECTIVES.active)
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -8,8 +8,8 @@ from launch import ROOT
 from engine import pretrain
 from engine.config import Config
 from engine.data import load_training_sets, make_tokenizer, training_stream
-from engine.models import build_model
-from engine.objectives import PretrainingModule, build_objectives
+from engine.build import build_model
+from engine.objectives import PretrainingModule
 from engine.training import zero
 from engine.training.command_line import parse
 from engine.training.step import agree, normalizers, run_window
@@ -49,7 +49,7 @@ def plain_curve(cache: str) -> list[dict]:
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size)
     model.rng.state[0] = config.seed
-    module = PretrainingModule(model, build_objectives(config.objectives))
+    module = PretrainingModule(model, config.objectives.active)
     optimizer = torch.optim.SGD(module.parameters())
     points = []
     for rate in RATES:

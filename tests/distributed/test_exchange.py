@@ -1,6 +1,7 @@
 """Several ranks on their shares of a batch against one process on all of it: losses and every parameter's
 gradient."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import vlkernels as vk
-from random_batch import random_batch, small_model
+from random_batch import THREE, random_batch, small_model
 
 from engine.models.exchange import gather_tokens
 from engine.models.transformer import Tokens
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import Matching, Objectives
+from engine.objectives import Objectives, PretrainingModule
+from engine.objectives.matching import Matching
 
 PAIRS = 6
 
@@ -36,7 +37,7 @@ def run(world: int, folder: Path, work) -> list:
 
 
 def module(objectives: Objectives) -> PretrainingModule:
-    return PretrainingModule(small_model(dropout=0.2), build_objectives(objectives))
+    return PretrainingModule(small_model(dropout=0.2), objectives.active)
 
 
 def share_of_step(rank: int, world: int, negatives: str = "global"):
@@ -46,7 +47,7 @@ def share_of_step(rank: int, world: int, negatives: str = "global"):
     counts = torch.tensor(list(batch.counts.values()))
     dist.all_reduce(counts)
     batch.normalizers = dict(zip(batch.counts, world / counts, strict=True))
-    trained = module(Objectives(matching=Matching(negatives=negatives)))
+    trained = module(dataclasses.replace(THREE, matching=Matching(negatives=negatives)))
     total, losses, _ = trained(batch)
     total.backward()
     gradients = {name: parameter.grad for name, parameter in trained.named_parameters()}
@@ -81,7 +82,7 @@ def two_ranks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process():
-    single = module(Objectives())
+    single = module(THREE)
     total, losses, _ = single(random_batch(range(PAIRS)))
     total.backward()
     return losses, {name: parameter.grad for name, parameter in single.named_parameters()}

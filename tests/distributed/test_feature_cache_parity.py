@@ -11,7 +11,7 @@ from mutants import load_mutant
 from process_group import process_group_of_one
 from random_batch import random_batch
 
-from engine.objectives import batch_coupled, pretraining
+from engine.objectives.parts import batch_coupled, pretraining
 from engine.training import feature_cache, step
 
 WORKER = Path(__file__).with_name("feature_cache_worker.py")
@@ -90,7 +90,7 @@ def test_zero_3_keeps_the_order_that_it_prefetches_by(monkeypatch):
 def test_every_parameter_has_a_gradient(plain):
     """But for what matching alone uses."""
     still = {name for name, change in plain["changes"].items() if not change.any()}
-    assert still == {f"model.matching_head.classifier.{kind}" for kind in ("weight", "bias")}
+    assert still == {f"model.heads.matching.classifier.{kind}" for kind in ("weight", "bias")}
 
 
 MUTANTS = {

@@ -8,11 +8,11 @@ from launch import ROOT
 from quickstart_curves import weights_of
 
 from engine import pretrain
-from engine.batch import Batch, Places
+from engine.batch import Batch, MaskedRegions, MaskedWords, Places
+from engine.build import build_model
 from engine.config import Config
 from engine.data import load_training_sets, make_tokenizer, training_stream
-from engine.models import build_model
-from engine.objectives import PretrainingModule, build_objectives
+from engine.objectives import PretrainingModule
 from engine.training import zero
 from engine.training.command_line import parse
 from engine.training.step import agree, normalizers, run_window
@@ -53,27 +53,26 @@ def windows(config: Config, rank: int, world: int) -> tuple[int, list[list[Batch
 def hollow(batch: Batch) -> Batch:
     """The batch with nothing to predict in the later samples of its step."""
     full = batch.sample_ids < FULL
-    changes: dict = {"counts": dict(batch.counts)}
-    if batch.own_image is not None:
-        changes["own_image"] = torch.where(full, batch.own_image, 1)
-    if batch.masked_words is not None:
-        words = batch.masked_words
-        kept, ids = full[words.places.samples], words.ids.clone()
-        places = words.places.rows(batch.text_layout)[~kept]
-        ids[places] = words.targets[~kept]
-        kept_places = keep(words.places, kept)
-        changes["masked_words"] = dataclasses.replace(
-            words, ids=ids, places=kept_places, targets=words.targets[kept]
-        )
-        changes["counts"]["masked_words"] = len(kept_places)
-    if batch.masked_regions is not None:
-        regions = batch.masked_regions
-        kept, labels = full[regions.places.samples], regions.soft_labels
-        changes["masked_regions"] = dataclasses.replace(
-            regions, places=keep(regions.places, kept), soft_labels=None if labels is None else labels[kept]
-        )
-        changes["counts"]["masked_regions"] = int(kept.sum())
-    return dataclasses.replace(batch, **changes)
+    views, counts = dict(batch.views), dict(batch.counts)
+    for name, view in batch.views.items():
+        if isinstance(view, torch.Tensor):
+            views[name] = torch.where(full, view, 1)
+            continue
+        kept = full[view.places.samples]
+        views[name] = keep_words(batch, view, kept) if isinstance(view, MaskedWords) else keep_regions(view, kept)
+        counts[name] = int(kept.sum())
+    return dataclasses.replace(batch, views=views, counts=counts)
+
+
+def keep_words(batch: Batch, words: MaskedWords, kept: torch.Tensor) -> MaskedWords:
+    ids = words.ids.clone()
+    ids[words.places.rows(batch.text.layout)[~kept]] = words.targets[~kept]
+    return MaskedWords(ids, keep(words.places, kept), words.targets[kept])
+
+
+def keep_regions(regions: MaskedRegions, kept: torch.Tensor) -> MaskedRegions:
+    labels = regions.soft_labels
+    return MaskedRegions(keep(regions.places, kept), None if labels is None else labels[kept])
 
 
 def keep(places: Places, kept: torch.Tensor) -> Places:
@@ -87,7 +86,7 @@ def plain_curve(cache: str) -> list[dict]:
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size)
     model.rng.state[0] = config.seed
-    module = PretrainingModule(model, build_objectives(config.objectives))
+    module = PretrainingModule(model, config.objectives.active)
     optimizer = torch.optim.SGD(module.parameters())
     points = []
     for (batch,) in batches:

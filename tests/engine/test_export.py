@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 import engine
 from benchmarks.plain_uniter import Sizes, bert
-from engine.batch import IMAGE
 from engine.config import Config
 from engine.data.tokenization import train_tokenizer
 from engine.export import export, rebuild
-from engine.models import OneStream, build_model
+from engine.build import build_model
+from engine.models import OneStream
 from engine.training.command_line import parse
 
 
@@ -29,5 +29,5 @@ def test_a_joint_model_loads_back(tmp_path):
     assert isinstance(loaded, OneStream) and not loaded.training and transform is None
     assert same_tokenizer.vocab_size == tokenizer.vocab_size
     batch = region_batch(range(3), Sizes(bert(32, 2, 2), vocab_size=tokenizer.vocab_size))
-    assert torch.equal(loaded.encode(batch, IMAGE).hidden, model.encode(batch, IMAGE).hidden)
+    assert torch.equal(loaded.encode(batch, "masked_region_features").hidden, model.encode(batch, "masked_region_features").hidden)
     assert load_file(tmp_path / "model.safetensors").keys() == dict(model.named_parameters()).keys()

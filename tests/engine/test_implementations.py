@@ -5,8 +5,8 @@ import torch
 
 import vlkernels as vk
 from engine.data import load_training_sets, make_tokenizer, training_stream
-from engine.models import build_model
-from engine.objectives import PretrainingModule, build_objectives
+from engine.build import build_model
+from engine.objectives import PretrainingModule
 from engine.training.command_line import parse
 from vlkernels.core import dispatch, native
 from vlkernels.testing import error_rule
@@ -55,7 +55,7 @@ def train(windows, impl, dtype):
     config, vocab_size, batches = windows
     config.impl = impl
     torch.manual_seed(0)
-    module = PretrainingModule(build_model(config, vocab_size), build_objectives(config.objectives)).to(dtype)
+    module = PretrainingModule(build_model(config, vocab_size), config.objectives.active).to(dtype)
     losses = []
     with vk.recorded() as served:
         for batch in batches:

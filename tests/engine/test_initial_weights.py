@@ -7,11 +7,14 @@ import torch
 import vlkernels as vk
 from safetensors.torch import load_file, save_file
 
-from engine.batch import Batch, Regions
+from engine.batch import TEXT, Batch, Regions, Text
 from engine.config import Config
 from engine.initial_weights import load_initial_weights
-from engine.models import build_model
-from engine.sections import Data, JointStack, Model, Objectives, RandomMatching, Train
+from engine.build import build_model
+from engine.objectives import Objectives
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.random_matching import RandomMatching
+from engine.sections import Data, DataSet, JointStack, Model, Train
 from engine.sections import Regions as RegionOptions
 
 transformers = pytest.importorskip("transformers")
@@ -47,9 +50,12 @@ def config_from(folder, **changes) -> Config:
     sizes |= {"norm": "post", "eps": 1e-12, "activation": "gelu", **changes}
     return Config(
         init_from={"joint": str(folder)},
-        data=Data(regions=RegionOptions(feature_values=10, classes=6), max_caption_tokens=8),
+        data=Data(
+            sets={"scenes": DataSet("builtin-scenes", {"masked_language": 1.0, "random_matching": 1.0})},
+            regions=RegionOptions(feature_values=10, classes=6), max_caption_tokens=8,
+        ),
         model=Model(image=None, text=None, fusion=None, joint=JointStack(**sizes)),
-        objectives=Objectives(None, None, None, random_matching=RandomMatching()),
+        objectives=Objectives(masked_language=MaskedLanguage(), random_matching=RandomMatching()),
         train=Train(max_steps=1),
     )
 
@@ -57,7 +63,8 @@ def config_from(folder, **changes) -> Config:
 def captions_alone(ids: list[torch.Tensor]) -> Batch:
     layout = vk.SegmentLayout([[len(row), 0] for row in ids])
     nothing = Regions(torch.empty(0, 10), torch.empty(0, 7))
-    return Batch(layout, torch.cat(ids), nothing, torch.arange(len(ids)), layout.sample_ids)
+    text = Text(torch.cat(ids), layout.select((TEXT,)))
+    return Batch(layout, text, nothing, torch.arange(len(ids)), layout.sample_ids)
 
 
 @pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
@@ -79,16 +86,16 @@ def test_captions_read_as_bert_reads_them(tmp_path, kind):
     if expected.pooler_output is not None:
         torch.testing.assert_close(model.pooled(read), expected.pooler_output, rtol=1e-9, atol=1e-9)
     if kind != "BertModel":
-        logits = model.masked_language_head.logits(read.hidden, model.words)
+        logits = model.heads["masked_language"].logits(read.hidden, model.words)
         torch.testing.assert_close(logits, bert.double().cls.predictions(hidden), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
     ("kind", "tensors", "left"),
     [
-        ("BertModel", 16 * LAYERS + 7, "masked_language_head, "),
-        ("BertForMaskedLM", 16 * LAYERS + 10, "pooler, "),
-        ("BertForPreTraining", 16 * LAYERS + 12, ""),
+        ("BertModel", 16 * LAYERS + 7, ["region_embedder", "heads.masked_language", "heads.random_matching"]),
+        ("BertForMaskedLM", 16 * LAYERS + 10, ["region_embedder", "pooler", "heads.random_matching"]),
+        ("BertForPreTraining", 16 * LAYERS + 12, ["region_embedder", "heads.random_matching"]),
     ],
 )
 def test_the_report_names_what_was_loaded_and_what_was_not(tmp_path, kind, tensors, left):
@@ -97,16 +104,14 @@ def test_the_report_names_what_was_loaded_and_what_was_not(tmp_path, kind, tenso
     model = build_model(config, VOCAB)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     first, *others = load_initial_weights(config, model)
-    heads = ["region_feature_head", "region_class_head", "matching_head"]
-    names = ["region_embedder", *left.split(", ")[:-1], *heads]
     assert first == (
         f"loaded {tensors} tensors of {tmp_path} into model.joint, "
-        f"left at their initialisation: {', '.join(names)}"
+        f"left at their initialisation: {', '.join(left)}"
     )
     idle = [f"not used of {tmp_path}"] if kind == "BertForPreTraining" else []
     assert [line.partition(":")[0] for line in others] == idle
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) == (name.split(".")[0] in names), name
+        assert torch.equal(parameter, before[name]) == name.startswith(tuple(left)), name
 
 
 def test_tables_of_another_size_give_the_rows_in_common(tmp_path):
@@ -118,7 +123,7 @@ def test_tables_of_another_size_give_the_rows_in_common(tmp_path):
     assert lines[1] == (
         "of tables of another size: text_embedder.tables.0 the first 50 rows (it has 54, the file 50), "
         "text_embedder.tables.1 the first 12 rows (it has 12, the file 16), "
-        "masked_language_head.bias the first 50 rows (it has 54, the file 50)"
+        "heads.masked_language.bias the first 50 rows (it has 54, the file 50)"
     )
     embeddings = bert.bert.embeddings
     assert torch.equal(model.words[:VOCAB], embeddings.word_embeddings.weight)

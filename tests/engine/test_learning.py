@@ -10,9 +10,12 @@ import torch
 from random_pairs import SIZES, TASKS, region_batch, small_one_stream
 
 from engine.batch import Batch
-from engine.evaluation.baselines import ClassPrior, MeanRegion
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching
+from engine.objectives.parts.baselines import ClassPrior, MeanRegion
+from engine.objectives import Objectives, PretrainingModule
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.masked_region_classes import MaskedRegionClasses
+from engine.objectives.masked_region_features import MaskedRegionFeatures
+from engine.objectives.random_matching import RandomMatching
 
 RECIPE = "engine/recipes/quickstart.yaml"
 PAIRS = 12_800
@@ -56,14 +59,13 @@ def test_permuted_captions_teach_nothing(summaries):
 def learn_by_heart(batch: Batch, task: str) -> tuple[dict[str, float], dict[str, float]]:
     """Losses and report of one objective after 300 steps on one batch."""
     options = Objectives(
-        contrastive=None,
-        matching=None,
+        masked_language=MaskedLanguage(),
         masked_region_features=MaskedRegionFeatures(),
         masked_region_classes=MaskedRegionClasses(),
         random_matching=RandomMatching(alignment=1.0),
     )
     batch.task = (task,)
-    module = PretrainingModule(small_one_stream(), build_objectives(options))
+    module = PretrainingModule(small_one_stream(), options.active)
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(300):
         total, losses, report = module(batch)
@@ -77,8 +79,8 @@ def learn_by_heart(batch: Batch, task: str) -> tuple[dict[str, float], dict[str,
 def test_eight_pairs_are_learnt_by_heart(task):
     """To a hundredth of the loss that is to be had blindly; and words move towards the regions of their own image."""
     batch, mean, prior = region_batch(range(8)), MeanRegion(), ClassPrior()
-    mean.add(batch.image.features[batch.masked_regions.places.rows(batch.image_layout)])
-    prior.add(batch.masked_regions.soft_labels)
+    mean.add(batch.image.features[batch.views["masked_region_features"].places.rows(batch.image_layout)])
+    prior.add(batch.views["masked_region_classes"].soft_labels)
     blind = {
         "masked_language": math.log(SIZES.vocab_size),
         "masked_region_features": mean.squared_error,
@@ -88,5 +90,5 @@ def test_eight_pairs_are_learnt_by_heart(task):
     losses, report = learn_by_heart(batch, task)
     assert losses[task] < 0.01 * blind[task]
     if task == "random_matching":
-        assert 0 < batch.own_image.sum() < 8 and report["matching_accuracy"] == 1
+        assert 0 < batch.views["random_matching"].sum() < 8 and report["matching_accuracy"] == 1
         assert report["transport_own"] < 0.1 * report["transport_replaced"]

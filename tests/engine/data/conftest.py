@@ -10,6 +10,8 @@ from PIL import Image
 
 from engine import sections
 from engine.config import Config
+from engine.objectives import Objectives
+from engine.objectives.masked_language import MaskedLanguage
 
 
 class Workshop:
@@ -58,7 +60,7 @@ class Workshop:
             data=sections.Data(source=source, held_out=source, cache=str(self.folder / "cache"), **data),
             model=sections.Model(image=sections.ImageStack(max_grid=(12, 12))),
             tokenizer=sections.Tokenizer(vocab_size=200),
-            objectives=sections.Objectives(contrastive=None, matching=None),
+            objectives=Objectives(masked_language=MaskedLanguage()),
             train=sections.Train(global_batch=batch, accumulation=accumulation, max_steps=1),
         )
 

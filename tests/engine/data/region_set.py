@@ -6,6 +6,11 @@ from engine import sections
 from engine.config import Config
 from engine.data import TrainingSet, TrainingSets, train_tokenizer
 from engine.data.records import Detections, ExampleIndex, FaultLedger, Record, RecordFault, Texts
+from engine.objectives import Objectives
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.masked_region_classes import MaskedRegionClasses
+from engine.objectives.masked_region_features import MaskedRegionFeatures
+from engine.objectives.random_matching import RandomMatching
 
 FEATURES, CLASSES = 4, 6
 WORDS = "a quick brown fox jumps over the lazy dog and many other animals look on".split()
@@ -77,17 +82,19 @@ class RegionSet:
         return ExampleIndex(records, captions, tokens, images, self.counts.astype(np.int32))
 
 
+FOUR = {
+    "masked_language": MaskedLanguage(when_none="first"),
+    "masked_region_features": MaskedRegionFeatures(),
+    "masked_region_classes": MaskedRegionClasses(),
+    "random_matching": RandomMatching(),
+}
+
+
 def region_run(tasks=None, buckets=True, batches=12, seed=0, accumulation=1, workers=0):
     """A run of one joint transformer; `tasks`: by set."""
     tasks = {"one": TASKS, "two": TASKS} if tasks is None else tasks
     active = {task for one in tasks.values() for task in one}
-    classes = {
-        "masked_language": sections.MaskedLanguage(when_none="first"),
-        "masked_region_features": sections.MaskedRegionFeatures(),
-        "masked_region_classes": sections.MaskedRegionClasses(),
-        "random_matching": sections.RandomMatching(),
-    }
-    chosen = {task: classes[task] if task in active else None for task in TASKS}
+    chosen = {task: objective for task, objective in FOUR.items() if task in active}
     return Config(
         seed=seed,
         data=sections.Data(
@@ -96,7 +103,7 @@ def region_run(tasks=None, buckets=True, batches=12, seed=0, accumulation=1, wor
             workers=workers,
         ),
         model=sections.Model(image=None, text=None, fusion=None, joint=sections.JointStack()),
-        objectives=sections.Objectives(contrastive=None, matching=None, **chosen),
+        objectives=Objectives(**chosen),
         train=sections.Train(
             global_batch=batches,
             accumulation=accumulation,

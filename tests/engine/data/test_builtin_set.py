@@ -102,7 +102,7 @@ def test_held_out_captions_have_no_unknown_tokens(workshop, training, held_out):
     config = workshop.config("builtin")
     tokenizer = make_tokenizer(config, alone(training))
     (batch,) = held_out_batches(config, held_out, tokenizer, split.GALLERY)
-    assert not (batch.text_ids == tokenizer.model.token_to_id("[UNK]")).any()
+    assert not (batch.text.ids == tokenizer.model.token_to_id("[UNK]")).any()
 
 
 @pytest.mark.parametrize("name", ["builtin", "builtin-scenes"])

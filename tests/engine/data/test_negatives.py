@@ -8,7 +8,7 @@ from engine.data.negatives import RandomPictures
 
 
 def pictures_of(images, probability=0.5, seed=0, stream=0):
-    return RandomPictures(np.asarray(images), probability, seed, stream, "coco")
+    return RandomPictures(np.asarray(images), probability, seed, stream, "coco", "objectives.random_matching")
 
 
 def test_half_are_replaced_by_all_others_alike():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import TEXT, Patches
+from engine.batch import TEXT, MaskedWords, Patches, Places, Sample, Words
 from engine.data import (
     collate,
     held_out_batches,
@@ -18,7 +18,8 @@ from engine.data import (
     make_tokenizer,
     training_stream,
 )
-from engine.data.samples import Sample
+from engine.objectives import Objectives
+from engine.objectives.contrastive import Contrastive
 
 
 @pytest.fixture
@@ -45,17 +46,17 @@ def run(workshop):
 
 
 def captions_of(batch):
-    return [ids.tolist() for ids in batch.text_ids.split(batch.layout.lengths[:, TEXT].tolist())]
+    return [ids.tolist() for ids in batch.text.ids.split(batch.layout.lengths[:, TEXT].tolist())]
 
 
 def pairs_of(batch):
     """Everything about each pair of a batch."""
     tokens, patches = batch.layout.lengths.T.tolist()
-    places = batch.masked_words.places
+    places = batch.views["masked_language"].places
     for row, (ids, masked, values) in enumerate(
         zip(
-            batch.text_ids.split(tokens),
-            batch.masked_words.ids.split(tokens),
+            batch.text.ids.split(tokens),
+            batch.views["masked_language"].ids.split(tokens),
             batch.image.values.split(patches),
             strict=True,
         )
@@ -104,17 +105,17 @@ def test_masked_rows_point_into_the_packed_stream(workshop):
     config = workshop.config(workshop.good_shards())
     sets = load_training_sets(config)
     (batch,) = next(training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0))
-    words, layout = batch.masked_words, batch.text_layout
+    words, layout = batch.views["masked_language"], batch.text.layout
     rows = words.places.rows(layout)
-    assert torch.equal(batch.text_ids[rows], words.targets)
-    untouched = torch.ones(len(batch.text_ids), dtype=torch.bool)
+    assert torch.equal(batch.text.ids[rows], words.targets)
+    untouched = torch.ones(len(batch.text.ids), dtype=torch.bool)
     untouched[rows] = False
-    assert torch.equal(batch.text_ids[untouched], words.ids[untouched])
-    assert batch.counts == {"pairs": 8, "masked_words": len(rows)} and len(rows) >= 8
-    assert layout.num_tokens == len(batch.text_ids)
+    assert torch.equal(batch.text.ids[untouched], words.ids[untouched])
+    assert batch.counts == {"pairs": 8, "masked_language": len(rows)} and len(rows) >= 8
+    assert layout.num_tokens == len(batch.text.ids)
     # in the joint stream the captions stand before their images
     joint = torch.full((batch.layout.num_tokens,), -1)
-    joint[batch.layout.token_segment() == TEXT] = batch.text_ids
+    joint[batch.layout.token_segment() == TEXT] = batch.text.ids
     assert torch.equal(joint[words.places.rows(batch.layout, TEXT)], words.targets)
 
 
@@ -124,17 +125,18 @@ def test_pictures_of_different_sizes_share_a_batch():
         positions = np.indices((1, patches), dtype=np.int32).reshape(2, -1).T
         pixels = np.ones((patches, 192), np.float32)
         image = Patches(torch.from_numpy(pixels), torch.from_numpy(positions))
-        return Sample(ids, image, identity=1, masked_ids=ids, masked_positions=ids[:0])
+        masked = MaskedWords(torch.from_numpy(ids), Places.of_sample(ids[:0]), torch.from_numpy(ids[:0]))
+        return Sample(Words(ids, ids), image, identity=1, views={"masked_language": masked})
 
     batch = collate([sample(4), sample(8)], [5, 9])
     assert batch.image.values.shape == (12, 192)
     assert batch.layout.lengths.tolist() == [[3, 4], [3, 8]]
     assert batch.image_layout.lengths.tolist() == [[4], [8]]
-    assert batch.image_layout.sample_ids.tolist() == batch.text_layout.sample_ids.tolist() == [5, 9]
+    assert batch.image_layout.sample_ids.tolist() == batch.text.layout.sample_ids.tolist() == [5, 9]
     assert batch.image.positions[-1].tolist() == [0, 7]
-    assert batch.counts == {"pairs": 2, "masked_words": 0}
+    assert batch.counts == {"pairs": 2, "masked_language": 0}
     moved = batch.to("meta")
-    tensors = moved.image.values, moved.layout.starts, moved.masked_words.places.offsets, moved.labels
+    tensors = moved.image.values, moved.layout.starts, moved.views["masked_language"].places.offsets, moved.labels
     assert {tensor.device.type for tensor in tensors} == {"meta"} and moved.counts == batch.counts
 
 
@@ -164,7 +166,9 @@ def test_held_out_batches_repeat_in_order_whatever_the_seed_and_batch(workshop):
 
     def evaluated(batch):
         return [
-            pair[1:] for item in held_out_batches(config, source, tokenizer, batch) for pair in pairs_of(item)
+            pair[1:]
+            for item in held_out_batches(config, source, tokenizer, batch, "masked_language")
+            for pair in pairs_of(item)
         ]
 
     whole = evaluated(50)
@@ -176,10 +180,10 @@ def test_held_out_batches_repeat_in_order_whatever_the_seed_and_batch(workshop):
 
 def test_without_masked_language_nothing_is_masked(workshop):
     config = workshop.config(workshop.good_shards())
-    config.objectives.masked_language = None
+    config.objectives = Objectives(contrastive=Contrastive())
     sets = load_training_sets(config)
     (batch,) = next(training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0))
-    assert batch.masked_words is None and batch.counts == {"pairs": 8}
+    assert not batch.views and batch.counts == {"pairs": 8}
 
 
 def test_permuted_captions_are_a_permutation_that_leaves_the_images(workshop):

@@ -22,6 +22,7 @@ from engine.data import (
     training_stream,
 )
 from engine.data.streams import task_streams
+from engine.objectives.contrastive import Contrastive
 from tests.engine.data.region_set import CLASSES, TASKS, TOKENIZER, WORDS, RegionSet, region_run, sets_of
 
 
@@ -48,9 +49,10 @@ def samples_of(windows):
 def samples_of_batch(batch):
     """Everything about each sample of a batch."""
     tokens, regions = batch.layout.lengths.T.tolist()
-    texts, features = batch.text_ids.split(tokens), batch.image.features.split(regions)
+    texts, features = batch.text.ids.split(tokens), batch.image.features.split(regions)
     boxes = batch.image.boxes.split(regions)
-    words, masked, own = batch.masked_words, batch.masked_regions, batch.own_image
+    words, own = batch.views.get("masked_language"), batch.views.get("random_matching")
+    masked = batch.views.get("masked_region_features", batch.views.get("masked_region_classes"))
     for row, sample_id in enumerate(batch.sample_ids.tolist()):
         found = [sample_id, int(batch.labels[row]), texts[row].tolist()]
         found += [features[row].tolist(), boxes[row].tolist()]
@@ -110,7 +112,7 @@ def test_an_epoch_has_every_example_once(task):
     count = sum(map(len, source.texts_of))
     texts = []
     for ((batch,),) in windows_of(config, 40, sets=sets_of(config, one=source)):
-        texts += [tuple(ids.tolist()) for ids in batch.text_ids.split(batch.layout.lengths[:, TEXT].tolist())]
+        texts += [tuple(ids.tolist()) for ids in batch.text.ids.split(batch.layout.lengths[:, TEXT].tolist())]
     captions = [caption for captions in source.texts_of for caption in captions]
     expected = Counter(tuple(TOKENIZER.encode(caption, 64)[0].tolist()) for caption in captions)
     assert Counter(texts[:count]) == Counter(texts[count : 2 * count]) == expected
@@ -136,10 +138,10 @@ def test_tasks_of_a_set_draw_independently():
 def test_words_are_masked_and_nothing_else():
     config = region_run({"one": {"masked_language": 1.0}})
     (((batch,),),) = windows_of(config, 1)
-    assert batch.masked_regions is None and batch.own_image is None
-    assert batch.counts == {"pairs": len(batch.labels), "masked_words": len(batch.masked_words.places)}
-    rows = batch.masked_words.places.rows(batch.text_layout)
-    assert torch.equal(batch.text_ids[rows], batch.masked_words.targets)
+    assert batch.views.keys() == {"masked_language"}
+    assert batch.counts == {"pairs": len(batch.labels), "masked_language": len(batch.views["masked_language"].places)}
+    rows = batch.views["masked_language"].places.rows(batch.text.layout)
+    assert torch.equal(batch.text.ids[rows], batch.views["masked_language"].targets)
 
 
 @pytest.mark.parametrize("task", ["masked_region_features", "masked_region_classes"])
@@ -147,9 +149,9 @@ def test_some_regions_are_masked_and_soft_labels_are_those_of_the_masked_ones(ta
     config = region_run({"one": {task: 1.0}})
     source = RegionSet()
     (((batch,),),) = windows_of(config, 1, sets=sets_of(config, one=source))
-    assert batch.masked_words is None and batch.own_image is None
-    masked = batch.masked_regions
-    assert batch.counts == {"pairs": len(batch.labels), "masked_regions": len(masked.places)}
+    assert batch.views.keys() == {task}
+    masked = batch.views[task]
+    assert batch.counts == {"pairs": len(batch.labels), task: len(masked.places)}
     assert set(masked.places.samples.tolist()) == set(range(len(batch.labels))), "one at least"
     assert (masked.places.offsets < batch.layout.lengths[masked.places.samples, IMAGE]).all()
     if task == "masked_region_features":
@@ -186,7 +188,7 @@ def test_batches_are_sorted_by_the_lengths_they_have(task):
     (stream,) = task_streams(config, sets_of(config), TOKENIZER)
     for unit in range(30):
         samples = stream.samples(unit, 1, [])
-        lengths = [len(sample.text_ids) - 2 + len(sample.image.boxes) for sample in samples]
+        lengths = [len(sample.text) - 2 + len(sample.image.boxes) for sample in samples]
         assert lengths == sorted(lengths, reverse=True) and lengths[0] * len(lengths) <= 80
 
 
@@ -289,14 +291,14 @@ def test_sets_of_pictures_train_one_objective_per_step(workshop):
     config = workshop.config(pattern, batch=10)
     tasks = {"masked_language": 1.0, "contrastive": 1.0}
     config.data.sets = {name: sections.DataSet(pattern, tasks) for name in ("one", "two")}
-    config.objectives.contrastive = sections.Contrastive()
+    config.objectives.contrastive = Contrastive()
     sets = load_training_sets(config)
     assert len(sets) == 60 and [one.name for one in sets.sets] == ["one", "two"]
     stream = training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0)
     labels = {task: [] for task in tasks}
     for (batch,) in islice(stream, 40):
         (task,) = batch.task
-        assert (batch.masked_words is not None) == (task == "masked_language") == (len(batch.counts) == 2)
+        assert batch.views.keys() == {"masked_language"} & {task} and len(batch.counts) == 1 + len(batch.views)
         labels[task].append(tuple(batch.labels.tolist()))
     assert all(len(found) > 10 and len(set(found)) == len(found) for found in labels.values())
 
@@ -314,9 +316,7 @@ def test_held_out_batches_are_for_one_task_and_repeat(task):
 
     (whole, (batch,)), (again, _) = read(100, 0), read(7, 5)
     assert whole == again and len(whole) == 38, "two records have the broken picture"
-    assert (batch.masked_words is not None) == (task in (None, "masked_language"))
-    assert (batch.masked_regions is not None) == (task is not None and task.startswith("masked_region"))
-    assert (batch.own_image is not None) == (task == "random_matching")
+    assert batch.views.keys() == ({task} if task else set())
     assert [sample[1] for sample in whole] == [
         TOKENIZER.encode(captions[0], 64)[0].tolist()
         for record, captions in enumerate(source.texts_of)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_batch import GRID, PATCH, random_batch, small_config, small_model
+from random_batch import THREE, GRID, PATCH, random_batch, small_config, small_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Model
 from tokenizers import models, pre_tokenizers
@@ -15,12 +15,12 @@ import engine
 from engine.config import Config
 from engine.data import Tokenizer
 from engine.evaluation import describe, evaluate
-from engine.evaluation.accuracy import matching_accuracy
-from engine.evaluation.gallery import encode_gallery, matching_logits
+from engine.objectives.parts.gallery import encode_gallery
 from engine.export import export, rebuild
-from engine.models import build_model
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import Data, Evaluation, Objectives, Train
+from engine.build import build_model
+from engine.objectives import PretrainingModule
+from engine.objectives.matching import logits_of_pairs, matching_accuracy, matching_logits
+from engine.sections import Data, Evaluation, Train
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *(f"w{n}" for n in range(33)), "red", "blue"]
 
@@ -37,6 +37,7 @@ def make_config(**evaluation) -> Config:
             image_size=PATCH * min(GRID), max_caption_tokens=16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3
         ),
         model=small_config(),
+        objectives=THREE,
         train=Train(max_steps=1),
         evaluation=Evaluation(**{"rerank_top": 6, "batch": 8, **evaluation}),
     )
@@ -47,7 +48,7 @@ def batches(count: int = 24) -> list:
 
 
 def read(pairs: int, task: str | None) -> list:
-    assert pairs == 8 and task is None
+    assert pairs == 8 and task in (None, "masked_language")
     return batches()
 
 
@@ -60,7 +61,7 @@ def test_an_untrained_model_is_at_chance(tmp_path):
     assert results["contrastive"]["chance_recall@1"] == pytest.approx(1 / 24, rel=0.2)
     assert results["contrastive"]["text_to_image_recall@1"] < 0.3
     assert results["matching"]["accuracy"] == pytest.approx(0.5, abs=0.2)
-    assert results["masked_language"]["chance"] == 1 / len(WORDS)
+    assert results["masked_language"]["accuracy_chance"] == 1 / len(WORDS)
     assert model.training
     json.dumps(results)
     text = describe(results)
@@ -77,7 +78,7 @@ def test_a_trained_model_finds_its_pairs():
     config = make_config()
     config.model.initializer_range = 0.1
     model, seen = build_model(config, len(WORDS)), random_batch(range(12))
-    module = PretrainingModule(model, build_objectives(Objectives()))
+    module = PretrainingModule(model, THREE.active)
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
     for _ in range(80):
         optimizer.zero_grad()
@@ -98,8 +99,11 @@ def test_a_trained_model_finds_its_pairs():
 
 
 def test_the_gallery_is_limited_to_whole_batches():
-    assert evaluate(small_model(), read, make_config(gallery=17))["pairs"] == 16
-    assert evaluate(small_model(), read, make_config(gallery=1))["pairs"] == 8
+    for gallery, pairs in ((17, 16), (1, 8)):
+        results = evaluate(small_model(), read, make_config(gallery=gallery))
+        related = 2  # pairs that show one image, 0 and 5, each with two right answers
+        assert results["contrastive"]["chance_recall@1"] == pytest.approx((1 + related / pairs) / pairs)
+        assert results["pairs"] == 24, "words are masked in all"
     with pytest.raises(ValueError, match="there are no held-out pairs"):
         evaluate(small_model(), lambda *_: [], make_config())
 
@@ -109,11 +113,11 @@ def test_matching_of_any_pairs_equals_one_by_one():
     model = small_model().eval()
     gallery = encode_gallery(model, batches())
     images, texts = torch.tensor([3, 3, 17, 20, 0]), torch.tensor([1, 3, 3, 22, 0])
-    together = matching_logits(model, gallery, images, texts)
+    together = logits_of_pairs(model, gallery, images, texts)
     for row, (image, text) in enumerate(zip(images, texts, strict=True)):
         source = model.source_of(model.encode_image(random_batch(range(int(image), int(image) + 1))))
-        alone = model.matching_logits(
-            model.fuse(model.encode_text(random_batch(range(int(text), int(text) + 1))), source)
+        alone = matching_logits(
+            model, model.fuse(model.encode_text(random_batch(range(int(text), int(text) + 1))), source)
         )
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
 
@@ -121,8 +125,8 @@ def test_matching_of_any_pairs_equals_one_by_one():
 @torch.no_grad()
 def test_constant_matching_is_worth_nothing():
     model = small_model().eval()
-    model.matching_head.classifier.weight.zero_()
-    model.matching_head.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
+    model.heads["matching"].classifier.weight.zero_()
+    model.heads["matching"].classifier.bias.copy_(torch.tensor([0.0, 1.0]))
     assert matching_accuracy(model, encode_gallery(model, batches()))["accuracy"] == 0.5
 
 
@@ -172,7 +176,7 @@ def test_views_of_one_buffer_and_tied_weights_are_written_once(tmp_path):
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flat = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     torch.nn.utils.vector_to_parameters(flat, model.parameters())
-    model.tied = model.masked_language_head.transform
+    model.tied = model.heads["masked_language"].transform
     export(tmp_path, model, config, make_tokenizer())
     assert load_file(tmp_path / "model.safetensors").keys() == expected.keys()
     for name, tensor in engine.load(tmp_path).model.state_dict().items():

@@ -8,26 +8,17 @@ import pytest
 import torch
 from random_pairs import SIZES, TASKS, packed, random_pairs, region_batch, small_one_stream
 
+from engine.build import build_model
 from engine.config import Config
 from engine.evaluation import describe, evaluate
-from engine.evaluation.one_stream import matching_retrieval
-from engine.evaluation.other_images import other_images, with_images
-from engine.evaluation.retrieval import both_ways
-from engine.models import build_model
-from engine.objectives.random_matching import transport_distance
-from engine.sections import (
-    Data,
-    DataSet,
-    Evaluation,
-    JointStack,
-    MaskedRegionClasses,
-    MaskedRegionFeatures,
-    Model,
-    Objectives,
-    RandomMatching,
-    Regions,
-    Train,
-)
+from engine.objectives.parts.other_images import other_images, with_images
+from engine.objectives.parts.retrieval import both_ways
+from engine.objectives import Objectives
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.masked_region_classes import MaskedRegionClasses
+from engine.objectives.masked_region_features import MaskedRegionFeatures
+from engine.objectives.random_matching import RandomMatching, matching_logits, matching_retrieval, transport_distance
+from engine.sections import Data, DataSet, Evaluation, JointStack, Model, Regions, Train
 
 PAIRS = 24
 
@@ -44,8 +35,7 @@ def make_config(targets: str = "soft") -> Config:
             joint=JointStack(width=32, layers=2, heads=4, mlp_width=64, max_positions=SIZES.max_positions),
         ),
         objectives=Objectives(
-            contrastive=None,
-            matching=None,
+            masked_language=MaskedLanguage(),
             masked_region_features=MaskedRegionFeatures(),
             masked_region_classes=MaskedRegionClasses(targets=targets),
             random_matching=RandomMatching(),
@@ -64,7 +54,7 @@ def own_share() -> float:
 
 
 def masked_classes() -> torch.Tensor:
-    return region_batch(range(PAIRS)).masked_regions.soft_labels.double()
+    return region_batch(range(PAIRS)).views["masked_region_classes"].soft_labels.double()
 
 
 @pytest.mark.parametrize("targets", ["soft", "hard"])
@@ -96,15 +86,15 @@ def test_a_blind_model_is_exactly_at_its_baselines(targets):
     model, labels = small_one_stream(), masked_classes()
     if targets == "hard":
         labels = torch.nn.functional.one_hot(labels[:, 1:].argmax(1) + 1, SIZES.classes).double()
-    for head in (model.masked_language_head, model.region_feature_head, model.region_class_head):
+    for head in (model.heads[task] for task in TASKS if task != "random_matching"):
         head.norm.weight.zero_()
         head.norm.bias.zero_()
     whole = region_batch(range(PAIRS))
-    features = whole.image.features[whole.masked_regions.places.rows(whole.image_layout)]
-    model.region_feature_head.bias.copy_(features.mean(0))
-    model.region_class_head.classifier.bias.copy_((labels.mean(0) + 1e-12).log())
-    model.matching_head.weight.zero_()
-    model.matching_head.bias.zero_()
+    features = whole.image.features[whole.views["masked_region_features"].places.rows(whole.image_layout)]
+    model.heads["masked_region_features"].bias.copy_(features.mean(0))
+    model.heads["masked_region_classes"].classifier.bias.copy_((labels.mean(0) + 1e-12).log())
+    model.heads["random_matching"].weight.zero_()
+    model.heads["random_matching"].bias.zero_()
     results = evaluate(model, read, make_config(targets))
     for group in ("masked_language", "random_matching", "masked_region_features", "masked_region_classes"):
         loss, other = (value for name, value in results[group].items() if name.startswith("loss"))
@@ -131,7 +121,7 @@ def test_figures_do_not_depend_on_how_batches_are_cut():
 @torch.no_grad()
 def test_distances_are_means_over_pairs_of_their_kind():
     model, batch = small_one_stream().eval(), region_batch(range(PAIRS))
-    distance, own = transport_distance(model, model.encode(batch)), batch.own_image == 1
+    distance, own = transport_distance(model, model.encode(batch)), batch.views["random_matching"] == 1
     figures = evaluate(model, read, make_config())["word_region_alignment"]
     assert figures["distance"] == pytest.approx(distance[own].mean().item(), rel=1e-4)
     assert figures["distance_replaced"] == pytest.approx(distance[~own].mean().item(), rel=1e-4)
@@ -164,7 +154,7 @@ def test_shuffling_changes_images_and_nothing_else():
     assert torch.equal(shuffled.image.features, expected.image.features)
     assert torch.equal(shuffled.image.boxes, expected.image.boxes)
     model = small_one_stream().eval()
-    states = [model.encode_masked_words(batch).hidden for batch in (shuffled, expected)]
+    states = [model.encode(batch, "masked_language").hidden for batch in (shuffled, expected)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
     results = evaluate(model, read, make_config())["masked_language"]
     assert abs(results["loss"] - results["loss_shuffled_image"]) > 1e-3
@@ -176,7 +166,7 @@ def test_retrieval_reads_every_caption_with_every_image():
     scores = torch.empty(6, 6)
     for image, text in torch.cartesian_prod(torch.arange(6), torch.arange(6)).tolist():
         pair = dataclasses.replace(pairs[text], features=pairs[image].features, boxes=pairs[image].boxes)
-        logits = model.matching_logits(model.encode(packed([pair])))[0]
+        logits = matching_logits(model, model.encode(packed([pair])))[0]
         scores[image, text] = logits[1] - logits[0]
     expected = both_ways(scores, scores.T, torch.eye(6, dtype=torch.bool))
     assert matching_retrieval(model, packed(pairs)) == expected

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from random_batch import VOCAB, random_batch, random_sample, small_config, small_model
+from random_batch import THREE, VOCAB, random_batch, random_sample, small_config, small_model
 
 from engine.data import collate
 from engine.models import AlignAndFuse
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import Objectives
+from engine.objectives import Objectives, PretrainingModule
 
 
 def count_calls(module: torch.nn.Module) -> list[int]:
@@ -21,7 +20,7 @@ def test_every_pass_runs_once():
     image, text = count_calls(model.image_tower), count_calls(model.text_tower)
     keys_values = count_calls(model.fusion.blocks[0].cross_attention.key_value)
     fusion = count_calls(model.fusion)
-    module = PretrainingModule(model, build_objectives(Objectives()))
+    module = PretrainingModule(model, THREE.active)
     module(random_batch(range(6)))
     assert (len(image), len(text), len(keys_values), len(fusion)) == (1, 2, 1, 2)
     module(random_batch(range(6)))
@@ -47,11 +46,11 @@ def test_dropout_belongs_to_the_pair():
 def test_variants_of_a_pair_draw_different_masks():
     model = small_model(dropout=0.3)
     batch = random_batch(range(4))
-    batch.masked_words.ids = batch.text_ids
-    plain, masked = model.encode_text(batch).hidden, model.encode_text(batch, masked=True).hidden
+    batch.views["masked_language"].ids = batch.text.ids
+    plain, masked = model.encode_text(batch).hidden, model.encode_text(batch, "masked_language").hidden
     assert (plain - masked).abs().max() > 1e-2
     model.eval()
-    torch.testing.assert_close(model.encode_text(batch).hidden, model.encode_text(batch, masked=True).hidden)
+    torch.testing.assert_close(model.encode_text(batch).hidden, model.encode_text(batch, "masked_language").hidden)
 
 
 def test_call_sites_have_their_own_streams():
@@ -86,7 +85,7 @@ def test_checkpointing_changes_no_bit():
     for recompute in (False, True):
         model = small_model(dropout=0.2)
         model.checkpoint_activations(recompute)
-        PretrainingModule(model, build_objectives(Objectives()))(random_batch(range(6)))[0].backward()
+        PretrainingModule(model, THREE.active)(random_batch(range(6)))[0].backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 

@@ -5,7 +5,7 @@ import torch
 from random_batch import random_batch, small_model
 from random_pairs import TASKS, region_batch, small_one_stream
 
-from engine.objectives import PretrainingModule, build_objectives
+from engine.objectives import PretrainingModule
 from engine.training.command_line import parse
 
 LOSSES = {task: {task} for task in TASKS} | {"random_matching": {"random_matching", "word_region_alignment"}}
@@ -23,7 +23,7 @@ def step_on_meta(module, batch):
 def module_on_meta(recipe, model):
     objectives = parse([f"--config=engine/recipes/{recipe}.yaml"]).objectives
     model.rng.to("meta")
-    return PretrainingModule(model, build_objectives(objectives)).to("meta")
+    return PretrainingModule(model, objectives.active).to("meta")
 
 
 @pytest.fixture

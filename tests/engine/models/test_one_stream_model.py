@@ -3,7 +3,7 @@ sizes."""
 
 import pytest
 import torch
-from random_pairs import SIZES, TASKS, packed, random_pairs, region_batch, small_one_stream, small_stack
+from random_pairs import FOUR, SIZES, TASKS, VIEWS, packed, random_pairs, region_batch, small_one_stream, small_stack
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -12,21 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.plain_uniter import Sizes
 from benchmarks.uniter_pairs import Pair
 from engine.batch import IMAGE, TEXT
-from engine.models import OneStream, build_model
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import JointStack, MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching
+from engine.build import build_model
+from engine.models import OneStream
+from engine.objectives import Objectives, PretrainingModule, add_heads
+from engine.objectives.random_matching import RandomMatching
+from engine.sections import JointStack, Regions
 from engine.training.command_line import parse
 from vlkernels.core import native
 
-FOUR = Objectives(
-    contrastive=None,
-    matching=None,
-    masked_region_features=MaskedRegionFeatures(),
-    masked_region_classes=MaskedRegionClasses(),
-    random_matching=RandomMatching(),
-)
-
-HEADS = {"feature_values": SIZES.feature_values, "classes": SIZES.classes}
+REGIONS = Regions(SIZES.feature_values, SIZES.classes)
 
 
 def without(pair: Pair, segment: int) -> Pair:
@@ -50,10 +44,10 @@ def test_embedding_by_hand(masked):
     def norm(x, module):
         return F.layer_norm(x, (width,), module.weight, module.bias, 1e-12)
 
-    ids = batch.masked_words.ids if masked == TEXT else batch.text_ids
+    ids = batch.views["masked_language"].ids if masked == TEXT else batch.text.ids
     features = batch.image.features.double()
     if masked == IMAGE:
-        features[batch.masked_regions.places.rows(batch.image_layout)] = regions.mask_row
+        features[batch.views["masked_region_features"].places.rows(batch.image_layout)] = regions.mask_row
     features = norm(regions.feature_projection(features), regions.feature_norm)
     boxes = norm(regions.box_projection(batch.image.boxes.double()), regions.box_norm)
     position = torch.cat([torch.arange(length) for length in batch.layout.lengths[:, TEXT]])
@@ -65,7 +59,7 @@ def test_embedding_by_hand(masked):
         strict=True,
     )
     expected = torch.cat([rows for pair in parts for rows in pair])
-    torch.testing.assert_close(model._embed(batch, masked), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model._embed(batch, batch.views.get(VIEWS[masked])), expected, rtol=1e-10, atol=1e-10)
 
 
 class RowsMade(TorchDispatchMode):
@@ -122,7 +116,7 @@ def test_every_task_runs_where_all_pairs_lack_a_modality(segment):
     """All modules of a task run, as ZeRO-3 needs: other ranks may have what is missing here."""
     model = small_one_stream()
     batch = packed([without(pair, segment) for pair in random_pairs(range(3))])
-    module = PretrainingModule(model, build_objectives(FOUR))
+    module = PretrainingModule(model, FOUR.active)
     for task in TASKS:
         whole, lacking = (modules_run(module, b, task) for b in (region_batch(range(3)), batch))
         assert whole == lacking
@@ -151,9 +145,11 @@ def modules_run(module: nn.Module, batch, task: str) -> list[str]:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_eight_pairs_are_learned_by_heart(task):
-    model = OneStream(small_stack(), SIZES.vocab_size, **HEADS, initializer_range=0.1)
+    torch.manual_seed(1)
+    model = OneStream(small_stack(), SIZES.vocab_size, REGIONS, initializer_range=0.1)
+    add_heads(model, FOUR.active)
     batch = region_batch(range(8))
-    module = PretrainingModule(model, build_objectives(FOUR))
+    module = PretrainingModule(model, FOUR.active)
     batch.task = (task,)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     values = []
@@ -168,8 +164,8 @@ def test_eight_pairs_are_learned_by_heart(task):
 
 
 def test_weights_act_on_the_losses_of_their_task():
-    weighted = Objectives(None, None, FOUR.masked_language, random_matching=RandomMatching(weight=3.0))
-    module = PretrainingModule(small_one_stream(), build_objectives(weighted))
+    weighted = Objectives(masked_language=FOUR.masked_language, random_matching=RandomMatching(weight=3.0))
+    module = PretrainingModule(small_one_stream(), weighted.active)
     batch = region_batch(range(4))
     batch.task = ("random_matching",)
     total, losses, _ = module(batch)
@@ -189,7 +185,7 @@ def test_dropout_belongs_to_the_pair():
     lengths = first.layout.lengths.sum(1).tolist()
 
     def read(batch) -> torch.Tensor:
-        return model.encode(batch, masked=IMAGE).hidden
+        return model.encode(batch, VIEWS[IMAGE]).hidden
 
     here = read(first).split(lengths)
     torch.testing.assert_close(torch.cat((here[4], here[2])), read(second), rtol=1e-4, atol=1e-5)
@@ -215,7 +211,7 @@ def test_checkpointing_changes_no_bit(task):
         model, batch = small_one_stream(dropout=0.2), region_batch(range(6))
         model.checkpoint_activations(recompute)
         batch.task = (task,)
-        PretrainingModule(model, build_objectives(FOUR))(batch)[0].backward()
+        PretrainingModule(model, FOUR.active)(batch)[0].backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
@@ -272,7 +268,8 @@ def test_parameter_counts_are_the_published_ones(recipe, width, layers, transfor
 
 def test_first_weights_are_berts():
     torch.manual_seed(0)
-    model = OneStream(JointStack(max_positions=64), 300, **HEADS)
+    model = OneStream(JointStack(max_positions=64), 300, REGIONS)
+    add_heads(model, FOUR.active)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     norms += [model.text_embedder, model.region_embedder]
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
@@ -289,5 +286,5 @@ def test_the_recipe_chooses_the_model():
     model = build_model(config, 512)
     assert isinstance(model, OneStream) and len(model.transformer.blocks) == 2
     assert model.region_embedder.feature_projection.weight.shape == (32, 2048)
-    assert set(build_objectives(config.objectives)) == set(TASKS)
-    assert Sizes().classes == model.region_class_head.classifier.out_features
+    assert set(config.objectives.active) == set(TASKS)
+    assert Sizes().classes == model.heads["masked_region_classes"].classifier.out_features

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import vlkernels as vk
-from random_pairs import region_batch, small_one_stream
+from random_pairs import VIEWS, region_batch, small_one_stream
 from stack_parity import redraw
 
 from engine.batch import IMAGE, TEXT
@@ -126,9 +126,6 @@ def test_single_rows_of_a_segment_under_a_table():
 @pytest.mark.parametrize("segment", [TEXT, IMAGE])
 def test_one_stream_reads_what_is_masked(segment):
     model, batch = small_one_stream(dtype=torch.float64), region_batch(range(5))
-    masked, states = (
-        (batch.masked_words, model.masked_word_states),
-        (batch.masked_regions, model.masked_region_states),
-    )[segment]
-    rows = masked.places.rows(batch.layout, segment)
-    torch.testing.assert_close(states(batch), model.encode(batch, masked=segment).hidden[rows])
+    view = VIEWS[segment]
+    rows = batch.views[view].places.rows(batch.layout, segment)
+    torch.testing.assert_close(model.masked_states(batch, view), model.encode(batch, view).hidden[rows])

@@ -3,11 +3,10 @@ gradient."""
 
 import pytest
 import torch
-from random_batch import VOCAB, random_batch, small_config, small_model
+from random_batch import THREE, VOCAB, random_batch, small_config, small_model
 
 from benchmarks.plain_quickstart import PaddedPairs, PlainModel
-from engine.objectives import PretrainingModule, build_objectives, matching
-from engine.sections import Objectives
+from engine.objectives import PretrainingModule, matching
 
 PAIRS = range(7)
 HARD_TEXTS, HARD_IMAGES = torch.tensor([1, 2, 0, 0, 6, 4, 2]), torch.tensor([3, 0, 1, 6, 0, 1, 0])
@@ -24,7 +23,7 @@ def test_losses_and_gradients(monkeypatch, dtype, tolerance, recompute):
     batch = random_batch(PAIRS)
     assert len(set(batch.image_layout.lengths.flatten().tolist())) > 2
 
-    total, losses, _ = PretrainingModule(packed, build_objectives(Objectives()))(batch)
+    total, losses, _ = PretrainingModule(packed, THREE.active)(batch)
     total.backward()
     expected = plain(PaddedPairs.of(batch), (HARD_TEXTS, HARD_IMAGES))
     sum(expected.values()).backward()

@@ -3,14 +3,17 @@ parameter's gradient of every loss."""
 
 import pytest
 import torch
-from random_pairs import SIZES, packed, random_pairs, small_one_stream
+from random_pairs import VIEWS, SIZES, packed, random_pairs, small_one_stream
 
 from benchmarks.plain_uniter import PlainUniter, region_states, word_states
 from benchmarks.uniter_pairs import pad
 from benchmarks.steps.uniter import engine_name, load_engine_weights
 from engine.batch import IMAGE
-from engine.objectives import PretrainingModule, build_objectives
-from engine.sections import MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching
+from engine.objectives import Objectives, PretrainingModule
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.masked_region_classes import MaskedRegionClasses
+from engine.objectives.masked_region_features import MaskedRegionFeatures
+from engine.objectives.random_matching import RandomMatching
 
 PAIRS = range(7)
 CASES = {
@@ -31,8 +34,7 @@ def same_models(dtype: torch.dtype):
 
 def objectives(task: str) -> Objectives:
     return Objectives(
-        contrastive=None,
-        matching=None,
+        masked_language=MaskedLanguage(),
         masked_region_features=MaskedRegionFeatures(),
         masked_region_classes=MaskedRegionClasses(targets="hard" if task == "mrc" else "soft"),
         random_matching=RandomMatching(),
@@ -50,7 +52,7 @@ def test_states(dtype, tolerance, masked):
     pairs = random_pairs(PAIRS)
     batch, padded = packed(pairs), pad(pairs, multiple=8)
     assert len({tuple(lengths) for lengths in batch.layout.lengths.tolist()}) > 4, "ragged"
-    read = ours.encode(batch, masked)
+    read = ours.encode(batch, VIEWS[masked])
     expected = plain.encode(padded, masked=padded.region_masked if masked == IMAGE else None)
     real = torch.arange(padded.joint_length) < batch.layout.lengths.sum(1, keepdim=True)
     assert relative_error(read.hidden, expected[real]) < tolerance
@@ -73,7 +75,7 @@ def test_losses_and_gradients(case, recompute, dtype, tolerance):
     pairs = random_pairs(PAIRS)
     batch = packed(pairs)
     batch.task = (task,)
-    total, losses, _ = PretrainingModule(ours, build_objectives(objectives(case)))(batch)
+    total, losses, _ = PretrainingModule(ours, objectives(case).active)(batch)
     expected = plain(pad(pairs, multiple=8), case)
     assert losses.keys() == set(names.values())
     torch.testing.assert_close(total, sum(losses.values()))

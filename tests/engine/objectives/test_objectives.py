@@ -6,16 +6,15 @@ from random_batch import random_batch, small_model
 from torch.nn import functional as F
 
 from engine.batch import MaskedWords, Places
-from engine.objectives import PretrainingModule, build_objectives, contrastive
-from engine.objectives.contrastive import ContrastiveObjective
-from engine.objectives.masked_language import MaskedLanguageObjective
-from engine.objectives.matching import MatchingObjective, draw_negatives
-from engine.sections import Contrastive, MaskedLanguage, Objectives
+from engine.objectives import Objectives, PretrainingModule, contrastive
+from engine.objectives.contrastive import Contrastive
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.matching import Matching, draw_negatives, matching_logits
 
 
 def test_contrastive_by_hand():
     model, batch = small_model(), random_batch(range(5))
-    losses, report = ContrastiveObjective()(model, batch)
+    losses, report = Contrastive()(model, batch)
     logits = model.scale() * model.image_features(batch) @ model.text_features(batch).T
     own = torch.arange(5)
     expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
@@ -27,9 +26,9 @@ def test_contrastive_by_hand():
 
 def test_contrastive_accuracy_tile_by_tile(monkeypatch):
     model, batch = small_model(), random_batch(range(7))
-    whole = ContrastiveObjective()(model, batch)[1]["contrastive_accuracy"]
+    whole = Contrastive()(model, batch)[1]["contrastive_accuracy"]
     monkeypatch.setattr(contrastive, "LOGITS_AT_ONCE", 2 * 7)
-    assert 0 < whole < 1 and ContrastiveObjective()(model, batch)[1]["contrastive_accuracy"] == whole
+    assert 0 < whole < 1 and Contrastive()(model, batch)[1]["contrastive_accuracy"] == whole
 
 
 def test_contrastive_accuracy_keeps_no_tile(monkeypatch):
@@ -45,8 +44,8 @@ def test_normalizers_replace_the_local_mean():
     count."""
     model, batch = small_model(), random_batch(range(4))
     for objective, count, name in (
-        (MatchingObjective(), "pairs", "matching"),
-        (MaskedLanguageObjective(), "masked_words", "masked_language"),
+        (Matching(), "pairs", "matching"),
+        (MaskedLanguage(), "masked_language", "masked_language"),
     ):
         batch.normalizers = {}
         mean = objective(model, batch)[0][name]
@@ -55,8 +54,8 @@ def test_normalizers_replace_the_local_mean():
 
 
 def test_weights_and_absent_objectives():
-    objectives = Objectives(Contrastive(weight=2.0), None, MaskedLanguage(weight=0.5))
-    module, batch = PretrainingModule(small_model(), build_objectives(objectives)), random_batch(range(4))
+    objectives = Objectives(contrastive=Contrastive(weight=2.0), masked_language=MaskedLanguage(weight=0.5))
+    module, batch = PretrainingModule(small_model(), objectives.active), random_batch(range(4))
     total, losses, report = module(batch)
     assert losses.keys() == {"contrastive", "masked_language"} and "matching_accuracy" not in report
     torch.testing.assert_close(total, 2 * losses["contrastive"] + 0.5 * losses["masked_language"])
@@ -79,8 +78,8 @@ def test_negatives_never_have_the_label_of_the_sample():
 def test_one_label_has_no_negatives():
     model, batch = small_model(), random_batch(range(3))
     batch.labels = torch.zeros_like(batch.labels)
-    losses, report = MatchingObjective()(model, batch)
-    logits = model.matching_logits(model.fuse(model.encode_text(batch), model.image_source(batch)))
+    losses, report = Matching()(model, batch)
+    logits = matching_logits(model, model.fuse(model.encode_text(batch), model.image_source(batch)))
     own = F.cross_entropy(logits, torch.ones(3, dtype=torch.long), reduction="sum")
     torch.testing.assert_close(losses["matching"], own / 9)
     torch.testing.assert_close(report["matching_accuracy"], (logits.argmax(1) == 1).float().mean())
@@ -88,10 +87,10 @@ def test_one_label_has_no_negatives():
 
 def test_no_masked_words_give_zero_and_zero_gradients():
     model, batch = small_model(), random_batch(range(3))
-    words = batch.masked_words
-    batch.masked_words = MaskedWords(words.ids, Places(words.targets[:0], words.targets[:0]), words.targets[:0])
-    batch.counts["masked_words"] = 0
-    loss = MaskedLanguageObjective()(model, batch)[0]["masked_language"]
+    words = batch.views["masked_language"]
+    batch.views["masked_language"] = MaskedWords(words.ids, Places(words.targets[:0], words.targets[:0]), words.targets[:0])
+    batch.counts["masked_language"] = 0
+    loss = MaskedLanguage()(model, batch)[0]["masked_language"]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())

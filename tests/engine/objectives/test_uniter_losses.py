@@ -6,32 +6,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vlkernels as vk
-from random_pairs import TASKS, packed, random_pairs, region_batch, small_one_stream
+from random_pairs import FOUR, TASKS, packed, random_pairs, region_batch, small_one_stream
 from torch.nn import functional as F
 
-from engine.batch import IMAGE, TEXT, Batch, MaskedRegions, MaskedWords, Places, Regions
+from engine.batch import IMAGE, TEXT, Batch, MaskedRegions, MaskedWords, Places, Regions, Text
 from engine.models.heads import MaskedLanguageHead
 from engine.models.transformer import Tokens
-from engine.objectives import build_objectives
-from engine.objectives.masked_language import MaskedLanguageObjective
-from engine.objectives.masked_regions import MaskedRegionClassesObjective, MaskedRegionFeaturesObjective
-from engine.objectives.random_matching import RandomMatchingObjective
-from engine.sections import MaskedRegionClasses, MaskedRegionFeatures, Objectives, RandomMatching
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.masked_region_classes import MaskedRegionClasses
+from engine.objectives.masked_region_features import MaskedRegionFeatures
+from engine.objectives.random_matching import RandomMatching
 
+OBJECTIVES = FOUR.active
 ELSEWHERE = 1000.0  # a state that must not be read
 
 
-def batch_of(lengths: list[tuple[int, int]], **fields) -> Batch:
+def batch_of(lengths: list[tuple[int, int]], image: Regions | None = None, **views) -> Batch:
     """Captions and regions of these lengths; a test gives what its loss reads."""
     layout = vk.SegmentLayout(lengths)
     words, regions = layout.segment_totals
-    image = fields.pop("image", Regions(torch.full((regions, 2), ELSEWHERE), torch.zeros(regions, 7)))
-    counts = {"pairs": len(lengths)}
-    for name in ("masked_words", "masked_regions"):
-        if name in fields:
-            counts[name] = len(fields[name].places)
-    ids = torch.zeros(words, dtype=torch.long)
-    return Batch(layout, ids, image, torch.arange(len(lengths)), layout.sample_ids, counts=counts, **fields)
+    image = image or Regions(torch.full((regions, 2), ELSEWHERE), torch.zeros(regions, 7))
+    counts = {"pairs": len(lengths), **{name: len(view) for name, view in views.items()}}
+    text = Text(torch.zeros(words, dtype=torch.long), layout.select((TEXT,)))
+    return Batch(layout, text, image, torch.arange(len(lengths)), layout.sample_ids, views, counts=counts)
 
 
 def places(*pairs: tuple[int, int]) -> Places:
@@ -39,24 +36,26 @@ def places(*pairs: tuple[int, int]) -> Places:
     return Places(*torch.tensor(pairs).T)
 
 
-def model_of(hidden: torch.Tensor, batch: Batch, **heads) -> SimpleNamespace:
+def model_of(hidden: torch.Tensor, batch: Batch, more: dict, **heads) -> SimpleNamespace:
     """What objectives ask of a model; its states are these whatever it reads."""
     tokens = Tokens(hidden, batch.layout)
-    read = {
-        "encode": lambda *_: tokens,
-        "masked_word_states": lambda _: hidden[batch.masked_words.places.rows(batch.layout, TEXT)],
-        "masked_region_states": lambda _: hidden[batch.masked_regions.places.rows(batch.layout, IMAGE)],
-    }
-    return SimpleNamespace(impl="auto", **read, **heads)
+
+    def masked_states(_: Batch, name: str) -> torch.Tensor:
+        view = batch.views[name]
+        return hidden[view.places.rows(batch.layout, TEXT if isinstance(view, MaskedWords) else IMAGE)]
+
+    return SimpleNamespace(impl="auto", encode=lambda _: tokens, masked_states=masked_states, heads=heads, **more)
 
 
-def two_masked_regions(hidden: torch.Tensor, soft_labels: torch.Tensor | None = None, image=None):
+def two_masked_regions(
+    task: str, hidden: torch.Tensor, soft_labels: torch.Tensor | None = None, image: Regions | None = None
+):
     """The last region of the first pair and the first of the second: rows 3 and 5 of the stream, 1 and 2 of
     the regions."""
     states = torch.full((7, hidden.shape[1]), ELSEWHERE)
     states[[3, 5]] = hidden
     masked = MaskedRegions(places((0, 1), (1, 0)), soft_labels)
-    batch = batch_of([(2, 2), (1, 2)], masked_regions=masked, **({} if image is None else {"image": image}))
+    batch = batch_of([(2, 2), (1, 2)], image, **{task: masked})
     return batch, states
 
 
@@ -64,9 +63,12 @@ def test_region_features_are_a_mean_over_regions_and_values():
     """Errors (1, 2) and (3, 4): (1 + 4 + 9 + 16) / (2 regions x 2 values)."""
     targets = torch.tensor([[ELSEWHERE, ELSEWHERE], [0.0, 1.0], [3.0, 4.0], [ELSEWHERE, ELSEWHERE]])
     predicted = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
-    batch, states = two_masked_regions(predicted, image=Regions(targets, torch.zeros(4, 7)))
-    model = model_of(states, batch, region_features=lambda hidden: hidden)
-    losses, _ = MaskedRegionFeaturesObjective()(model, batch)
+    image = Regions(targets, torch.zeros(4, 7))
+    batch, states = two_masked_regions("masked_region_features", predicted, image=image)
+    head = SimpleNamespace(features=lambda hidden, embedding: hidden)
+    embedder = SimpleNamespace(feature_projection=SimpleNamespace(weight=None))
+    model = model_of(states, batch, {"region_embedder": embedder}, masked_region_features=head)
+    losses, _ = MaskedRegionFeatures()(model, batch)
     torch.testing.assert_close(losses["masked_region_features"], torch.tensor(7.5))
 
 
@@ -75,9 +77,9 @@ def test_soft_region_classes_are_a_mean_over_regions_and_classes():
     elements."""
     labels = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, log(5), 0.0, 0.0]])
-    batch, states = two_masked_regions(logits, labels)
-    model = model_of(states, batch, region_class_head=SimpleNamespace(logits=lambda hidden: hidden))
-    losses, _ = MaskedRegionClassesObjective("soft")(model, batch)
+    batch, states = two_masked_regions("masked_region_classes", logits, labels)
+    model = model_of(states, batch, {}, masked_region_classes=SimpleNamespace(logits=lambda hidden: hidden))
+    losses, _ = MaskedRegionClasses(targets="soft")(model, batch)
     torch.testing.assert_close(losses["masked_region_classes"], torch.tensor((log(2) + log(8 / 5)) / 8))
 
 
@@ -86,9 +88,9 @@ def test_hard_region_classes_leave_the_background_out():
     5/8."""
     labels = torch.tensor([[0.9, 0.06, 0.04, 0.0], [0.1, 0.0, 0.2, 0.7]])
     logits = torch.tensor([[log(5), 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, log(5)]])
-    batch, states = two_masked_regions(logits, labels)
-    model = model_of(states, batch, region_class_head=SimpleNamespace(logits=lambda hidden: hidden))
-    losses, _ = MaskedRegionClassesObjective("hard")(model, batch)
+    batch, states = two_masked_regions("masked_region_classes", logits, labels)
+    model = model_of(states, batch, {}, masked_region_classes=SimpleNamespace(logits=lambda hidden: hidden))
+    losses, _ = MaskedRegionClasses(targets="hard")(model, batch)
     torch.testing.assert_close(losses["masked_region_classes"], torch.tensor((log(8) + log(8 / 5)) / 2))
 
 
@@ -103,11 +105,11 @@ def test_masked_language():
     table = torch.tensor([[0.0, 0.0], [log(3) / 2, -log(3) / 2]])
     ids = torch.zeros(4, dtype=torch.long)
     words = MaskedWords(ids, places((0, 2), (1, 0)), torch.tensor([1, 0]))
-    batch = batch_of([(3, 2), (1, 1)], masked_words=words)
+    batch = batch_of([(3, 2), (1, 1)], masked_language=words)
     states = torch.full((7, 2), ELSEWHERE)
     states[[2, 5]] = torch.tensor([[9.0, 0.0], [0.0, 9.0]])
-    model = model_of(states, batch, masked_language_head=head, words=table)
-    losses, _ = MaskedLanguageObjective()(model, batch)
+    model = model_of(states, batch, {"words": table}, masked_language=head)
+    losses, _ = MaskedLanguage()(model, batch)
     torch.testing.assert_close(losses["masked_language"], torch.tensor((log(10 / 9) + log(2)) / 2))
 
 
@@ -120,10 +122,10 @@ def matched(alignment: float):
         [1.0, 0.0], [0.0, 5.0],
         [1.0, 0.0], [0.0, 1.0], [1.0, 0.0],
     ]  # fmt: skip
-    batch = batch_of([(1, 2), (1, 1), (1, 1), (2, 1)], own_image=torch.tensor([1, 0, 1, 0]))
+    batch = batch_of([(1, 2), (1, 1), (1, 1), (2, 1)], random_matching=torch.tensor([1, 0, 1, 0]))
     logits = torch.tensor([[0.0, log(3)]]).expand(4, 2)
-    model = model_of(torch.tensor(states), batch, matching_logits=lambda _: logits)
-    return RandomMatchingObjective(alignment)(model, batch)
+    model = model_of(torch.tensor(states), batch, {"pooled": lambda _: logits}, random_matching=lambda pooled: pooled)
+    return RandomMatching(alignment=alignment)(model, batch)
 
 
 def test_matching():
@@ -142,62 +144,52 @@ def test_alignment_is_own_less_replaced_over_all_pairs():
     torch.testing.assert_close(report["transport_replaced"], torch.tensor(1.25))
 
 
-@pytest.fixture
-def objectives():
-    return build_objectives(
-        Objectives(
-            contrastive=None,
-            matching=None,
-            masked_region_features=MaskedRegionFeatures(),
-            masked_region_classes=MaskedRegionClasses(),
-            random_matching=RandomMatching(),
-        )
-    )
-
-
 @pytest.mark.parametrize("task", TASKS)
-def test_normalizers_replace_the_local_mean(objectives, task):
+def test_normalizers_replace_the_local_mean(task):
     """A local sum times the trainer's factor."""
     model, batch = small_one_stream(), region_batch(range(4))
-    means = objectives[task][1](model, batch)[0]
-    count = {"masked_language": "masked_words", "random_matching": "pairs"}.get(task, "masked_regions")
+    means = OBJECTIVES[task](model, batch)[0]
+    count = "pairs" if task == "random_matching" else task
     batch.normalizers = {count: torch.tensor(0.5 / batch.counts[count])}
-    halves = objectives[task][1](model, batch)[0]
+    halves = OBJECTIVES[task](model, batch)[0]
     for name, mean in means.items():
         torch.testing.assert_close(halves[name], mean / 2)
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task.startswith("masked")])
-def test_nothing_masked_gives_zero_and_zero_gradients(objectives, task):
+def test_nothing_masked_gives_zero_and_zero_gradients(task):
     pairs = random_pairs(range(3))
     batch = packed(pairs)
     none = torch.empty(0, dtype=torch.long)
-    batch.masked_words = MaskedWords(batch.text_ids, Places(none, none), none)
-    batch.masked_regions = MaskedRegions(Places(none, none), torch.empty(0, 9))
-    batch.counts |= {"masked_words": 0, "masked_regions": 0}
+    for name, view in batch.views.items():
+        if isinstance(view, MaskedWords):
+            batch.views[name] = MaskedWords(batch.text.ids, Places(none, none), none)
+        elif isinstance(view, MaskedRegions):
+            batch.views[name] = MaskedRegions(Places(none, none), torch.empty(0, 9))
+    batch.counts |= dict.fromkeys([task for task in TASKS if task.startswith("masked")], 0)
     model = small_one_stream()
-    loss = objectives[task][1](model, batch)[0][task]
+    loss = OBJECTIVES[task](model, batch)[0][task]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_one_kind_of_pair_alone(objectives):
+def test_one_kind_of_pair_alone():
     """A batch of own images only, or of replaced ones only, has no mean distance of the other kind."""
     model, batch = small_one_stream(), region_batch(range(4))
     for own, empty in ((1, "replaced"), (0, "own")):
-        batch.own_image = torch.full((4,), own)
-        losses, report = objectives["random_matching"][1](model, batch)
+        batch.views["random_matching"] = torch.full((4,), own)
+        losses, report = OBJECTIVES["random_matching"](model, batch)
         assert report[f"transport_{empty}"] == 0
         assert (losses["word_region_alignment"] > 0) == (own == 1)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_losses_in_half_precision_are_sums_in_float32(objectives, task):
+def test_losses_in_half_precision_are_sums_in_float32(task):
     model, batch = small_one_stream().bfloat16(), region_batch(range(4))
     exact = small_one_stream().double()
     exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
-    expected = objectives[task][1](exact, batch)[0][task]
-    found = objectives[task][1](model, batch)[0][task]
+    expected = OBJECTIVES[task](exact, batch)[0][task]
+    found = OBJECTIVES[task](model, batch)[0][task]
     assert found.dtype == torch.float32
     assert F.l1_loss(found.double(), expected) < 0.05 * expected.abs()

@@ -12,14 +12,16 @@ import torch
 from launch import finish, run, start
 from trainer_worker import run as train
 
-from engine.sections import Buckets, Data, DataSet, JointStack, Model, Objectives, Regions
+from engine.objectives import Objectives
+from engine.objectives.masked_language import MaskedLanguage
+from engine.sections import Buckets, Data, DataSet, JointStack, Model, Regions
 from engine.training.checkpoint import write_whole
 from engine.training.telemetry import read_metrics
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 DAMAGES = ("truncated shard", "flipped bit", "missing shard", "no manifest", "cut manifest")
 ONE_STREAM = Model(image=None, text=None, fusion=None, joint=JointStack())
-MASKED = Objectives(contrastive=None, matching=None)
+MASKED = Objectives(masked_language=MaskedLanguage())
 
 
 def one_set(words: float) -> Data:

@@ -105,7 +105,7 @@ def test_help_lists_and_explains_every_option():
         (["--model.text", "null"], "model.text must be given where model.joint is null"),
         (["--model.joint.layers", "2"], "model.joint takes the place of model.image, model.text, model.fusion"),
         (["--data.regions.classes", "9"], "model.joint reads regions and towers read patches"),
-        (["--objectives.random_matching.weight", "1"], "objectives.random_matching need model.joint"),
+        (["--objectives.random_matching.weight", "1"], "objectives.random_matching needs model.joint"),
         (["--data.sets", "{a: {source: b, tasks: {matchin: 1}}}"], "data.sets: tasks must be objectives of the"),
         (["--data.sets", "{a: {source: b, tasks: {matching: 1}}}"], "data.sets: no set has the task contrastive"),
         (["--data.sets", "{a: {source: b, tasks: {matching: 0}}}"], "data.sets: the ratio of matching must be pos"),

@@ -11,8 +11,9 @@ from random_batch import random_batch, small_model
 from torch import nn
 
 from engine.batch import Batch
-from engine.objectives import BatchCoupledObjective, Features, PretrainingModule, StepLoss, build_objectives
-from engine.sections import Matching, Objectives
+from engine.objectives import BatchCoupledObjective, Features, Objectives, PretrainingModule, StepLoss
+from engine.objectives.masked_language import MaskedLanguage
+from engine.objectives.matching import Matching
 from engine.training import feature_cache
 from engine.training.step import normalizers, run_window
 
@@ -70,8 +71,8 @@ class LateInteraction(BatchCoupledObjective):
 
 def small_module(dropout: float = 0.1, **coupled: BatchCoupledObjective) -> PretrainingModule:
     """Matching among the micro-batch, masked words, and what is given, at a weight of its own."""
-    objectives = build_objectives(Objectives(contrastive=None, matching=Matching(negatives="local")))
-    return PretrainingModule(small_model(dropout), {**objectives, **{name: (0.7, one) for name, one in coupled.items()}})
+    local = Objectives(matching=Matching(negatives="local"), masked_language=MaskedLanguage())
+    return PretrainingModule(small_model(dropout), {**local.active, **coupled})
 
 
 def window_of(micro_batch: int, pairs: int = PAIRS, task: tuple[str, ...] | None = None) -> list[Batch]:
@@ -94,7 +95,7 @@ def gradients_of(module: PretrainingModule) -> dict[str, torch.Tensor]:
 # ---- gradients
 
 
-@pytest.mark.parametrize("objective", [Sigmoid(), LateInteraction()])
+@pytest.mark.parametrize("objective", [Sigmoid(0.7), LateInteraction(0.7)])
 def test_an_objective_of_ones_own_needs_no_other_trainer(objective):
     """Value and every parameter's gradient are those of one batch, beside a local loss."""
     task = ("own", "masked_language")
@@ -113,7 +114,7 @@ def test_an_objective_of_ones_own_needs_no_other_trainer(objective):
 
 
 def test_steps_without_a_batch_coupled_loss_are_read_once():
-    _, engine = take(small_module(own=Sigmoid()), window_of(4, task=("masked_language", "matching")))
+    _, engine = take(small_module(own=Sigmoid(0.7)), window_of(4, task=("masked_language", "matching")))
     assert engine.forwards == PAIRS / 4
 
 
@@ -134,6 +135,7 @@ class WithTorchDropout(Sigmoid):
     """Also draws from torch's generator, and notes what it saw."""
 
     def __init__(self):
+        super().__init__(0.7)
         self.seen = []
 
     def features(self, model, batch):
@@ -173,7 +175,7 @@ def test_a_generator_that_is_not_restored_is_noticed(monkeypatch):
 
 
 def bytes_of(pairs: int, micro_batch: int) -> LiveBytes:
-    module = small_module(own=Sigmoid())
+    module = small_module(own=Sigmoid(0.7))
     window = window_of(micro_batch, pairs, task=("own", "masked_language"))
     take(module, window)  # what a first step makes for good
     with LiveBytes() as live:

@@ -1,6 +1,6 @@
 """The best that can be predicted without looking at the pair: what a figure is worth is seen beside it.
 
-Both know the held-out targets themselves, so no constant does better.
+All know the held-out targets themselves, so no constant does better.
 """
 
 from __future__ import annotations
@@ -55,3 +55,23 @@ class ClassPrior:
     def largest_share(self) -> float:
         """Accuracy of always naming the most frequent class."""
         return self.sums.max().item() / self.count
+
+
+class Unigrams:
+    """How often each word is asked for: predicted for each."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.counts = torch.zeros(vocab_size, dtype=torch.float64)
+
+    def add(self, targets: Tensor) -> None:
+        """`targets` `[M]`: ids."""
+        self.counts = self.counts + torch.bincount(targets.cpu(), minlength=len(self.counts))
+
+    @property
+    def count(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def entropy(self) -> float:
+        """Cross-entropy of the words under their own frequencies, in nats."""
+        return -torch.xlogy(self.counts, self.counts / self.count).sum().item() / self.count

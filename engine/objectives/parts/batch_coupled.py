@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from engine.batch import Batch
 from engine.models import VisionLanguageModel
-
-Losses = dict[str, Tensor]
-Report = dict[str, Tensor]
+from engine.objectives.parts.objective import Losses, Objective, Report
+from engine.sections import require
 
 
 @dataclass(frozen=True)
@@ -52,23 +50,34 @@ def _as_input(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-class BatchCoupledObjective(ABC):
+@dataclass
+class BatchCoupledObjective(Objective):
     """An objective in two parts: what it needs of a batch, and how its loss follows from that of all batches.
 
     On its own it is an objective like any other, over one batch. With several micro-batches per step the trainer calls
     the parts, and keeps no activations between them.
     """
 
-    @abstractmethod
+    def check(self, config: Any) -> None:
+        super().check(config)
+        require_negatives(config)
+
     def features(self, model: Any, batch: Batch) -> Features:
         """What the loss reads of a batch; called inside the forward that DeepSpeed wraps."""
+        raise NotImplementedError
 
-    @abstractmethod
     def loss(self, features: Features, impl: str) -> tuple[Losses, Report]:
         """Named losses of this rank and a report. It is called outside of that forward, so it sees no model."""
+        raise NotImplementedError
 
     def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:
         return self.loss(self.features(model, batch), model.impl)
+
+
+def require_negatives(config: Any) -> None:
+    """Refuse steps of a single pair."""
+    pairs = config.train.global_batch
+    require(pairs >= 2, f"train.global_batch must be at least 2, so that pairs have negatives, got {pairs}")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from engine.batch import Batch
 from engine.models import AlignAndFuse
 from engine.models.transformer import Tokens
 
-PAIRS_PER_PASS = 1024
-
 
 @dataclass(frozen=True)
 class Gallery:
@@ -65,16 +63,3 @@ def concatenate(streams: Sequence[Tokens]) -> Tokens:
     hidden = torch.cat([tokens.hidden for tokens in streams])
     lengths = torch.cat([tokens.layout.lengths for tokens in streams]).cpu()
     return Tokens(hidden, vk.SegmentLayout(lengths).to(hidden.device))
-
-
-def matching_logits(model: AlignAndFuse, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:
-    """`[P, 2]` for pairs (`images[p]`, `texts[p]`); pairs sorted by image cost one projection per image."""
-    logits = []
-    for some_images, some_texts in zip(
-        images.split(PAIRS_PER_PASS), texts.split(PAIRS_PER_PASS), strict=True
-    ):
-        needed, index = some_images.unique(return_inverse=True)
-        source = model.source_of(gallery.images.take(needed, model.impl), index.to(torch.int32))
-        fused = model.fuse(gallery.texts.take(some_texts, model.impl), source)
-        logits.append(model.matching_logits(fused))
-    return torch.cat(logits).float()

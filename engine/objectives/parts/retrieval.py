@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from engine.evaluation.gallery import Gallery, matching_logits
-from engine.models import AlignAndFuse
+from engine.objectives.parts.gallery import Gallery
 
 DEPTHS = (1, 5, 10)
 
@@ -16,13 +17,18 @@ def retrieval(gallery: Gallery) -> dict[str, float]:
     return both_ways(gallery.similarity, gallery.similarity.T, gallery.related)
 
 
-def reranked_retrieval(model: AlignAndFuse, gallery: Gallery, top: int) -> dict[str, float]:
-    """The same after the matching head has put the `top` candidates of every query in a new order."""
+def reranked_retrieval(
+    gallery: Gallery, top: int, match: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, float]:
+    """The same after the matching head has put the `top` candidates of every query in a new order.
+
+    `match(images, texts)` are its logits `[P, 2]` for pairs of the gallery.
+    """
     similarity = gallery.similarity
     top = min(top, len(gallery))
     texts_of_image, images_of_text = _candidates(similarity, top), _candidates(similarity.T, top)
     images, texts = (texts_of_image | images_of_text.T).nonzero(as_tuple=True)
-    logits = matching_logits(model, gallery, images, texts)
+    logits = match(images, texts)
     matching = torch.full_like(similarity, -torch.inf)
     matching[images, texts] = logits[:, 1] - logits[:, 0]
     return both_ways(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from engine.evaluation.baselines import ClassPrior, MeanRegion
+from engine.objectives.parts.baselines import ClassPrior, MeanRegion
 
 
 def test_the_mean_region_by_hand():

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from engine.batch import Batch
 from engine.models import VisionLanguageModel
-from engine.objectives.batch_coupled import BatchCoupledObjective, Features, Losses, Report, StepLoss
-from engine.objectives.contrastive import ContrastiveObjective
-from engine.objectives.masked_language import MaskedLanguageObjective
-from engine.objectives.masked_regions import MaskedRegionClassesObjective, MaskedRegionFeaturesObjective
-from engine.objectives.matching import MatchingObjective
-from engine.objectives.random_matching import RandomMatchingObjective
-from engine.sections import Objectives
-
-Objective = Callable[[Any, Batch], tuple[Losses, Report]]
-
-
-def build_objectives(sections: Objectives) -> dict[str, tuple[float, Objective]]:
-    """Weight and objective by name, those that a run has."""
-    makers: dict[str, Callable[[Any], Objective]] = {
-        "contrastive": lambda options: ContrastiveObjective(options.negatives),
-        "matching": lambda options: MatchingObjective(options.negatives, options.hardness),
-        "masked_language": lambda _: MaskedLanguageObjective(),
-        "masked_region_features": lambda _: MaskedRegionFeaturesObjective(),
-        "masked_region_classes": lambda options: MaskedRegionClassesObjective(options.targets),
-        "random_matching": lambda options: RandomMatchingObjective(options.alignment),
-    }
-    active = {name: getattr(sections, name) for name in sections.active}
-    return {name: (options.weight, makers[name](options)) for name, options in active.items()}
+from engine.objectives.parts.batch_coupled import BatchCoupledObjective, Features, StepLoss
+from engine.objectives.parts.objective import Losses, Objective, Report
 
 
 class PretrainingModule(nn.Module):
@@ -41,7 +19,7 @@ class PretrainingModule(nn.Module):
     on values: ZeRO-3 needs the same order on all ranks.
     """
 
-    def __init__(self, model: VisionLanguageModel, objectives: Mapping[str, tuple[float, Objective]]):
+    def __init__(self, model: VisionLanguageModel, objectives: Mapping[str, Objective]):
         super().__init__()
         self.model = model
         self.objectives = dict(objectives)
@@ -55,17 +33,17 @@ class PretrainingModule(nn.Module):
         with self.model.passes_shared():
             # Before all else in both passes over a batch, so that torch's generator draws the same for them.
             names = self.batch_coupled(batch) if only_features else known
-            features = {name: self.objectives[name][1].features(self.model, batch) for name in names}
+            features = {name: self.objectives[name].features(self.model, batch) for name in names}
             return features if only_features else self._losses(batch, known, features)
 
     def batch_coupled(self, batch: Batch) -> list[str]:
         """Names of the batch's objectives whose losses are over all pairs of a step."""
-        return [name for name in self._names(batch) if isinstance(self.objectives[name][1], BatchCoupledObjective)]
+        return [name for name in self._names(batch) if isinstance(self.objectives[name], BatchCoupledObjective)]
 
     def over_the_step(self, name: str, parts: Sequence[Features]) -> list[StepLoss]:
         """The loss of one of them over the features of all micro-batches, for each of these. It is no part of
         `forward`, so it reads no parameters, which ZeRO-3 holds in there alone."""
-        return StepLoss.over(self.objectives[name][1], parts, self.model.impl)
+        return StepLoss.over(self.objectives[name], parts, self.model.impl)
 
     def _names(self, batch: Batch) -> list[str]:
         return list(self.objectives if batch.task is None else batch.task)
@@ -75,13 +53,13 @@ class PretrainingModule(nn.Module):
     ) -> tuple[Tensor, Losses, Report]:
         total, losses, report = 0.0, {}, {}
         for name in self._names(batch):
-            weight, objective = self.objectives[name]
+            objective = self.objectives[name]
             if name in known:
                 named, observed, loss = known[name].named, known[name].report, known[name].at(features[name])
             else:
                 named, observed = objective(self.model, batch)
                 loss = sum(named.values())
-            total = total + weight * loss
+            total = total + objective.weight * loss
             losses |= named
             report |= observed
         return total, losses, report

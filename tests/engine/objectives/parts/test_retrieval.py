@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.evaluation.retrieval import _candidates, _candidates_first, best_ranks, both_ways, chance
+from engine.objectives.parts.retrieval import _candidates, _candidates_first, best_ranks, both_ways, chance
 
 OWN = torch.eye(4, dtype=torch.bool)
 

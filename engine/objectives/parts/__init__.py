@@ -1,0 +1,1 @@
+"""What objectives are made of. Files of this folder are no objectives; all other files of the package are."""

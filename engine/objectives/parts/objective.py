@@ -1,0 +1,105 @@
+"""An objective is one file of this package: options, preparation of samples, head, loss and measure of one loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from engine.batch import Batch, Sample
+from engine.corruption.words import Vocabulary
+from engine.objectives.parts.held_out import Figures, HeldOut
+from engine.sections import require
+
+Losses = dict[str, Tensor]
+Report = dict[str, Tensor]
+
+
+class Tokens(Vocabulary, Protocol):
+    """What objectives ask of the tokenizer."""
+
+    cls_id: int
+    sep_id: int
+    vocab_size: int
+
+
+class Draw:
+    """What an objective prepares one sample with."""
+
+    def __init__(self, tokenizer: Tokens, make_random: Callable[[], np.random.Generator]) -> None:
+        self.tokenizer = tokenizer
+        self._make_random = make_random
+
+    @functools.cached_property
+    def random(self) -> np.random.Generator:
+        """Drawn from by this objective for this sample alone."""
+        return self._make_random()
+
+
+@dataclass
+class Objective:
+    """Its fields are its options in a recipe. Its name there, in logs and in checkpoints is that of its file.
+
+    An instance is called with (model, batch) and gives named losses and a report. A loss is a local sum times
+    `normalizer(batch, COUNT)`, so that the mean over ranks and micro-steps is the mean over all that is counted in the
+    optimizer step.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]] = ()
+    """Sections of `model` it reads; "fusion or joint" asks for one of the two."""
+    alone: ClassVar[bool] = False
+    """Whether its batches are for no other objective, because they show something else."""
+    needs_soft_labels: ClassVar[bool] = False
+    """Whether it reads the detector's distributions over classes."""
+    head: ClassVar[str]
+    """Name of its head in `model.heads`: its own, unless it shares another objective's."""
+
+    weight: float = 1.0
+    """Factor in the total loss."""
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__module__.rpartition(".")[2]
+        if "head" not in vars(cls):
+            cls.head = cls.name
+
+    @property
+    def replaced_images(self) -> float:
+        """Share of the samples that show the image of another one."""
+        return 0.0
+
+    def check(self, config: Any) -> None:
+        """Refuse a run that this objective cannot be part of; `config` is the whole of it."""
+        for role in self.roles:
+            sections = role.split(" or ")
+            names = " or ".join(f"model.{name}" for name in sections)
+            given = any(getattr(config.model, name) is not None for name in sections)
+            require(given, f"objectives.{self.name} needs {names}")
+
+    def check_micro_steps(self, micro_steps: int) -> None:
+        """Refuse so many micro-batches per rank and optimizer step."""
+
+    def prepare(self, sample: Sample, draw: Draw) -> None:
+        """Add to `sample.views`, under the own name, what the loss reads and the data do not give."""
+
+    def build_head(self, model: Any) -> nn.Module | None:
+        """The modules that belong to this loss alone; `model.heads` keeps them."""
+        return None
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Losses, Report]:
+        raise NotImplementedError
+
+    def measure(self, model: Any, held_out: HeldOut) -> Figures:
+        """Figures by group. Beside NAME of a group, NAME_OTHER is what to compare it with: what can be had blindly."""
+        raise NotImplementedError
+
+
+def add_heads(model: Any, objectives: dict[str, Objective]) -> None:
+    """Give the model the heads of these objectives, freshly initialised from torch's generator."""
+    for objective in objectives.values():
+        if objective.head not in model.heads and (head := objective.build_head(model)) is not None:
+            model.add_head(objective.head, head)
