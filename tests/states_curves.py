@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from engine.models.batch_norm import BatchNorm
 from engine.models.codebook import Codebook
 from engine.models.momentum import FeatureQueue, MomentumCopy
-from engine.sections import Optimizer
+from engine.sections import Optimizer, Rule
 from engine.training import zero
 from engine.training.optimizer import make_optimizer
 from engine.training.step import agree, run_window
 
 STEPS, MOMENTUM, CODES, QUEUE = 5, 0.9, 5, 24
+MIXED = Optimizer(lr=0.05, eps=1e-3, rules={"tower.first": Rule(kind="sgd", momentum=0.9)})
 SGD = Optimizer(kind="sgd", lr=0.05, weight_decay=0.0, clip=0.0)
 
 

@@ -7,7 +7,7 @@ out keeps the default. Errors name the option as it is written on the command li
 from engine.sections.checks import require, require_not_negative, require_positive, require_share
 from engine.sections.data import Data, DataSet, Regions, Tokenizer
 from engine.sections.model import Distances, FusionStack, ImageStack, JointStack, Model, Stack, TextStack
-from engine.sections.training import Buckets, Evaluation, Optimizer, Schedule, Train, Zero
+from engine.sections.training import Buckets, Evaluation, Optimizer, Rule, Schedule, Train, Zero
 
 __all__ = [
     "Buckets",
@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "Optimizer",
     "Regions",
+    "Rule",
     "Schedule",
     "Stack",
     "TextStack",

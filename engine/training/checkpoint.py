@@ -23,7 +23,7 @@ from engine.training.generators import generator_states, restore_generators
 from engine.training.zero import Engine, Ranks
 
 MANIFEST = "manifest.json"
-RESTORED = ("kind", "betas", "eps", "weight_decay", "momentum", "lr_multipliers")
+RESTORED = ("kind", "betas", "eps", "weight_decay", "momentum", "lr_multipliers", "freeze")
 
 
 @dataclass
@@ -145,6 +145,7 @@ def identity(config: Config, world: int) -> dict[str, Any]:
         "objectives": list(config.objectives.active),
         # a checkpoint brings its own: DeepSpeed restores the groups of parameters with all they hold
         **{f"optimizer.{name}": getattr(config.optimizer, name) for name in RESTORED},
+        "optimizer.rules": {prefix: asdict(rule) for prefix, rule in config.optimizer.rules.items()},
         "precision": config.precision,
         "zero.stage": config.zero.stage,
         "the number of processes": world,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from standin import small_config, stream
-from states_curves import SGD, zero_engine
+from states_curves import MIXED, SGD, zero_engine
 
 from engine.training import zero
 from engine.training.checkpoint import Checkpoints, Progress
@@ -27,7 +27,8 @@ def states(engine: zero.Engine) -> dict[str, torch.Tensor]:
     ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 )
 def test_resume_is_exact(tmp_path, stage, precision):
-    config = small_config(stage, precision=precision, optimizer=SGD, accumulation=2, output=str(tmp_path))
+    """Those of an optimizer with two rules as well."""
+    config = small_config(stage, precision=precision, optimizer=MIXED, accumulation=2, output=str(tmp_path))
     engine, ranks = zero_engine(config)
     windows = stream(config)
     steps(engine, ranks, windows, 3)
