@@ -8,7 +8,7 @@
 # make build      recompile the kernels, after an edit in csrc
 #
 # PYTHON   the interpreter .venv is made from (3.10 or later)
-# BENCH    more options of bench-gpu, which ends after eight minutes: --missing times the rows that are left, --op pack one op
+# BENCH    more options of bench (under 15 minutes) and bench-gpu (8): --missing times the rows that are left, --op pack one op
 # SETUP=0  no .venv: use PYTHON as it is, with the versions it has; only the kernels are compiled, in place
 
 PYTHON ?= python3
@@ -69,9 +69,9 @@ test-gpu: setup
 	$(RUN) -m pytest -m gpu tests
 
 bench: setup
-	$(RUN) -m benchmarks.run --device cpu
+	$(RUN) -m benchmarks.run --device cpu $(BENCH)
 	$(RUN) -m benchmarks.host_cost --device cpu
-	$(RUN) -m benchmarks.plain_quickstart
+	$(RUN) -m benchmarks.plain_quickstart --seconds 20
 	$(RUN) -m benchmarks.train_step --device cpu
 	$(RUN) -m benchmarks.report
 

@@ -13,7 +13,10 @@ PADDED = ("padded SDPA", "length-sorted SDPA")
 
 @dataclass(frozen=True)
 class Line:
-    """``file`` and ``benchmark`` name the rows; the best of ``peers`` counts. ``targets``: lower bounds, by dtype."""
+    """``file`` and ``benchmark`` name the rows; the best of ``peers`` counts. ``targets``: lower bounds, by dtype.
+
+    ``earlier``: the file of rows from before their benchmark got its name.
+    """
 
     what: str
     against: str
@@ -24,9 +27,10 @@ class Line:
     dtypes: tuple[str, ...] = DTYPES
     ours: str = "vlkernels"
     amounts: Amounts = seconds
+    earlier: str | None = None
 
     def figures(self, rows: Sequence[Row], dtype: str) -> list[Figure]:
-        own = [row for row in rows if row.is_of(self.file, self.benchmark, dtype)]
+        own = [row for row in rows for file in (self.file, self.earlier) if file and row.is_of(file, self.benchmark, dtype)]
         return figures(own, self.amounts, self.ours, self.peers)
 
     def missing(self, rows: Sequence[Row]) -> list[str]:
@@ -34,7 +38,8 @@ class Line:
 
 
 STEP = {
-    "file": "uniter_step",
+    "file": "train_step",
+    "earlier": "uniter_step",
     "benchmark": "UNITER-base step",
     "ours": "packed",
     "amounts": packed_step,
@@ -43,16 +48,16 @@ STEP = {
 ATTENTION = {"file": "attention_qkvpacked", "against": "the better of padded and length-sorted SDPA"}
 LINES = (
     Line(
-        "a whole UNITER-base step, COCO-like lengths, random batches of 32",
+        "a whole UNITER-base step, COCO-like lengths, random batches",
         "the same model in plain, padded PyTorch",
-        peers=("mlm, random",),
+        peers=("padded PyTorch, random",),
         targets={"float32": 2.0},
         **STEP,
     ),
     Line(
         "the same on UNITER's length-bucketed batches",
         "the same",
-        peers=("mlm, bucketed",),
+        peers=("padded PyTorch, bucketed",),
         targets={"float32": 1.08},
         **STEP,
     ),

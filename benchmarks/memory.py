@@ -1,15 +1,16 @@
-"""`python -m benchmarks.memory OP BENCHMARK DTYPE VARIANT`: the most bytes one forward and backward hold at once on a CPU.
+"""The most bytes that one forward and backward hold at once on a CPU.
 
-A process of its own per variant: what one leaves in the heap would hide what the next one needs.
+A process of its own per variant: what one leaves in the heap would hide what the next one needs. All are forked from one that has
+imported everything and has computed nothing.
 """
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import re
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
@@ -21,11 +22,18 @@ def peak_bytes(op: str, benchmark: str, dtype: str, variant: str) -> int | None:
     """Beside what is there before, inputs included; ``None`` where the system does not tell."""
     if not (PROCESS / "clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "benchmarks.memory", op, benchmark, dtype, variant]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"peak memory of {variant}: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout.split()[-1])
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["benchmarks.run"])
+    with ProcessPoolExecutor(1, server) as processes:
+        return processes.submit(_measure, op, benchmark, dtype, variant).result()
+
+
+def _measure(op: str, benchmark: str, dtype: str, variant: str) -> int:
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MAPPED_ALONE_FROM)
+    from benchmarks.run import only_variant
+
+    step = only_variant(op, benchmark, dtype, variant)
+    return most_held(lambda: [part() for part in step.parts().values()])
 
 
 def most_held(work: Callable[[], object]) -> int:
@@ -47,15 +55,3 @@ def _status(name: str) -> int:
     found = re.search(rf"^{name}:\s+(\d+) kB$", (PROCESS / "status").read_text(), re.MULTILINE)
     assert found, f"the system's status of a process has no {name}"
     return int(found[1]) * 1024
-
-
-def main(op: str, benchmark: str, dtype: str, variant: str) -> None:
-    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MAPPED_ALONE_FROM)
-    from benchmarks.run import only_variant
-
-    step = only_variant(op, benchmark, dtype, variant)
-    print(most_held(lambda: [part() for part in step.parts().values()]))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -27,28 +27,41 @@ from engine.data import load_training_sets, make_tokenizer, training_stream
 from engine.build import build_model
 from engine.models import VisionLanguageModel
 from engine.objectives import PretrainingModule
-from engine.sections import Model, Stack
+from engine.sections import ImageStack, Model, TextStack
 from engine.training import zero
 from engine.training.command_line import parse
 from engine.training.optimizer import make_optimizer
 from engine.training.step import agree, normalizers, run_window
 
 
-class Embedder(nn.Module):
-    def __init__(self, stack: Stack, sizes: tuple[int, int], patch_values: int | None = None):
+class ImageEmbedder(nn.Module):
+    def __init__(self, image: ImageStack):
         super().__init__()
-        self.tables = nn.ParameterList(torch.empty(size, stack.width) for size in sizes)
-        self.weight = nn.Parameter(torch.ones(stack.width))
-        self.bias = nn.Parameter(torch.zeros(stack.width))
-        self.projection = None if patch_values is None else nn.Linear(patch_values, stack.width)
-        self.eps = stack.eps
-        self.dropout = nn.Dropout(stack.dropout)
+        tables = {"rows": image.max_grid[0], "columns": image.max_grid[1]}
+        self.places = nn.ParameterDict({name: torch.empty(size, image.width) for name, size in tables.items()})
+        self.projection = nn.Linear(3 * image.patch_size**2, image.width)
+        self.norm, self.dropout = nn.LayerNorm(image.width, image.eps), nn.Dropout(image.dropout)
 
-    def forward(self, first: Tensor, second: Tensor, patches: Tensor | None = None) -> Tensor:
-        x = F.embedding(first, self.tables[0]) + F.embedding(second, self.tables[1])
-        if patches is not None:
-            x = x + self.projection(patches.to(self.projection.weight.dtype))
-        return self.dropout(F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps))
+    def forward(self, rows: Tensor, columns: Tensor, patches: Tensor) -> Tensor:
+        x = F.embedding(rows, self.places["rows"]) + F.embedding(columns, self.places["columns"])
+        return self.dropout(self.norm(x + self.projection(patches.to(self.projection.weight.dtype))))
+
+
+class TextEmbedder(nn.Module):
+    def __init__(self, text: TextStack, vocab_size: int):
+        super().__init__()
+        self.words = nn.Parameter(torch.empty(vocab_size, text.width))
+        self.positions = nn.Parameter(torch.empty(text.max_positions, text.width))
+        self.norm, self.dropout = nn.LayerNorm(text.width, text.eps), nn.Dropout(text.dropout)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.dropout(self.norm(F.embedding(ids, self.words) + self.positions[: ids.shape[1]]))
+
+
+class Tower(nn.Module):
+    def __init__(self, embedder: nn.Module, transformer: Transformer):
+        super().__init__()
+        self.embedder, self.transformer = embedder, transformer
 
 
 class FeatureHead(nn.Module):
@@ -76,27 +89,24 @@ class PlainModel(nn.Module):
     def __init__(self, model: Model, vocab_size: int):
         super().__init__()
         image, text, fusion = model.image, model.text, model.fusion
-        self.image_embedder = Embedder(image, tuple(image.max_grid), 3 * image.patch_size**2)
-        self.image_tower = Transformer(image)
+        self.image = Tower(ImageEmbedder(image), Transformer(image))
         self.image_head = FeatureHead(image.width, model.projection_dim)
-        self.text_embedder = Embedder(text, (vocab_size, text.max_positions))
-        self.text_tower = Transformer(text)
+        self.text = Tower(TextEmbedder(text, vocab_size), Transformer(text))
         self.text_head = FeatureHead(text.width, model.projection_dim)
         self.logit_scale = nn.Parameter(torch.zeros(1))
-        self.fusion = Transformer(fusion, image.width)
+        self.fusion = nn.ModuleDict({"transformer": Transformer(fusion, image.width)})
         masked_language = TiedHead(fusion, vocab_size)
         self.heads = nn.ModuleDict({"masked_language": masked_language, "matching": MatchingHead(fusion.width)})
 
     def encode_text(self, ids: Tensor, visible: Tensor | None) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return self.text_tower(self.text_embedder(ids, positions), visible)
+        return self.text.transformer(self.text.embedder(ids), visible)
 
     def forward(self, batch: PaddedPairs, negatives: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
         """Losses by name; `negatives` are the hard texts and the hard images (default: drawn from the
         scores)."""
         see_patches, see_words = batch.see_patches, batch.see_words
-        image = self.image_embedder(batch.rows, batch.columns, batch.patches)
-        image = self.image_tower(image, see_patches)
+        image = self.image.embedder(batch.rows, batch.columns, batch.patches)
+        image = self.image.transformer(image, see_patches)
         text = self.encode_text(batch.text_ids, see_words)
         image_features = self.image_head(image, batch.real_patches)
         text_features = self.text_head(text, batch.real_words)
@@ -109,16 +119,17 @@ class PlainModel(nn.Module):
             draw_negatives(logits.detach()),
             draw_negatives(logits.detach().T),
         )
-        source = self.fusion.project_source(image)
+        fusion = self.fusion["transformer"]
+        source = fusion.project_source(image)
         texts, images = torch.cat((own, hard_texts, own)), torch.cat((own, own, hard_images))
         read = [tuple(part[images] for part in keys_values) for keys_values in source]
-        fused = self.fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
+        fused = fusion(text[texts], pick(see_words, texts), read, pick(see_patches, images))
         matches = (torch.arange(3 * pairs, device=own.device) < pairs).long()
         matching = F.cross_entropy(self.heads["matching"](fused), matches)
 
         masked = self.encode_text(batch.masked_ids, see_words)
-        fused = self.fusion(masked, see_words, source, see_patches)
-        words = self.heads["masked_language"](fused[batch.samples, batch.offsets], self.text_embedder.tables[0])
+        fused = fusion(masked, see_words, source, see_patches)
+        words = self.heads["masked_language"](fused[batch.samples, batch.offsets], self.text.embedder.words)
         masked_language = F.cross_entropy(words, batch.targets)
         return {"contrastive": contrastive, "matching": matching, "masked_language": masked_language}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 COLORS = ("#2f6f9f", "#c8782a", "#4a8f5a", "#8a5a9f")
@@ -35,6 +35,43 @@ def draw(panels: Sequence[Panel], caption: Sequence[str]) -> str:
     width, height = PANEL * len(panels), below + CAPTION_LINE * len(caption) + 6
     body = [line for number, panel in enumerate(panels) for line in _panel(panel, LEFT + PANEL * number, legend)]
     body += [_text(LEFT, below + CAPTION_LINE * (i + 1) - 4, line, size=10, color="#666666") for i, line in enumerate(caption)]
+    return _page(width, height, body)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One label, a length for each of some series."""
+
+    name: str
+    lengths: Mapping[str, float]
+
+
+BAR, BARS_LEFT, BARS_WIDTH = 13, 380, 380
+
+
+def draw_bars(title: str, bars: Sequence[Bar], series: Sequence[str], caption: Sequence[str]) -> str:
+    """Bars from 0 to 100 or to the longest, their lengths beside them."""
+    longest = max(100.0, *(length for bar in bars for length in bar.lengths.values()))
+    parts, y = [_text(20, 20, title, size=13, color="#222222")], TOP
+    for bar in bars:
+        parts.append(_text(BARS_LEFT - 8, y + BAR * len(bar.lengths) / 2 + 3, bar.name, anchor="end"))
+        for name, length in bar.lengths.items():
+            wide = BARS_WIDTH * length / longest
+            color = COLORS[series.index(name)]
+            parts.append(f'<rect x="{BARS_LEFT}" y="{y}" width="{wide:.1f}" height="{BAR - 2}" fill="{color}"/>')
+            parts.append(_text(BARS_LEFT + wide + 5, y + BAR - 4, f"{length:.0f}", size=10))
+            y += BAR
+        y += 7
+    for number, name in enumerate(series):
+        x = BARS_LEFT + 110 * number
+        parts.append(f'<rect x="{x}" y="{y + 8}" width="18" height="{BAR - 3}" fill="{COLORS[number]}"/>')
+        parts.append(_text(x + 24, y + 17, name))
+    y += LEGEND_LINE + 14
+    parts += [_text(20, y + CAPTION_LINE * (i + 1) - 4, line, size=10, color="#666666") for i, line in enumerate(caption)]
+    return _page(BARS_LEFT + BARS_WIDTH + 50, y + CAPTION_LINE * len(caption) + 6, parts)
+
+
+def _page(width: int, height: int, body: Sequence[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" font-family="sans-serif">\n'

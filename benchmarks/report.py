@@ -1,25 +1,23 @@
 """`python -m benchmarks.report [--check]`: the README's table of measured ratios and its plots, from the stored results.
 
-What they tell is declared in benchmarks/lines.py. A row without its provenance is refused, and so is a line without a row.
+What they tell is declared in benchmarks/lines.py and, of a card, in benchmarks/targets.py. A row without its provenance is refused, and so is a line without a row.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import plots
-from benchmarks.lines import DTYPES, LINES, PADDED, Line
-from benchmarks.measured import Amounts, Machine, Refused, Row, figures, peak_bytes, read, seconds
+from benchmarks.lines import DTYPES, LINES, Line
+from benchmarks.measured import Machine, Refused, Row, read
+from benchmarks.pictures import pictures
 from benchmarks.provenance import ROOT
+from benchmarks.targets import card_table
 
 BEGIN = "<!-- measured: `python -m benchmarks.report` writes what stands from here -->"
 END = "<!-- to here -->"
-PADDINGS = {share: f"32 x 1..128, {share}% padding, H12 K64" for share in (25, 50, 75)}
-BATCHES = {pairs: f"n{pairs}_d512" for pairs in (4096, 8192, 16384)}
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -27,15 +25,11 @@ def pages(root: Path) -> dict[Path, str]:
     rows = read(root / "benchmarks" / "results")
     machine = told_machine(rows)
     own = [row for row in rows if row.machine == machine]
-    plotted = {
-        "attention_padding": ("attention: times as fast as each way of padding", attention_plot(own, machine)),
-        "contrastive_batch": ("contrastive loss: seconds and memory against the batch", contrastive_plot(own, machine)),
-    }
-    drawn = {name: (words, plot) for name, (words, plot) in plotted.items() if plot}
-    pictures = [f"![{words}](docs/{name}.svg)" for name, (words, _) in drawn.items()]
+    drawn = pictures(own, machine)
+    shown = [f"![{seen}](docs/{name}.svg)" for name, (seen, _) in drawn.items()]
     readme = root / "README.md"
     return {
-        readme: between_marks(readme.read_text(), "\n".join([*table(own, machine), "", *pictures])),
+        readme: between_marks(readme.read_text(), "\n".join([*table(own, machine), "", *shown, "", *card_table(rows)])),
         **{root / "docs" / f"{name}.svg": plot for name, (_, plot) in drawn.items()},
     }
 
@@ -71,7 +65,7 @@ def table(rows: Sequence[Row], machine: Machine) -> list[str]:
     told = f"{machine}; torch {versions}; {' to '.join(sorted({days[0], days[-1]}))}."
     starred = " \\* is a run of a tree with changes that no commit holds." if not all(row.is_clean for row in shown) else ""
     heads = ("what", "against", *(f"times as fast, {dtype}" for dtype in DTYPES), "rows")
-    body = [(line.what, line.against, *(_cell(line, rows, dtype) for dtype in DTYPES), _rows(line, machine)) for line in LINES]
+    body = [(line.what, line.against, *(_cell(line, rows, dtype) for dtype in DTYPES), _rows(line, rows, machine)) for line in LINES]
     cells = (heads, ["---"] * len(heads), *body)
     return [f"{told}{starred}", "", *(f"| {' | '.join(some)} |" for some in cells)]
 
@@ -95,8 +89,9 @@ def _times(times: float) -> str:
     return f"{times:.2f}" if times < 10 else f"{times:.1f}"
 
 
-def _rows(line: Line, machine: Machine) -> str:
-    return f"{line.file}: [{line.benchmark}](benchmarks/results/{machine.folder}/{line.file}.jsonl)"
+def _rows(line: Line, rows: Sequence[Row], machine: Machine) -> str:
+    file = line.figures(rows, line.dtypes[0])[0].row.path.stem
+    return f"{file}: [{line.benchmark}](benchmarks/results/{machine.folder}/{file}.jsonl)"
 
 
 def between_marks(text: str, content: str) -> str:
@@ -105,63 +100,6 @@ def between_marks(text: str, content: str) -> str:
         raise Refused(f"README.md needs the lines {BEGIN} and {END}, once each, to hold the table")
     before, _, rest = text.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.partition(END)[2]}"
-
-
-def attention_plot(rows: Sequence[Row], machine: Machine) -> str:
-    """How many times as fast as each way of padding, against the share of padding."""
-    shown: list[Row] = []
-
-    def curve(peer: str, dtype: str) -> plots.Curve:
-        points = []
-        for share, benchmark in PADDINGS.items():
-            own = [row for row in rows if row.is_of("attention_qkvpacked", benchmark, dtype)]
-            if not (found := figures(own, seconds, "vlkernels", (peer,))):
-                raise Refused(f"a plot has no row of {benchmark}, {dtype}, with {peer}, on {machine}: run `make bench`")
-            points.append((share, found[0].times))
-            shown.append(found[0].row)
-        return plots.Curve(f"against {peer}", points)
-
-    panels = [
-        plots.Panel(
-            f"attention, 32 samples, 12 heads of 64, {dtype}",
-            "padding in the padded batch (% of its tokens)",
-            "times as fast, forward and backward",
-            [curve(peer, dtype) for peer in (*PADDED, "jagged SDPA")],
-        )
-        for dtype in DTYPES
-    ]
-    return plots.draw(panels, caption(shown, machine))
-
-
-def contrastive_plot(rows: Sequence[Row], machine: Machine) -> str | None:
-    """Time and peak memory against the number of pairs, once the memory of two batches is known."""
-    variants = {"vlkernels": "vlkernels, in tiles", "torch": "PyTorch, the dense N x N loss"}
-
-    def latest(amounts: Amounts) -> dict[int, Row]:
-        own = {n: [row for row in rows if row.is_of("contrastive_loss", name, "float32")] for n, name in BATCHES.items()}
-        found = {n: figures(some, amounts, "vlkernels", ("torch",)) for n, some in own.items()}
-        return {n: some[0].row for n, some in found.items() if some}
-
-    def panel(label: str, amounts: Amounts, unit: float, own: Mapping[int, Row]) -> plots.Panel:
-        points = {variant: [(n, amounts(row.values)[variant] / unit) for n, row in own.items()] for variant in variants}
-        curves = [plots.Curve(name, points[variant]) for variant, name in variants.items()]
-        return plots.Panel("contrastive loss, width 512, float32", "pairs in the batch", label, curves, math.log2)
-
-    timed, weighed = latest(seconds), latest(peak_bytes)
-    if len(weighed) < 2:
-        return None
-    panels = [
-        panel("seconds, forward and backward", seconds, 1.0, timed),
-        panel("MiB held at once, beside the inputs", peak_bytes, 2.0**20, weighed),
-    ]
-    return plots.draw(panels, caption([*timed.values(), *weighed.values()], machine))
-
-
-def caption(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """Where, when and of which commits."""
-    days = ", ".join(sorted({row.values["date"][:10] for row in rows}))
-    commits = {f"{(row.values['commit'] or 'unknown')[:10]}{'' if row.is_clean else ' with changes'}" for row in rows}
-    return [f"{machine}; {days}", f"commit {', '.join(sorted(commits))}"]
 
 
 def stale(written: Mapping[Path, str]) -> list[Path]:

@@ -23,7 +23,12 @@ class Roof:
         return max(flops / self.flops, moved / self.bytes)
 
 
-def measure(device: str, dtype: torch.dtype, side: int = 8192, copied: int = 2**30) -> Roof:
+# The side of the matrices and the bytes that are copied: large enough to fill a card, small enough for a processor.
+SIZES = {"cuda": (8192, 2**30), "cpu": (2048, 2**28)}
+
+
+def measure(device: str, dtype: torch.dtype, side: int | None = None, copied: int | None = None) -> Roof:
+    side, copied = side or SIZES[device][0], copied or SIZES[device][1]
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty(side, side, device=device, dtype=dtype)
     source = torch.zeros(copied, dtype=torch.uint8, device=device)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import memory, roof
+from benchmarks.launches import launches
 from benchmarks.provenance import RESULTS, CardLog, store, stored
 from benchmarks.timing import Parts, Timing, interleaved_parts
 from engine.training.host_memory import keep_large_blocks
@@ -30,8 +31,8 @@ from vlkernels.testing.arguments import differentiable_tensors, floating_outputs
 
 DIRECTIONS = ("forward", "backward")
 COPY = "copy of as many bytes"
-# A run on a card ends before this many seconds, whatever is left to time.
-CARD_LIMIT_S = 480.0
+# A run starts nothing after so many seconds, whatever is left to time.
+LIMIT_S = {"cpu": 600.0, "cuda": 480.0}
 
 Timings = dict[str, dict[str, Timing]]
 
@@ -45,12 +46,20 @@ class Run:
     results: Path
     ends: float = float("inf")
     only_missing: bool = False
-    roof: roof.Roof | None = None
+    roofs: dict[torch.dtype, roof.Roof] = field(default_factory=dict)
     card: CardLog = field(default_factory=CardLog)
     absent: dict[str, str] = field(default_factory=dict)
 
     def is_over(self) -> bool:
         return time.monotonic() > self.ends
+
+    def roof_of(self, dtype: torch.dtype) -> roof.Roof:
+        """What the device can do in this dtype, measured once."""
+        if dtype not in self.roofs:
+            found = self.roofs[dtype] = roof.measure(self.device, dtype)
+            rates = f"products {significant(found.flops / 1e12)} TFLOP/s, copy {significant(found.bytes / 1e9)} GB/s"
+            print(f"{short(dtype)} here: {rates}", flush=True)
+        return self.roofs[dtype]
 
     def tell_absent(self, peer: str, reason: str) -> None:
         """Why a peer does not run here: kept with the row, printed once."""
@@ -64,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", action="append", help="only this op; may be given several times")
     parser.add_argument("--budget-s", type=float, default=1.5, help="seconds of measuring per benchmark and dtype")
-    parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {CARD_LIMIT_S} on a card")
+    parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {LIMIT_S}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     parser.add_argument("--missing", action="store_true", help="only rows without a result of this very source")
     parser.add_argument("--list", action="store_true", help="print the rows and their peers, and time nothing")
@@ -81,13 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     on_card = options.device == "cuda"
     if on_card and not torch.cuda.is_available():
         parser.error("no CUDA device here")
-    limit = options.limit_s if options.limit_s is not None else CARD_LIMIT_S if on_card else float("inf")
-    ends = time.monotonic() + limit
+    ends = time.monotonic() + (LIMIT_S[options.device] if options.limit_s is None else options.limit_s)
     run = Run(options.device, options.budget_s, options.results, ends, only_missing=options.missing)
-    if on_card:
-        run.roof = roof.measure("cuda", torch.bfloat16)
-        print(f"bfloat16 products {run.roof.flops / 1e12:.0f} TFLOP/s, copy {run.roof.bytes / 1e12:.2f} TB/s", flush=True)
-    else:
+    if not on_card:
         keep_large_blocks()
     with run.card if on_card else contextlib.nullcontext():
         failed = sum(not run_op(spec, run) for spec in chosen)
@@ -176,13 +181,15 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
     calls: dict[str, Step | roof.Copies] = {**variants(benchmark, arguments, run)}
     absent = {peer: run.absent[peer] for peer in benchmark.peers if peer not in calls}
     peak_bytes = peaks(spec, name, benchmark, dtype, run, calls)
+    kernels = {variant: launches(step.parts()) for variant, step in calls.items()} if run.device == "cuda" else None
+    here = run.roof_of(dtype) if cost else None
     if cost is not None and cost.forward_bytes and not cost.forward_flops:
         calls[COPY] = roof.Copies(cost, run.device)
     run.card.take()
     timings = interleaved_parts({variant: step.parts() for variant, step in calls.items()}, run.device, run.budget_s, warm=True)
     card = run.card.take()
-    derived = derive(timings, [variant for variant, step in calls.items() if step.rival], cost, run.roof)
-    show(f"{spec.name}, {name}, {short(dtype)}", timings, derived, peak_bytes)
+    derived = derive(timings, [variant for variant, step in calls.items() if step.rival], cost, here)
+    show(f"{spec.name}, {name}, {short(dtype)}", timings, derived, peak_bytes, kernels)
     return {
         "op": spec.name,
         "benchmark": name,
@@ -193,7 +200,8 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
         "derived": derived,
         "peak_bytes": peak_bytes,
         "absent": absent,
-        "roof": asdict(run.roof) if run.roof else None,
+        "launches": kernels,
+        "roof": asdict(here) if here else None,
         "card": card,
     }
 
@@ -301,7 +309,11 @@ def derive(timings: Timings, rivals: list[str], cost: Cost | None, roof_here: ro
 
 
 def show(
-    title: str, timings: Timings, derived: Mapping[str, Mapping[str, Any]], peak_bytes: Mapping[str, int | None] | None = None
+    title: str,
+    timings: Timings,
+    derived: Mapping[str, Mapping[str, Any]],
+    peak_bytes: Mapping[str, int | None] | None = None,
+    kernels: Mapping[str, Mapping[str, int] | None] | None = None,
 ) -> None:
     print(title)
     ours, widest = timings["vlkernels"], max(map(len, timings))
@@ -311,6 +323,8 @@ def show(
             columns.append(f"{parts['total'].median / ours['total'].median:6.2f}x")
         if peak_bytes and (peak := peak_bytes.get(variant)) is not None:
             columns.append(f"peak {peak / 2**20:,.0f} MiB")
+        if kernels and (launched := kernels.get(variant)):
+            columns.append(f"{' + '.join(map(str, launched.values()))} launches")
         print(f"  {variant:<{widest}} {' | '.join(columns)}")
     for part in DIRECTIONS:
         if best := derived[part].get("best_peer"):

@@ -64,6 +64,19 @@ class Regions(OnDevice):
 
 
 @dataclass
+class Pixels(OnDevice):
+    """The images as they are, for a convolutional backbone: each becomes the cells of a grid."""
+
+    values: Tensor
+    """float32 [B, 3, H, W], normalised."""
+    positions: Tensor
+    """int32 [N, 2]: row and column of every cell, in packed order."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@dataclass
 class Places(OnDevice):
     """Some tokens, wherever their segment lies: the same in a tower's own stream and in a joint one."""
 
@@ -142,7 +155,11 @@ class Words:
     words: np.ndarray
     """int64 [T]: the word that each token is of; special tokens -1."""
     types: np.ndarray | None = None
+    """int64 [T], of a pair of segments: which one a token is of."""
     boxes: np.ndarray | None = None
+    """int32 [T, 4], of a page: left, top, right, bottom of the token's word in thousandths of the sides."""
+    lines: np.ndarray | None = None
+    """int64 [T], of a page: the line that each token is in; special tokens -1."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -153,9 +170,13 @@ class Sample:
     """One example: a text, a picture or both, and what objectives have added to them."""
 
     text: Words | None
-    image: Patches | Regions | None
+    image: Patches | Regions | Pixels | None
     identity: int
     """Equal for equal pictures."""
+    pair: int | None = None
+    """Of a text of two segments: 0 where they are as in their document, 1 where they are not."""
+    classes: tuple[int, ...] = ()
+    """What the picture or the page shows, by number."""
     soft_labels: np.ndarray | None = None
     """float32 [regions, C]: the detector's distributions, where an objective needs them."""
     own_image: bool | None = None
@@ -173,9 +194,9 @@ class Batch(OnDevice):
     """
 
     layout: vk.SegmentLayout
-    """Lengths [B, 2]: tokens of each text; patches or regions of each image. Either may be 0, for some or for all."""
+    """Lengths [B, 2]: tokens of each text; patches, regions or cells of each image. Either may be 0, for some or for all."""
     text: Text | None
-    image: Patches | Regions | None
+    image: Patches | Regions | Pixels | None
     """What the images are to the model."""
     labels: Tensor
     """int64 [B]: equal for equal images."""

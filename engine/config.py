@@ -15,6 +15,7 @@ from engine.objectives import Objectives
 from engine.sections import (
     Data,
     Evaluation,
+    ImageInput,
     Model,
     Optimizer,
     Schedule,
@@ -25,7 +26,7 @@ from engine.sections import (
 )
 
 TINY = {
-    **{f"model.{stack}.{name}": cap for stack in ("image", "text", "fusion", "joint")
+    **{f"model.{stack}.{name}": cap for stack in ("image", "text", "fusion", "joint", "decoder", "generator")
        for name, cap in (("width", 32), ("layers", 2), ("heads", 2), ("mlp_width", 64))},
     "model.projection_dim": 32,
     "tokenizer.vocab_size": 512,
@@ -141,29 +142,34 @@ class Config:
             train.micro_batch = train.global_batch // math.gcd(train.global_batch, batch // train.micro_batch)
 
     def _check_shapes(self) -> None:
-        image, text, data = self.model.image, self.model.text or self.model.joint, self.data
-        where = "text" if self.model.text is not None else "joint"
+        model, data = self.model, self.data
+        texts = {name: getattr(model, name) for name in ("text", "joint")}
+        for name, text in texts.items():
+            require(
+                text is None or data.max_caption_tokens <= text.max_positions,
+                f"data.max_caption_tokens must not exceed model.{name}.max_positions = {text and text.max_positions}, "
+                f"got {data.max_caption_tokens}",
+            )
+        picture, where = model.reads_pictures, "model.image" if model.image is not None else "model.joint.image"
+        regions = picture is not None and picture.kind == "regions"
         require(
-            data.max_caption_tokens <= text.max_positions,
-            f"data.max_caption_tokens must not exceed model.{where}.max_positions = {text.max_positions}, "
-            f"got {data.max_caption_tokens}",
+            regions == (data.regions is not None),
+            f"data.regions is what {where}.kind regions reads: give both or neither",
         )
+        if picture is not None and picture.kind == "patches":
+            self._check_grid(picture, where)
+
+    def _check_grid(self, picture: ImageInput, where: str) -> None:
+        size = self.data.image_size
         require(
-            (self.model.joint is None) == (data.regions is None),
-            "model.joint reads regions and towers read patches: give both model.joint and data.regions, or neither",
+            size % picture.patch_size == 0,
+            f"data.image_size must be a multiple of {where}.patch_size = {picture.patch_size}, got {size}",
         )
-        if image is None:
-            return
+        side = size // picture.patch_size
         require(
-            data.image_size % image.patch_size == 0,
-            f"data.image_size must be a multiple of model.image.patch_size = {image.patch_size}, "
-            f"got {data.image_size}",
-        )
-        side = data.image_size // image.patch_size
-        require(
-            min(image.max_grid) >= side,
-            f"model.image.max_grid must hold data.image_size / patch_size = {side} rows and columns, "
-            f"got {list(image.max_grid)}",
+            min(picture.max_grid) >= side,
+            f"{where}.max_grid must hold data.image_size / patch_size = {side} rows and columns, "
+            f"got {list(picture.max_grid)}",
         )
 
     def _check_tasks(self) -> None:
@@ -171,8 +177,8 @@ class Config:
         for objective in active.values():
             objective.check(self)
         require(
-            self.model.joint is None or self.evaluation.zero_shot is None,
-            "evaluation.zero_shot compares features of two towers, which model.joint has not: set it to null",
+            {"image", "text"} <= set(self.model.roles) or self.evaluation.zero_shot is None,
+            "evaluation.zero_shot compares features of two towers: give model.image and model.text, or set it to null",
         )
         if sets is None:
             alone = [f"objectives.{name}" for name, objective in active.items() if objective.alone]

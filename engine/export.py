@@ -59,8 +59,13 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
     if differing:
         raise ValueError(f"{folder / WEIGHTS} does not fit the model of {CONFIG}: {', '.join(differing)}")
     model.load_state_dict(weights, strict=False)
-    transform = image_transform(config) if config.model.image is not None else None
+    transform = image_transform(config) if _reads_pixels(config) else None
     return Loaded(model.to(device).eval(), tokenizer, transform)
+
+
+def _reads_pixels(config: Config) -> bool:
+    picture = config.model.reads_pictures
+    return picture is not None and picture.kind == "patches"
 
 
 def distinct_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:

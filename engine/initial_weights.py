@@ -15,6 +15,8 @@ from torch import Tensor
 from engine.config import Config
 from engine.models import VisionLanguageModel
 from engine.sections import JointStack, require
+from engine.weights import bert
+from engine.weights.pieces import Piece, linear
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -37,7 +39,7 @@ SIZES = {
 DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "position_embedding_type": "absolute"}
 """What older folders leave out."""
 
-BY_ROW = ("text_embedder.tables.", "heads.masked_language.bias")
+BY_ROW = ("joint.text.words", "joint.text.positions", "joint.text.types", "heads.masked_language.bias")
 """What may have another number of rows: words, positions, types."""
 
 OPTIONAL = ("pooler.", "cls.")
@@ -59,17 +61,17 @@ def _load_bert(folder: Path, stack: JointStack, model: VisionLanguageModel) -> l
     _check_sizes(folder, stack)
     saved = _read(folder)
     parameters = dict(model.named_parameters())
-    taken: dict[str, list[str]] = {}
+    taken: dict[str, tuple[str, ...]] = {}
     fewer = []
-    for name, sources in _bert_names(stack.layers):
-        if name not in parameters:  # a head of an objective that the run has not
+    for piece in _bert_pieces(stack.layers):
+        name, sources = piece.ours, piece.theirs
+        if name not in parameters:  # a table or a head that the run has not
             continue
         if missing := [source for source in sources if source not in saved]:
             optional = missing[0].startswith(OPTIONAL)
             require(optional, f"init_from.joint: {folder} has no {', '.join(missing)}")
             continue
-        found = torch.cat([saved[source] for source in sources])
-        if rows := _copy(folder, name, found, parameters[name]):
+        if rows := _copy(folder, name, piece.read(saved), parameters[name]):
             fewer.append(rows)
         taken[name] = sources
     return _report(folder, model, saved, taken, fewer)
@@ -130,29 +132,14 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"init_from.joint: {file} cannot be read ({error})") from None
 
 
-def _bert_names(layers: int) -> Iterator[tuple[str, list[str]]]:
-    """Our parameters, and the tensors of BERT that make them when put one behind the other."""
-    for column, table in enumerate(("word", "position", "token_type")):
-        yield f"text_embedder.tables.{column}", [f"embeddings.{table}_embeddings.weight"]
-    modules = {"text_embedder": ["embeddings.LayerNorm"], "pooler": ["pooler.dense"]}
-    for layer in range(layers):
-        block, theirs = f"transformer.blocks.{layer}", f"encoder.layer.{layer}"
-        modules |= {
-            f"{block}.self_attention.query_key_value": [
-                f"{theirs}.attention.self.{part}" for part in ("query", "key", "value")
-            ],
-            f"{block}.self_attention.output": [f"{theirs}.attention.output.dense"],
-            f"{block}.self_attention.norm": [f"{theirs}.attention.output.LayerNorm"],
-            f"{block}.feed_forward.inner": [f"{theirs}.intermediate.dense"],
-            f"{block}.feed_forward.output": [f"{theirs}.output.dense"],
-            f"{block}.feed_forward.norm": [f"{theirs}.output.LayerNorm"],
-        }
-    modules["heads.masked_language.transform"] = ["cls.predictions.transform.dense"]
-    modules["heads.masked_language.norm"] = ["cls.predictions.transform.LayerNorm"]
-    for ours, sources in modules.items():
-        for kind in ("weight", "bias"):
-            yield f"{ours}.{kind}", [f"{source}.{kind}" for source in sources]
-    yield "heads.masked_language.bias", ["cls.predictions.bias"]
+def _bert_pieces(layers: int) -> Iterator[Piece]:
+    """The parameters that BERT has."""
+    yield from bert.embedder("joint.text")
+    yield from bert.stack("joint.transformer", layers)
+    yield from linear("joint.pooling.dense", "pooler.dense")
+    yield from linear("heads.masked_language.transform", "cls.predictions.transform.dense")
+    yield from linear("heads.masked_language.norm", "cls.predictions.transform.LayerNorm")
+    yield Piece("heads.masked_language.bias", ("cls.predictions.bias",))
 
 
 def _copy(folder: Path, name: str, found: Tensor, target: Tensor) -> str | None:
@@ -171,7 +158,7 @@ def _report(
     folder: Path,
     model: VisionLanguageModel,
     saved: dict[str, Tensor],
-    taken: dict[str, list[str]],
+    taken: dict[str, tuple[str, ...]],
     fewer: list[str],
 ) -> list[str]:
     used = {source for sources in taken.values() for source in sources}
@@ -190,6 +177,5 @@ def _report(
 
 
 def _module_of(name: str) -> str:
-    """The part of the model, or the head, that a parameter is of."""
-    first, second, *_ = name.split(".")
-    return f"{first}.{second}" if first == "heads" else first
+    """The part of a role, or the head, that a parameter is of."""
+    return ".".join(name.split(".")[:2])

@@ -5,7 +5,7 @@ import torch
 
 from engine.batch import Batch, MaskedWords, Patches, Places, Sample, Words
 from engine.data import collate
-from engine.models import AlignAndFuse
+from engine.models import VisionLanguageModel
 from engine.objectives import Objectives, add_heads
 from engine.objectives.contrastive import Contrastive
 from engine.objectives.masked_language import MaskedLanguage
@@ -66,11 +66,11 @@ def small_config(dropout: float = 0.0, cross_every: int = 1) -> Model:
 
 def small_model(
     dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32
-) -> AlignAndFuse:
+) -> VisionLanguageModel:
     """Redrawn so that every parameter matters: at its initialisation a model hides lost biases and swapped
     norms."""
     torch.manual_seed(3)
-    model = AlignAndFuse(small_config(dropout), VOCAB, impl)
+    model = VisionLanguageModel(small_config(dropout), VOCAB, impl=impl)
     add_heads(model, THREE.active)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -10,15 +10,17 @@ import torch
 from benchmarks.plain_uniter import Sizes, bert
 from benchmarks.uniter_pairs import Pair, packed, random_pair
 from engine.batch import IMAGE, TEXT, Batch
-from engine.models import OneStream
+from engine.models import VisionLanguageModel
 from engine.objectives import Objectives, add_heads
 from engine.objectives.masked_language import MaskedLanguage
 from engine.objectives.masked_region_classes import MaskedRegionClasses
 from engine.objectives.masked_region_features import MaskedRegionFeatures
 from engine.objectives.random_matching import RandomMatching
-from engine.sections import JointStack, Regions
+from engine.sections import ImageInput, JointStack, Model, Regions
 
 SIZES = Sizes(bert(32, 2, 4, dropout=0.0), vocab_size=120, max_positions=24, feature_values=20, classes=9)
+UNITER = {"types": 2, "image": ImageInput(kind="regions", type_of_text=1)}
+"""Options of a joint stream of words and regions."""
 TASKS = ("masked_language", "masked_region_features", "masked_region_classes", "random_matching")
 FOUR = Objectives(
     masked_language=MaskedLanguage(),
@@ -49,16 +51,26 @@ def small_stack(sizes: Sizes = SIZES, dropout: float = 0.0) -> JointStack:
     """The engine's section for the same transformer."""
     stack = dataclasses.asdict(sizes.stack)
     return JointStack(
-        **stack | {"dropout": dropout, "attention_dropout": dropout}, max_positions=sizes.max_positions
+        **stack | {"dropout": dropout, "attention_dropout": dropout},
+        max_positions=sizes.max_positions,
+        **UNITER,
     )
+
+
+def one_stream(
+    stack: JointStack, vocab_size: int, regions: Regions, impl: str = "auto", initializer_range: float = 0.02
+) -> VisionLanguageModel:
+    """A model of a joint stream alone."""
+    options = Model(image=None, text=None, fusion=None, joint=stack, initializer_range=initializer_range)
+    return VisionLanguageModel(options, vocab_size, regions, impl)
 
 
 def small_one_stream(
     dropout: float = 0.0, impl: str = "auto", dtype: torch.dtype = torch.float32
-) -> OneStream:
+) -> VisionLanguageModel:
     """Redrawn, vectors too: at its initialisation a model hides lost biases and swapped norms."""
     regions = Regions(SIZES.feature_values, SIZES.classes)
-    model = OneStream(small_stack(dropout=dropout), SIZES.vocab_size, regions, impl=impl)
+    model = one_stream(small_stack(dropout=dropout), SIZES.vocab_size, regions, impl)
     add_heads(model, FOUR.active)
     redraw(model)
     return model.to(dtype)

@@ -19,7 +19,7 @@ from benchmarks.steps.system import HUGGING_FACE, PADDED, Products, System, load
 from benchmarks.uniter_pairs import CLS, FIRST_WORD, MASK, SEP, chosen_at_random
 from engine.batch import IMAGE, TEXT, Batch, MaskedWords, Patches, Places, Sample, Words
 from engine.data import collate
-from engine.models import AlignAndFuse
+from engine.models import VisionLanguageModel
 from engine.objectives import Objectives, PretrainingModule, add_heads
 from engine.objectives.contrastive import Contrastive
 from engine.objectives.masked_language import MaskedLanguage
@@ -110,7 +110,7 @@ class Albef(System):
         return PaddedPairs.of(self.packed(samples))
 
     def model(self) -> PackedAlbef:
-        model = AlignAndFuse(self.shape.model, self.shape.vocab_size)
+        model = VisionLanguageModel(self.shape.model, self.shape.vocab_size)
         add_heads(model, OBJECTIVES.active)
         return PackedAlbef(redraw(model), OBJECTIVES.active)
 

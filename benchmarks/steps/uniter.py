@@ -13,13 +13,13 @@ from benchmarks.steps import hugging_face
 from benchmarks.steps.system import HUGGING_FACE, Products, System, load, redraw
 from benchmarks.uniter_pairs import Pair, coco_like_lengths, packed, pad, random_pair
 from engine.batch import IMAGE, Batch
-from engine.models import OneStream
+from engine.models import VisionLanguageModel
 from engine.objectives import Objectives, PretrainingModule, add_heads
 from engine.objectives.masked_language import MaskedLanguage
 from engine.objectives.masked_region_classes import MaskedRegionClasses
 from engine.objectives.masked_region_features import MaskedRegionFeatures
 from engine.objectives.random_matching import RandomMatching
-from engine.sections import JointStack, Regions
+from engine.sections import ImageInput, JointStack, Model, Regions
 
 OBJECTIVES = Objectives(
     masked_language=MaskedLanguage(),
@@ -33,21 +33,24 @@ TASK, TASKS_OF_THE_ENGINE = "mlm", ("masked_language",)
 def engine_name(name: str) -> str:
     """The packed model's parameter for one of the plain model's."""
     for plain, engine in (
-        ("text_embedder.words.weight", "text_embedder.tables.0"),
-        ("text_embedder.positions.weight", "text_embedder.tables.1"),
-        ("text_embedder.types.weight", "text_embedder.tables.2"),
-        ("embedder.norm.", "embedder."),
+        ("text_embedder.words.weight", "joint.text.words"),
+        ("text_embedder.positions.weight", "joint.text.positions"),
+        ("text_embedder.types.weight", "joint.text.types"),
+        ("text_embedder.", "joint.text."),
+        ("region_embedder.", "joint.image."),
+        ("pooler.", "joint.pooling.dense."),
         ("masked_language_head.", "heads.masked_language."),
         ("region_feature_head.", "heads.masked_region_features."),
         ("region_class_head.0.", "heads.masked_region_classes."),
         ("region_class_head.1.", "heads.masked_region_classes.classifier."),
         ("matching_head.", "heads.random_matching."),
     ):
-        name = name.replace(plain, engine)
-    return name
+        if name.startswith(plain):
+            return engine + name.removeprefix(plain)
+    return f"joint.{name}"
 
 
-def load_engine_weights(plain: PlainUniter, engine: OneStream) -> None:
+def load_engine_weights(plain: PlainUniter, engine: VisionLanguageModel) -> None:
     ours = dict(engine.named_parameters())
     weights = {name: ours.pop(engine_name(name)) for name, _ in plain.named_parameters()}
     assert not ours, f"the plain model has no place for {', '.join(ours)}"
@@ -92,8 +95,10 @@ class Uniter(System):
 
     def model(self) -> PackedUniter:
         sizes = self.sizes
-        stack = JointStack(**asdict(sizes.stack), max_positions=sizes.max_positions)
-        model = OneStream(stack, sizes.vocab_size, Regions(sizes.feature_values, sizes.classes))
+        image = ImageInput(kind="regions", type_of_text=1)
+        stack = JointStack(**asdict(sizes.stack), max_positions=sizes.max_positions, types=2, image=image)
+        roles = Model(image=None, text=None, fusion=None, joint=stack)
+        model = VisionLanguageModel(roles, sizes.vocab_size, Regions(sizes.feature_values, sizes.classes))
         add_heads(model, OBJECTIVES.active)
         return PackedUniter(redraw(model), OBJECTIVES.active)
 

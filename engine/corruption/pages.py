@@ -29,22 +29,25 @@ def cover_lines(lines: np.ndarray, probability: float, random: np.random.Generat
 
 
 def alignment_labels(
-    lines: np.ndarray, covered: np.ndarray, masked: np.ndarray, picture: Picture
+    lines: np.ndarray, covered: np.ndarray, masked: np.ndarray, own_picture: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """(positions, labels) of text-image alignment: 1 where the token's line is covered in the picture it is shown with.
 
     Special tokens and `masked` positions, which masked language modelling selected, are left out. Beside any picture
-    but its own nothing of the text is to be seen: all are covered.
+    but its own, or none, nothing of the text is to be seen: all are covered.
     """
     asked = lines >= 0
     asked[masked] = False
     positions = np.flatnonzero(asked)
-    labels = covered[positions] | (picture != Picture.OWN)
+    labels = covered[positions] | (not own_picture)
     return positions, labels.astype(np.int64)
 
 
-def blank(pixels: np.ndarray, boxes: np.ndarray, fill: int = 0) -> np.ndarray:
-    """A picture [H, W, ...] with everything inside the boxes [n, 4] filled; a pixel that a box touches is inside."""
+def blank(pixels: np.ndarray, boxes: np.ndarray, fill: float = 0) -> np.ndarray:
+    """A picture [H, W, ...] with everything inside the boxes [n, 4] filled; a pixel that a box touches is inside.
+
+    Of normalised pixels 0 is the mean colour; the paper does not say which one it uses.
+    """
     height, width = pixels.shape[:2]
     sides = np.asarray([width, height, width, height])
     shares = boxes.astype(np.int64) * sides

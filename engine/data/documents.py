@@ -25,7 +25,7 @@ _CHUNK = 1 << 24
 class DocumentSource:
     """The documents of some files, in order. Safe to use in forked and spawned workers."""
 
-    class_names: tuple[str, ...] = ()
+    kind = "documents"
 
     def __init__(
         self, files: Iterable[Path], cache: Path, ledger: FaultLedger, max_records: int | None = None

@@ -6,6 +6,7 @@ pages:FOLDER    NAME.png (or jpg, jpeg, webp) beside NAME.json: {"words": [n str
 classes:FOLDER  one folder per class with its pictures.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ _SAME_LINE = 0.5  # of the lower word's height lies beside the other's
 class PageFolder:
     """The pages of a folder by name. Safe in forked and spawned workers."""
 
+    kind = "pages"
+
     def __init__(
         self, folder: Path, max_image_pixels: int, ledger: FaultLedger, max_records: int | None = None
     ) -> None:
@@ -57,29 +60,29 @@ class PageFolder:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> Record:
-        key, words, tags, notes = self._described(index)
-        image, identity = self._decoded(index)
-        return Record(key, image, [], [], identity, notes, page=words, classes=tags)
+        image, identity = self.picture(index)
+        return dataclasses.replace(self.described(index), image=image, identity=identity)
+
+    def described(self, index: int) -> Record:
+        """Without touching the picture."""
+        key = self._key(index)
+        data = _read(key, self._pictures[index].with_suffix(".json"), MAX_JSON_BYTES)
+        content = decode_json(key, data)
+        words, notes = parse_page(key, content)
+        tags = _numbers(key, content.get("tags", []), self.class_names)
+        return Record(key, None, [], [], image_identity(data), notes, page=words, classes=tags)
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        """(picture, identity) alone."""
+        key = self._key(index)
+        data = _read(key, self._pictures[index], _MAX_IMAGE_BYTES)
+        return decode_image(key, data, self.max_image_pixels), image_identity(data)
 
     def captions(self, index: int) -> list[str]:
-        return [" ".join(self._described(index)[1].words)]
+        return [" ".join(self.described(index).page.words)]
 
     def texts(self, index: int) -> Texts:
         return Texts(self._key(index), self.captions(index))
-
-    def picture(self, index: int) -> Image.Image:
-        """A page's picture alone."""
-        return self._decoded(index)[0]
-
-    def _decoded(self, index: int) -> tuple[Image.Image, int]:
-        data = _read(self._key(index), self._pictures[index], _MAX_IMAGE_BYTES)
-        return decode_image(self._key(index), data, self.max_image_pixels), image_identity(data)
-
-    def _described(self, index: int) -> tuple[str, PageWords, tuple[int, ...], tuple[str, ...]]:
-        key = self._key(index)
-        content = decode_json(key, _read(key, self._pictures[index].with_suffix(".json"), MAX_JSON_BYTES))
-        words, notes = parse_page(key, content)
-        return key, words, _numbers(key, content.get("tags", []), self.class_names), notes
 
     def _key(self, index: int) -> str:
         if not 0 <= index < len(self):

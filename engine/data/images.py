@@ -7,6 +7,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from engine.data.augmentation import rand_augment
+
 _ASPECT_RANGE = (3 / 4, 4 / 3)
 
 
@@ -19,6 +21,7 @@ class ImageTransform:
     shorter side; the aspect ratio is kept, sides rounded to whole patches, at most `max_grid` of them).
     random_crop: "none", "resized" (a random area, resized to a square), "translate" (moved by up to
     size // 16 pixels, edges repeated). Random choices are made only when a generator is given.
+    augment: "none", or "rand_augment" behind the crop.
     """
 
     size: int
@@ -30,19 +33,29 @@ class ImageTransform:
     random_crop: str = "none"
     random_crop_scale: tuple[float, float] = (0.5, 1.0)
     flip: bool = False
+    augment: str = "none"
 
     def __call__(
         self, image: Image.Image, random: np.random.Generator | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        if random is not None and self.random_crop == "resized":
-            pixels = np.asarray(self._crop_resized(image, random))
-        else:
-            pixels = np.asarray(self._resized(image))
+        return self._patches(self._drawn(image, random))
+
+    def pixels(self, image: Image.Image, random: np.random.Generator | None = None) -> np.ndarray:
+        """float32 [3, H, W], for a convolutional backbone."""
+        return np.ascontiguousarray(self._scaled(self._drawn(image, random)).transpose(2, 0, 1))
+
+    def _drawn(self, image: Image.Image, random: np.random.Generator | None) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        crop = random is not None and self.random_crop == "resized"
+        resized = self._crop_resized(image, random) if crop else self._resized(image)
+        if random is not None and self.augment == "rand_augment":
+            resized = rand_augment(resized, random)
+        pixels = np.asarray(resized)
         if random is not None and self.random_crop == "translate":
             pixels = _translate(pixels, self.size // 16, random)
         if random is not None and self.flip and random.random() < 0.5:
             pixels = pixels[:, ::-1]
-        return self._patches(pixels)
+        return pixels
 
     def _resized(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -72,10 +85,12 @@ class ImageTransform:
 
     def _patches(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, columns = pixels.shape[0] // self.patch, pixels.shape[1] // self.patch
+        grid = self._scaled(pixels).reshape(rows, self.patch, columns, self.patch, 3).transpose(0, 2, 4, 1, 3)
+        return grid.reshape(rows * columns, -1), grid_positions(rows, columns)
+
+    def _scaled(self, pixels: np.ndarray) -> np.ndarray:
         std = np.asarray(self.std, dtype=np.float32)
-        scaled = pixels * (1 / (255 * std)) - np.asarray(self.mean, dtype=np.float32) / std
-        grid = scaled.reshape(rows, self.patch, columns, self.patch, 3).transpose(0, 2, 4, 1, 3)
-        return grid.reshape(rows * columns, -1), _grid_positions(rows, columns)
+        return pixels * (1 / (255 * std)) - np.asarray(self.mean, dtype=np.float32) / std
 
 
 def _resample(
@@ -96,5 +111,5 @@ def _translate(pixels: np.ndarray, reach: int, random: np.random.Generator) -> n
 
 
 @lru_cache
-def _grid_positions(rows: int, columns: int) -> np.ndarray:
+def grid_positions(rows: int, columns: int) -> np.ndarray:
     return np.indices((rows, columns), dtype=np.int32).reshape(2, -1).T

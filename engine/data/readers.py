@@ -1,11 +1,16 @@
 """What one objective, or several that share batches, read of a source: samples by number."""
 
+import dataclasses
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
-from engine.batch import Sample
+from engine.batch import Sample, Words
+from engine.corruption.pages import Picture, draw_picture
+from engine.data.document_examples import DocumentExamples
 from engine.data.negatives import RandomPictures
+from engine.data.plan import Purpose
 from engine.data.records import DataError, Detections, Record, RecordFault, Source, Texts
 from engine.data.samples import SampleMaker
 
@@ -15,6 +20,9 @@ MAX_REPLACEMENTS = 32
 class Reader(Protocol):
     """Makes the samples of a source; `read` raises RecordFault and appends what it could mend to `faults`."""
 
+    def __len__(self) -> int:
+        """Number of examples."""
+
     def read(self, epoch: int, example: int, faults: list[str]) -> Sample: ...
 
 
@@ -23,6 +31,9 @@ class PatchReader:
 
     def __init__(self, source: Source, maker: SampleMaker) -> None:
         self.source, self.maker = source, maker
+
+    def __len__(self) -> int:
+        return len(self.source)
 
     def read(self, epoch: int, example: int, faults: list[str]) -> Sample:
         record = self.source[example]
@@ -44,6 +55,9 @@ class RegionReader:
     ) -> None:
         self.source, self.maker, self.pictures = source, maker, pictures
         self.records, self.captions, self.images = records, captions, images
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     def read(self, epoch: int, example: int, faults: list[str]) -> Sample:
         texts = self.source.texts(int(self.records[example]))
@@ -70,6 +84,62 @@ class RegionReader:
         raise DataError(
             f"{MAX_REPLACEMENTS} pictures drawn for {key} are all broken; the last is {faults[-1]}"
         )
+
+
+class DocumentReader:
+    """Text alone."""
+
+    def __init__(self, examples: DocumentExamples, maker: SampleMaker) -> None:
+        self.examples, self.maker = examples, maker
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def read(self, epoch: int, example: int, faults: list[str]) -> Sample:
+        found = self.examples[epoch, example]
+        sample = Sample(Words(found.ids, found.words, found.types), None, example, found.pair)
+        return self.maker.prepared(sample, f"example {example} of the documents", epoch, example)
+
+
+class PageReader:
+    """Pages: their words with boxes, and their picture, another page's or none."""
+
+    def __init__(self, source: Source, maker: SampleMaker, another: float, none: float) -> None:
+        self.source, self.maker = source, maker
+        self.another, self.none = another, none
+        if another > 0 and len(source) < 2:
+            raise DataError("pages that are shown another's picture must be at least 2, got 1")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, epoch: int, example: int, faults: list[str]) -> Sample:
+        record = self.source.described(example)
+        faults += _notes(record)
+        if self.maker.transform is None:
+            return self.maker(record, epoch, example)
+        random = self.maker.random(epoch, example, Purpose.PICTURE)
+        shown = draw_picture(random, self.another, self.none)
+        image, identity = self._picture(example, shown, random, faults)
+        record = dataclasses.replace(record, image=image, identity=identity)
+        drawn = self.another + self.none > 0
+        return self.maker(record, epoch, example, own_image=shown == Picture.OWN if drawn else None)
+
+    def _picture(
+        self, example: int, shown: Picture, random: np.random.Generator, faults: list[str]
+    ) -> tuple[Image.Image, int]:
+        own, identity = self.source.picture(example)
+        if shown == Picture.NONE:
+            return Image.new("RGB", own.size, self.maker.no_picture), identity
+        if shown == Picture.OWN:
+            return own, identity
+        for _ in range(MAX_REPLACEMENTS):
+            other = int(random.integers(len(self) - 1))
+            try:
+                return self.source.picture(other + (other >= example))
+            except RecordFault as fault:
+                faults.append(str(fault))
+        raise DataError(f"{MAX_REPLACEMENTS} pictures drawn for a page are all broken; the last is {faults[-1]}")
 
 
 def _record(texts: Texts, identity: int, detections: Detections) -> Record:

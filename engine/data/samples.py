@@ -1,4 +1,4 @@
-"""From a record to a sample: one caption, tokenized, the picture as patches or regions, and what objectives add."""
+"""From a record to a sample: a text, tokenized, a picture as the model reads it, and what objectives add."""
 
 from collections.abc import Collection
 from functools import partial
@@ -7,11 +7,12 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from engine.batch import Patches, Regions, Sample, Words
+from engine.batch import Patches, Pixels, Regions, Sample, Words
 from engine.config import Config
-from engine.data.images import ImageTransform
+from engine.corruption.pages import GRID
+from engine.data.images import ImageTransform, grid_positions
 from engine.data.plan import Purpose, generator
-from engine.data.records import Record, RecordFault
+from engine.data.records import PageWords, Record, RecordFault
 from engine.data.tokenization import Tokenizer
 from engine.objectives import Objective
 from engine.objectives.parts.objective import Draw
@@ -19,17 +20,18 @@ from engine.objectives.parts.objective import Draw
 
 def image_transform(config: Config, train: bool = False) -> ImageTransform:
     """The transform of a run: with its random choices for training, without them for evaluation."""
-    data = config.data
+    data, pictures = config.data, config.model.reads_pictures
     return ImageTransform(
         size=data.image_size,
-        patch=config.model.image.patch_size,
-        max_grid=tuple(config.model.image.max_grid),
+        patch=pictures.patch_size,
+        max_grid=tuple(pictures.max_grid),
         mean=data.image_mean,
         std=data.image_std,
         resize=data.resize,
         random_crop=data.random_crop if train else "none",
         random_crop_scale=data.random_crop_scale,
         flip=data.flip and train,
+        augment=data.augment if train else "none",
     )
 
 
@@ -46,7 +48,12 @@ class SampleMaker:
         self.stream = stream
         self.train = train
         self.tokenizer = tokenizer
-        self.transform = None if config.data.regions else image_transform(config, train)
+        pictures = config.model.reads_pictures
+        self.as_pixels = pictures is not None and pictures.kind == "grid"
+        self.transform = None if config.data.regions or pictures is None else image_transform(config, train)
+        self.reads_text = config.model.reads_text
+        self.no_picture = tuple(round(255 * mean) for mean in config.data.image_mean)
+        """The colour of a picture that is not there: 0 to the model."""
         self.max_tokens = config.data.max_caption_tokens
         self.objectives = objectives
         self.needs_soft_labels = any(objective.needs_soft_labels for objective in objectives)
@@ -57,23 +64,33 @@ class SampleMaker:
         """`caption`: which of the record's; None: one drawn for training, the first for evaluation."""
         labels = None if record.detections is None else record.detections.soft_labels
         text, image = self._text(record, epoch, example, caption), self._image(record, epoch, example)
-        sample = Sample(text, image, record.identity, labels, own_image)
+        sample = Sample(
+            text, image, record.identity, classes=record.classes, soft_labels=labels, own_image=own_image
+        )
+        return self.prepared(sample, record.key, epoch, example)
+
+    def prepared(self, sample: Sample, key: str, epoch: int, example: int) -> Sample:
+        """With what the objectives add to it."""
         for objective in self.objectives:
-            draw = Draw(self.tokenizer, partial(self._random, epoch, example, purpose_of(objective.name)))
+            draw = Draw(self.tokenizer, partial(self.random, epoch, example, purpose_of(objective.name)))
             try:
                 objective.prepare(sample, draw)
             except ValueError as error:
-                raise RecordFault(record.key, str(error)) from None
+                raise RecordFault(key, str(error)) from None
         return sample
 
-    def _random(self, epoch: int, example: int, purpose: int) -> np.random.Generator:
+    def random(self, epoch: int, example: int, purpose: int) -> np.random.Generator:
         return generator(self.seed, epoch, example, purpose, self.stream)
 
-    def _text(self, record: Record, epoch: int, example: int, caption: int | None) -> Words:
+    def _text(self, record: Record, epoch: int, example: int, caption: int | None) -> Words | None:
+        if not self.reads_text:
+            return None
+        if record.page is not None:
+            return self._page_text(record.page)
         count = len(record.captions if record.token_ids is None else record.token_ids)
         if caption is None:
             draws = self.train and count > 1
-            caption = self._random(epoch, example, Purpose.CAPTION).integers(count) if draws else 0
+            caption = self.random(epoch, example, Purpose.CAPTION).integers(count) if draws else 0
         if record.token_ids is None:
             return Words(*self.tokenizer.encode(record.captions[caption], self.max_tokens))
         try:
@@ -81,11 +98,23 @@ class SampleMaker:
         except ValueError as error:
             raise RecordFault(record.key, str(error)) from None
 
-    def _image(self, record: Record, epoch: int, example: int) -> Patches | Regions:
-        if self.transform is None:
-            found = record.detections
+    def _page_text(self, page: PageWords) -> Words:
+        """Every piece of a word has its box; [CLS] has a corner's, [SEP] the other corner's, as LayoutLM has them."""
+        ids, words = self.tokenizer.encode_words(page.words, self.max_tokens)
+        boxes = np.where(words[:, None] < 0, 0, page.boxes[words])
+        boxes[-1] = GRID
+        return Words(ids, words, boxes=boxes.astype(np.int32), lines=np.where(words < 0, -1, page.lines[words]))
+
+    def _image(self, record: Record, epoch: int, example: int) -> Patches | Regions | Pixels | None:
+        if (found := record.detections) is not None:
             return Regions(torch.from_numpy(found.features), torch.from_numpy(found.boxes))
-        values, positions = self.transform(record.image, self._random(epoch, example, Purpose.IMAGE))
+        if self.transform is None:
+            return None
+        random = self.random(epoch, example, Purpose.IMAGE)
+        if self.as_pixels:
+            values = torch.from_numpy(self.transform.pixels(record.image, random))
+            return Pixels(values[None], torch.from_numpy(grid_positions(*self.transform.max_grid)))
+        values, positions = self.transform(record.image, random)
         return Patches(torch.from_numpy(values), torch.from_numpy(positions))
 
 

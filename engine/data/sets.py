@@ -79,4 +79,6 @@ def make_tokenizer(config: Config, sets: TrainingSets) -> Tokenizer:
     options = config.tokenizer
     if options.path is not None:
         return load_tokenizer(options.path)
-    return train_tokenizer(sets.captions(), options.kind, options.vocab_size, options.lowercase)
+    return train_tokenizer(
+        sets.captions(), options.kind, options.vocab_size, options.lowercase, options.sentinels
+    )

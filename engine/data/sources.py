@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from engine.data import builtin, builtin_folders
 from engine.data.detector import SceneSource
@@ -84,9 +85,9 @@ class JoinedSources:
         self.ledger = sources[0].ledger
         self._starts = np.cumsum([0, *map(len, sources)])
         self._first_images = np.cumsum([0, *(getattr(source, "num_images", 0) for source in sources)])
-        self.class_names = _class_names(sources[0])
-        if any(_class_names(source) != self.class_names for source in sources):
-            raise DataError("data.source joins sources with other classes or tags: give every one the same")
+        self.kind, self.class_names = kind_of(sources[0]), _class_names(sources[0])
+        if any((kind_of(source), _class_names(source)) != (self.kind, self.class_names) for source in sources):
+            raise DataError("data.source joins records of different kinds, or with other classes: make them data.sets")
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -118,6 +119,17 @@ class JoinedSources:
         part, place = _part(self._first_images, image)
         return self.sources[part].detections(place, soft_labels)
 
+    def described(self, index: int) -> Record:
+        part, place = _part(self._starts, index)
+        return self.sources[part].described(place)
+
+    def picture(self, index: int) -> tuple[Image.Image, int]:
+        part, place = _part(self._starts, index)
+        return self.sources[part].picture(place)
+
+    def state(self) -> list[Any]:
+        return [source.state() for source in self.sources]
+
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         for source in self.sources:
             source.check_tokenizer(tokenizer)
@@ -132,6 +144,11 @@ class JoinedSources:
             images=np.concatenate([part.images + start for part, start in zip(parts, firsts, strict=True)]),
             regions=np.concatenate([part.regions for part in parts]),
         )
+
+
+def kind_of(source: Source) -> Literal["pictures", "documents", "pages"]:
+    """What its records are."""
+    return getattr(source, "kind", "pictures")
 
 
 def _class_names(source: Source) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,18 +13,29 @@ from engine.batch import Batch, Sample
 from engine.config import Config
 from engine.data.batches import collate
 from engine.data.buckets import BucketPlan, check_budget
+from engine.data.document_examples import DocumentExamples
 from engine.data.mixture import Mixture
 from engine.data.negatives import RandomPictures
 from engine.data.plan import PairPlan, Plan
-from engine.data.readers import MAX_REPLACEMENTS, PatchReader, Reader, RegionReader
+from engine.data.readers import (
+    MAX_REPLACEMENTS,
+    DocumentReader,
+    PageReader,
+    PatchReader,
+    Reader,
+    RegionReader,
+)
 from engine.data.records import DataError, ExampleIndex, RecordFault, Source
 from engine.data.samples import SampleMaker
 from engine.data.sets import TrainingSet, TrainingSets
+from engine.data.sources import kind_of
+from engine.data.token_store import TokenStore
 from engine.data.tokenization import Tokenizer
 from engine.objectives import Objective
 
 _PREFETCHED = 4  # micro-batches that every worker prepares ahead
 _SPECIAL_TOKENS = 2
+_PICTURE_SHARES = ("replaced_images", "dropped_images")
 
 
 class TaskStream:
@@ -44,8 +56,8 @@ class TaskStream:
         self.reader: Reader
         self.plan: Plan
         if index is None:
-            self.reader = PatchReader(data.source, maker)
-            self.plan = PairPlan(len(data.source), config.seed, stream)
+            self.reader = plain_reader(config, data.source, tokenizer, maker)
+            self.plan = PairPlan(len(self.reader), config.seed, stream)
             return
         pictures = random_pictures(objectives, index.images, config.seed, stream, data.name)
         self.reader = RegionReader(data.source, index.records, index.captions, index.images, maker, pictures)
@@ -68,6 +80,26 @@ class TaskStream:
             f"{MAX_REPLACEMENTS} records drawn for stream position {place} are all broken; "
             f"the last is {faults[-1]}"
         )
+
+
+def plain_reader(config: Config, source: Source, tokenizer: Tokenizer, maker: SampleMaker) -> Reader:
+    """Of documents, pages or pictures that are read as they are."""
+    data, kind = config.data, kind_of(source)
+    if kind == "documents":
+        store = TokenStore(source, tokenizer, Path(data.cache), source.ledger, source.state())
+        limit, short = data.max_caption_tokens, data.short_documents
+        return DocumentReader(
+            DocumentExamples(store, tokenizer, data.documents, limit, short, maker.seed, maker.stream), maker
+        )
+    if kind == "pictures":
+        return PatchReader(source, maker)
+    moved = data.resize != "squash" or data.random_crop != "none" or data.flip or data.augment != "none"
+    if maker.transform is not None and moved:
+        raise DataError(
+            "pages keep their places: data.resize must be squash, data.random_crop and data.augment none, data.flip false"
+        )
+    shares = [max((getattr(one, share) for one in maker.objectives), default=0.0) for share in _PICTURE_SHARES]
+    return PageReader(source, maker, *shares)
 
 
 def random_pictures(
@@ -219,10 +251,10 @@ def held_out_batches(
     named in the faults of the batch that they would have been in.
     """
     reader = held_out_reader(config, source, tokenizer, task)
-    for first in range(0, len(source), batch):
+    for first in range(0, len(reader), batch):
         faults: list[str] = []
         samples = []
-        for index in range(first, min(first + batch, len(source))):
+        for index in range(first, min(first + batch, len(reader))):
             try:
                 samples.append(reader.read(0, index, faults))
             except RecordFault as fault:
@@ -237,7 +269,7 @@ def held_out_reader(config: Config, source: Source, tokenizer: Tokenizer, task: 
     objectives = [] if task is None else [config.objectives.active[task]]
     maker = SampleMaker(config, tokenizer, train=False, objectives=objectives)
     if config.data.regions is None:
-        return PatchReader(source, maker)
+        return plain_reader(config, source, tokenizer, maker)
     source.check_tokenizer(tokenizer)
     records = np.arange(len(source))
     images = np.asarray([source.image_of(record) for record in records.tolist()])

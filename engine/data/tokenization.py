@@ -14,6 +14,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 PAD, CLS, SEP, MASK, UNK = SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")
 _CONTINUATION = "##"
 _UNUSED = "[unused"  # places that BERT's vocabularies keep free
+_SENTINEL = "<extra_id_"  # what T5 puts in place of spans
+
+
+def sentinel(number: int) -> str:
+    return f"{_SENTINEL}{number}>"
 
 
 class Tokenizer:
@@ -33,8 +38,10 @@ class Tokenizer:
         self.model = model
         self.cls_id, self.sep_id, self.mask_id = (model.token_to_id(token) for token in (CLS, SEP, MASK))
         pieces = [model.id_to_token(number) or "" for number in range(self.vocab_size)]
-        ordinary = [piece not in SPECIAL_TOKENS and not piece.startswith(_UNUSED) for piece in pieces]
+        ordinary = [piece not in SPECIAL_TOKENS and not piece.startswith((_UNUSED, _SENTINEL)) for piece in pieces]
         self.ordinary_ids = np.flatnonzero(ordinary)
+        named = [model.token_to_id(sentinel(number)) for number in range(self.vocab_size)]
+        self.sentinel_ids = np.asarray([one for one in named if one is not None], dtype=np.int64)
         # with the word before
         self.goes_on = np.asarray([piece.startswith(_CONTINUATION) for piece in pieces])
 
@@ -48,6 +55,22 @@ class Tokenizer:
         ids = np.asarray([self.cls_id, *encoding.ids[: max_tokens - 2], self.sep_id], dtype=np.int64)
         words = np.asarray([-1, *encoding.word_ids[: max_tokens - 2], -1], dtype=np.int64)
         return ids, words
+
+    def encode_all(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, whether each begins a word) of every text, without special tokens and however long."""
+        encodings = self.model.encode_batch(texts, add_special_tokens=False)
+        words = [np.asarray(encoding.word_ids, dtype=np.int64) for encoding in encodings]
+        return [
+            (np.asarray(encoding.ids, dtype=np.int64), np.diff(word, prepend=-1) != 0)
+            for encoding, word in zip(encodings, words, strict=True)
+        ]
+
+    def encode_words(self, words: list[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, words) as `encode`, of a text that comes as words: each id has its place in the list."""
+        encoding = self.model.encode(words, is_pretokenized=True, add_special_tokens=False)
+        places = np.asarray(encoding.word_ids[: max_tokens - 2], dtype=np.int64)
+        ids = np.asarray([self.cls_id, *encoding.ids[: max_tokens - 2], self.sep_id], dtype=np.int64)
+        return ids, np.concatenate(([-1], places, [-1]))
 
     def enclose(self, ids: list[int], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """As `encode`, of a caption that comes as ids without [CLS] and [SEP]."""
@@ -77,8 +100,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"tokenizer file {path} cannot be read ({error})") from None
 
 
-def train_tokenizer(captions: Iterable[str], kind: str, vocab_size: int, lowercase: bool) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` ids: the same for the same captions in any order.
+def train_tokenizer(
+    captions: Iterable[str], kind: str, vocab_size: int, lowercase: bool, sentinels: int = 0
+) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` ids, the last of them sentinels: the same for the same captions in any order.
 
     The library's trainers walk hash maps with random seeds; each kind below restores a fixed order.
     """
@@ -86,8 +111,8 @@ def train_tokenizer(captions: Iterable[str], kind: str, vocab_size: int, lowerca
         raise ValueError(f"tokenizer kind must be {', '.join(_TRAIN)}, got {kind!r}")
     steps = [normalizers.NFKC(), *([normalizers.Lowercase()] if lowercase else [])]
     with _one_thread():
-        model = _TRAIN[kind](list(captions), vocab_size, normalizers.Sequence(steps))
-    model.add_special_tokens(list(SPECIAL_TOKENS))
+        model = _TRAIN[kind](list(captions), vocab_size - sentinels, normalizers.Sequence(steps))
+    model.add_special_tokens([*SPECIAL_TOKENS, *map(sentinel, range(sentinels))])
     return Tokenizer(model)
 
 

@@ -13,7 +13,7 @@ from engine.config import Config
 from engine.data import DataError, Tokenizer
 from engine.evaluation.sheet import draw_sheet
 from engine.evaluation.zero_shot import zero_shot
-from engine.models import AlignAndFuse, VisionLanguageModel
+from engine.models import VisionLanguageModel
 from engine.objectives.parts.held_out import HeldOut, NothingToMeasure
 
 
@@ -40,7 +40,7 @@ def evaluate(
             results |= objective.measure(model, held_out)
         if config.evaluation.zero_shot is not None and tokenizer is not None:
             results["zero_shot"] = zero_shot(model, config.evaluation.zero_shot, tokenizer, config)
-        if sheet is not None and tokenizer is not None and isinstance(model, AlignAndFuse):
+        if sheet is not None and tokenizer is not None and model.image is not None and model.text is not None:
             draw_sheet(sheet, held_out.gallery, held_out.ranked, tokenizer, config)
     except NothingToMeasure as error:
         raise DataError(str(error)) from None

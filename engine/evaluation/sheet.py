@@ -63,7 +63,7 @@ def _patches_of(batch: Batch) -> Iterable[tuple[Tensor, Tensor]]:
 
 def _picture(patches: Tensor, positions: Tensor, config: Config) -> Image.Image:
     """The picture that was cut into these patches, its normalisation undone."""
-    side = config.model.image.patch_size
+    side = config.model.reads_pictures.patch_size
     rows, columns = (positions.amax(0) + 1).tolist()
     grid = patches.float().view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)
     pixels = grid.reshape(rows * side, columns * side, 3).numpy()

@@ -11,17 +11,17 @@ import vlkernels as vk
 from PIL import Image
 from torch import Tensor
 
+from engine.batch import Patches, Text
 from engine.config import Config
 from engine.data import DataError, RecordFault, Tokenizer, image_transform
 from engine.data.records import decode_image
-from engine.models import AlignAndFuse
-from engine.models.transformer import Tokens
+from engine.models import VisionLanguageModel
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def zero_shot(
-    model: AlignAndFuse, folder: str | Path, tokenizer: Tokenizer, config: Config
+    model: VisionLanguageModel, folder: str | Path, tokenizer: Tokenizer, config: Config
 ) -> dict[str, float]:
     """Accuracy on `folder/CLASS/*.png`, where the name of each sub-folder is the caption of its class."""
     classes, files = find_classes(folder)
@@ -57,25 +57,23 @@ def read_picture(path: Path, config: Config) -> Image.Image:
 
 
 def caption_features(
-    model: AlignAndFuse, captions: Sequence[str], tokenizer: Tokenizer, config: Config
+    model: VisionLanguageModel, captions: Sequence[str], tokenizer: Tokenizer, config: Config
 ) -> Tensor:
     """`[N, E]` of captions."""
     rows = [tokenizer.encode(caption, config.data.max_caption_tokens)[0] for caption in captions]
     layout = vk.SegmentLayout([[len(row)] for row in rows]).to(model.logit_scale.device)
     ids = torch.from_numpy(np.concatenate(rows)).to(layout.device)
-    hidden = model.text_embedder(ids, layout, model.rng)
-    return model.features_of_text(model.text_tower(Tokens(hidden, layout)))
+    return model.features_of_text(model.text(Text(ids, layout), layout, model.rng))
 
 
-def picture_features(model: AlignAndFuse, paths: Sequence[Path], config: Config) -> Tensor:
+def picture_features(model: VisionLanguageModel, paths: Sequence[Path], config: Config) -> Tensor:
     """`[N, E]` of image files."""
     transform = image_transform(config)
     pictures = [transform(read_picture(path, config)) for path in paths]
     layout = vk.SegmentLayout([[len(patches)] for patches, _ in pictures]).to(model.logit_scale.device)
     columns = zip(*pictures, strict=True)
     patches, positions = (torch.from_numpy(np.concatenate(column)).to(layout.device) for column in columns)
-    hidden = model.image_embedder(patches, positions, layout, model.rng)
-    return model.features_of_image(model.image_tower(Tokens(hidden, layout)))
+    return model.features_of_image(model.image(Patches(patches, positions), layout, model.rng))
 
 
 def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:

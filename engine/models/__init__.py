@@ -1,7 +1,5 @@
-"""Embedders, the packed transformer, heads, and the models made of them."""
+"""Embedders, the packed transformer, heads, and the model made of them."""
 
-from engine.models.align_and_fuse import AlignAndFuse
-from engine.models.base import VisionLanguageModel
-from engine.models.one_stream import OneStream
+from engine.models.model import VisionLanguageModel
 
-__all__ = ["AlignAndFuse", "OneStream", "VisionLanguageModel"]
+__all__ = ["VisionLanguageModel"]

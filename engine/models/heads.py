@@ -10,19 +10,6 @@ from torch.nn import functional as F
 from engine.models.transformer import ACTIVATIONS
 
 
-class FeatureHead(nn.Module):
-    """Mean of a segment's tokens, a linear map without bias, unit length: what contrastive scores compare."""
-
-    def __init__(self, width: int, features: int, impl: str):
-        super().__init__()
-        self.projection = nn.Linear(width, features, bias=False)
-        self.impl = impl
-
-    def forward(self, hidden: Tensor, layout: vk.SegmentLayout, segment: int = 0) -> Tensor:
-        pooled = vk.segment_mean(hidden, layout, segment, impl=self.impl)
-        return F.normalize(self.projection(pooled), dim=-1)
-
-
 class HeadTransform(nn.Module):
     """BERT's: linear map, activation, LayerNorm."""
 

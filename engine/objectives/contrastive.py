@@ -10,7 +10,7 @@ import vlkernels as vk
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.models import AlignAndFuse
+from engine.models import VisionLanguageModel
 from engine.objectives.parts.batch_coupled import BatchCoupledObjective, Features
 from engine.objectives.parts.held_out import Figures, HeldOut
 from engine.objectives.parts.normalization import negatives_group, rank_counts
@@ -29,7 +29,7 @@ class Contrastive(BatchCoupledObjective):
     negatives: Literal["global", "local"] = "global"
     """global: against all pairs of the step; local: against those of this rank."""
 
-    def features(self, model: AlignAndFuse, batch: Batch) -> Features:
+    def features(self, model: VisionLanguageModel, batch: Batch) -> Features:
         rows = {"image": model.image_features(batch), "text": model.text_features(batch)}
         return Features(rows, {"scale": model.scale()})
 
@@ -46,7 +46,7 @@ class Contrastive(BatchCoupledObjective):
         }
         return {"contrastive": loss}, report
 
-    def measure(self, model: AlignAndFuse, held_out: HeldOut) -> Figures:
+    def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Recall both ways among the gallery, beside chance."""
         return {"contrastive": retrieval(held_out.gallery)}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.batch import Batch, Sample
-from engine.models import OneStream
+from engine.models import VisionLanguageModel
 from engine.models.heads import HeadTransform
 from engine.objectives.parts.baselines import ClassPrior
 from engine.objectives.parts.held_out import Figures, HeldOut, require_some
@@ -40,21 +40,21 @@ class MaskedRegionClasses(MaskedRegionObjective):
         masked = sample.views[self.name]
         masked.soft_labels = torch.from_numpy(sample.soft_labels[masked.places.offsets.numpy()])
 
-    def build_head(self, model: OneStream) -> nn.Module:
+    def build_head(self, model: VisionLanguageModel) -> nn.Module:
         stack = model.last_stack
         return RegionClassHead(stack.width, model.regions.classes, stack.activation, stack.eps, model.impl)
 
-    def __call__(self, model: OneStream, batch: Batch) -> tuple[Losses, Report]:
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:
         logits = self.logits(model, batch)
         labels = batch.views[self.name].soft_labels.to(logits.dtype)
         total = (soft_divergence if self.targets == "soft" else hard_error)(logits, labels)
         return {self.name: total * normalizer(batch, self.name)}, {}
 
-    def logits(self, model: OneStream, batch: Batch) -> Tensor:
+    def logits(self, model: VisionLanguageModel, batch: Batch) -> Tensor:
         """`[M, C]`."""
         return widened(model.heads[self.name].logits(model.masked_states(batch, self.name)))
 
-    def measure(self, model: OneStream, held_out: HeldOut) -> Figures:
+    def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Divergence from the detector's distributions over classes, and that of their mean. For hard targets the
         cross-entropy, and how often the class is found, or would be by naming the most frequent one."""
         loss, right, prior = 0.0, 0, ClassPrior()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.batch import Batch
-from engine.models import OneStream
+from engine.models import VisionLanguageModel
 from engine.models.heads import HeadTransform
 from engine.objectives.parts.baselines import MeanRegion
 from engine.objectives.parts.held_out import Figures, HeldOut, require_some
@@ -25,13 +25,13 @@ class MaskedRegionFeatures(MaskedRegionObjective):
     Squared error, mean over all elements (so divided by the size of a feature too).
     """
 
-    def build_head(self, model: OneStream) -> nn.Module:
+    def build_head(self, model: VisionLanguageModel) -> nn.Module:
         stack = model.last_stack
         return RegionFeatureHead(stack.width, model.regions.feature_values, stack.activation, stack.eps, model.impl)
 
-    def __call__(self, model: OneStream, batch: Batch) -> tuple[Losses, Report]:
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:
         hidden = model.masked_states(batch, self.name)
-        embedding = model.region_embedder.feature_projection.weight
+        embedding = model.joint.image.feature_projection.weight
         predicted = widened(model.heads[self.name].features(hidden, embedding))
         targets = self.targets(batch).to(predicted.dtype)
         total = F.mse_loss(predicted, targets, reduction="sum") / targets.shape[1]
@@ -41,7 +41,7 @@ class MaskedRegionFeatures(MaskedRegionObjective):
         """`[M, F]`: the features of the masked regions."""
         return batch.image.features[batch.views[self.name].places.rows(batch.image_layout)]
 
-    def measure(self, model: OneStream, held_out: HeldOut) -> Figures:
+    def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Squared error of the features, and that of their mean."""
         loss, mean = 0.0, MeanRegion()
         for batch in held_out.batches(self.name):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.batch import Batch
-from engine.models import AlignAndFuse
+from engine.models import VisionLanguageModel
 from engine.models.exchange import gather_tokens
-from engine.models.align_and_fuse import Variant
+from engine.models.passes import Variant
 from engine.models.transformer import Source, Tokens
 from engine.objectives.parts.batch_coupled import require_negatives
 from engine.objectives.parts.gallery import Gallery
@@ -61,10 +61,10 @@ class Matching(Objective):
             "of the other micro-batches, which global negatives need, are not kept",
         )
 
-    def build_head(self, model: AlignAndFuse) -> nn.Module:
+    def build_head(self, model: VisionLanguageModel) -> nn.Module:
         return MatchingHead(model.last_stack.width, model.impl)
 
-    def __call__(self, model: AlignAndFuse, batch: Batch) -> tuple[Losses, Report]:
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:
         group = negatives_group(self.negatives)
         hard_texts, hard_images = draw_negatives(model, batch, group, self.hardness)
         texts, images = pair_up(model, batch, hard_texts.clamp(min=0), hard_images.clamp(min=0), group)
@@ -78,7 +78,7 @@ class Matching(Objective):
         report = {"matching_accuracy": right.sum() / drawn.sum()}
         return {"matching": each.sum() / len(ORDER) * normalizer(batch, "pairs")}, report
 
-    def measure(self, model: AlignAndFuse, held_out: HeldOut) -> Figures:
+    def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Right pairs told from wrong ones; and recall where the head has re-ranked the best by contrastive score."""
         gallery, top = held_out.gallery, held_out.options.rerank_top
         figures = {"matching": matching_accuracy(model, gallery)}
@@ -101,13 +101,13 @@ class MatchingHead(nn.Module):
         return self.classifier(first)
 
 
-def matching_logits(model: AlignAndFuse, fused: Tokens) -> Tensor:
+def matching_logits(model: VisionLanguageModel, fused: Tokens) -> Tensor:
     """`[B, 2]`: does not belong together, does."""
     return model.heads["matching"](fused.hidden, fused.layout)
 
 
 def draw_negatives(
-    model: AlignAndFuse, batch: Batch, group: dist.ProcessGroup | None, hardness: float
+    model: VisionLanguageModel, batch: Batch, group: dist.ProcessGroup | None, hardness: float
 ) -> tuple[Tensor, Tensor]:
     """A hard text per image and a hard image per text: rows of the batch of all ranks in the group, -1 for
     none."""
@@ -126,7 +126,7 @@ def draw_negatives(
 
 
 def pair_up(
-    model: AlignAndFuse,
+    model: VisionLanguageModel,
     batch: Batch,
     hard_texts: Tensor,
     hard_images: Tensor,
@@ -136,14 +136,14 @@ def pair_up(
 
     On one process no image state is copied: several texts read the keys and values of one image.
     """
-    text, pairs = model.encode_text(batch), len(batch.labels)
+    text, pairs = model.before_fusion(batch), len(batch.labels)
     here = torch.arange(pairs, device=hard_texts.device)
     if group is None:
         own, source = here, model.image_source(batch)
         images = replace(source, index=torch.cat((here, here, hard_images)).to(torch.int32))
     else:
         own, text = here + pairs * dist.get_rank(group), gather_tokens(text, group)
-        drawn = gather_tokens(model.encode_image(batch), group).take(
+        drawn = gather_tokens(model.image_states(batch), group).take(
             torch.cat((own, hard_images)), model.impl
         )
         images = model.source_of(drawn, torch.cat((here, here, here + pairs)).to(torch.int32))
@@ -152,7 +152,7 @@ def pair_up(
     return Tokens(texts.hidden, texts.layout.with_sample_ids(identities)), images
 
 
-def logits_of_pairs(model: AlignAndFuse, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:
+def logits_of_pairs(model: VisionLanguageModel, gallery: Gallery, images: Tensor, texts: Tensor) -> Tensor:
     """`[P, 2]` for pairs (`images[p]`, `texts[p]`); pairs sorted by image cost one projection per image."""
     logits = []
     for some_images, some_texts in zip(
@@ -165,7 +165,7 @@ def logits_of_pairs(model: AlignAndFuse, gallery: Gallery, images: Tensor, texts
     return torch.cat(logits).float()
 
 
-def matching_accuracy(model: AlignAndFuse, gallery: Gallery) -> dict[str, float]:
+def matching_accuracy(model: VisionLanguageModel, gallery: Gallery) -> dict[str, float]:
     """Accuracy on as many wrong pairs as right ones: text `i` with image `i`, and with one that is not its
     own."""
     own = torch.arange(len(gallery), device=gallery.labels.device)

@@ -12,8 +12,8 @@ import vlkernels as vk
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.batch import IMAGE, TEXT, Batch, Sample
-from engine.models import OneStream
+from engine.batch import Batch, Sample
+from engine.models import VisionLanguageModel
 from engine.models.transformer import Tokens
 from engine.objectives.parts.held_out import Figures, HeldOut, require_some
 from engine.objectives.parts.normalization import normalizer, widened
@@ -54,11 +54,11 @@ class RandomMatching(Objective):
     def prepare(self, sample: Sample, draw: Draw) -> None:
         sample.views[self.name] = int(sample.own_image)
 
-    def build_head(self, model: OneStream) -> nn.Module:
+    def build_head(self, model: VisionLanguageModel) -> nn.Module:
         return nn.Linear(model.last_stack.width, 2)
 
-    def __call__(self, model: OneStream, batch: Batch) -> tuple[Losses, Report]:
-        read, own, factor = model.encode(batch), batch.views[self.name], normalizer(batch, "pairs")
+    def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:
+        read, own, factor = model.joint_states(batch), batch.views[self.name], normalizer(batch, "pairs")
         logits = widened(matching_logits(model, read))
         losses = {"random_matching": F.cross_entropy(logits, own, reduction="sum") * factor}
         report = {"matching_accuracy": (logits.detach().argmax(1) == own).float().mean()}
@@ -70,7 +70,7 @@ class RandomMatching(Objective):
             report["transport_replaced"] = _mean_where(own == 0, distance.detach())
         return losses, report
 
-    def measure(self, model: OneStream, held_out: HeldOut) -> Figures:
+    def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Own images told from replaced ones, how far the words are from the regions of either, and retrieval."""
         totals, distances = Counter(), Counter()
         for batch in held_out.batches(self.name):
@@ -106,31 +106,31 @@ def figures(totals: Counter[str], distances: Counter[str]) -> Figures:
     return found
 
 
-def matching_logits(model: OneStream, read: Tokens) -> Tensor:
+def matching_logits(model: VisionLanguageModel, read: Tokens) -> Tensor:
     """`[B, 2]`: the image was replaced, it is the caption's own."""
     return model.heads["random_matching"](model.pooled(read))
 
 
-def matching_retrieval(model: OneStream, gallery: Batch) -> dict[str, float]:
+def matching_retrieval(model: VisionLanguageModel, gallery: Batch) -> dict[str, float]:
     """Recall both ways where the matching head has read every caption with every image."""
     texts = torch.arange(len(gallery.labels), device=gallery.labels.device)
     scores = torch.empty(len(texts), len(texts), device=texts.device)
     for shift in range(len(texts)):
         images = texts.roll(shift)
-        logits = matching_logits(model, model.encode(with_images(gallery, images))).float()
+        logits = matching_logits(model, model.joint_states(with_images(gallery, images))).float()
         scores[images, texts] = logits[:, 1] - logits[:, 0]
     return both_ways(scores, scores.T, gallery.labels[:, None] == gallery.labels[None, :])
 
 
-def transport_distance(model: OneStream, read: Tokens) -> Tensor:
+def transport_distance(model: VisionLanguageModel, read: Tokens) -> Tensor:
     """float32 `[B]`: cost of moving each caption, [CLS] and [SEP] included, to its regions."""
     return vk.optimal_transport(
         read.hidden,
         read.hidden,
         image_layout=read.layout,
         text_layout=read.layout,
-        image_segment=IMAGE,
-        text_segment=TEXT,
+        image_segment=model.joint.segment("image"),
+        text_segment=model.joint.segment("text"),
         impl=model.impl,
     )
 

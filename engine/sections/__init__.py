@@ -6,16 +6,21 @@ out keeps the default. Errors name the option as it is written on the command li
 
 from engine.sections.checks import require, require_not_negative, require_positive, require_share
 from engine.sections.data import Data, DataSet, Regions, Tokenizer
-from engine.sections.model import Distances, FusionStack, ImageStack, JointStack, Model, Stack, TextStack
+from engine.sections.inputs import ImageInput, TextInput
+from engine.sections.model import Distances, Stack
+from engine.sections.roles import DecoderStack, FusionStack, GeneratorStack, ImageStack, JointStack, Model, TextStack
 from engine.sections.training import Buckets, Evaluation, Optimizer, Rule, Schedule, Train, Zero
 
 __all__ = [
     "Buckets",
     "Data",
     "DataSet",
+    "DecoderStack",
     "Distances",
     "Evaluation",
     "FusionStack",
+    "GeneratorStack",
+    "ImageInput",
     "ImageStack",
     "JointStack",
     "Model",
@@ -24,6 +29,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "Stack",
+    "TextInput",
     "TextStack",
     "Tokenizer",
     "Train",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.sections.checks import require, require_not_negative, require_positive
+from engine.sections.checks import require, require_not_negative, require_positive, require_share
 
 
 @dataclass
@@ -88,6 +88,9 @@ class Data:
     """Least and largest share of the area that random_crop "resized" keeps."""
     flip: bool = False
     """Mirror training images at random. Leave it off where captions or glyphs say left and right."""
+    augment: Literal["none", "rand_augment"] = "none"
+    """Of training images, behind the crop. rand_augment: two operations at magnitude 7 that move the picture or change
+    its brightness, contrast or sharpness, as ALBEF and BLIP have them; never a mirror."""
     workers: int = 0
     """Loader processes per rank (0: load in the training process). They do not change the order."""
     fault_limit: int = 100
@@ -95,7 +98,13 @@ class Data:
     max_image_pixels: int = 64_000_000
     """Larger images are refused as broken records before they are decoded."""
     max_caption_tokens: int = 64
-    """Captions are cut to this many tokens, [CLS] and [SEP] included."""
+    """Texts are cut to this many tokens, [CLS] and [SEP] included."""
+    documents: Literal["sentences", "blocks", "next_sentence", "sentence_order"] = "sentences"
+    """How documents become examples of max_caption_tokens. sentences: as many in a row of one document as fit; blocks:
+    so many tokens in a row, across documents, with [SEP] behind each of them; next_sentence: two segments, the second
+    one half the time from another document; sentence_order: two segments, half the time swapped."""
+    short_documents: float = 0.0
+    """Share of two-segment examples that are cut to a random length (BERT: 0.1)."""
     cache: str = "runs/cache"
     """Folder where the built-in shards and the indices of all shards are kept."""
     permute_captions: bool = False
@@ -109,6 +118,7 @@ class Data:
         require(min(self.image_std) > 0, f"data.image_std must be positive, got {list(self.image_std)}")
         low, high = self.random_crop_scale
         require(0 < low <= high <= 1, f"data.random_crop_scale must rise within (0, 1], got {[low, high]}")
+        require_share("data.short_documents", self.short_documents)
         limit = self.max_caption_tokens
         require(limit >= 3, f"data.max_caption_tokens must be at least 3, got {limit}")
 
@@ -125,6 +135,13 @@ class Tokenizer:
     """A tokenizer.json to load instead of training one."""
     lowercase: bool = True
     """Lower-case captions first."""
+    sentinels: int = 0
+    """How many ids, the last of a trained vocabulary, stand for the spans that span corruption takes out."""
 
     def __post_init__(self) -> None:
-        require(self.vocab_size >= 16, f"tokenizer.vocab_size must be at least 16, got {self.vocab_size}")
+        require_not_negative(self, "tokenizer", "sentinels")
+        least = 16 + self.sentinels
+        require(
+            self.vocab_size >= least,
+            f"tokenizer.vocab_size must be at least 16 and tokenizer.sentinels, {least}, got {self.vocab_size}",
+        )

@@ -1,22 +1,30 @@
 """The runner stores what it measured with its provenance, and times nothing that is wrong."""
 
+import contextlib
 import gc
 import json
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import host_cost, memory, provenance, roof, run, timing
+from benchmarks import host_cost, launches, memory, provenance, roof, run, timing
 from benchmarks.provenance import CardLog
 from vlkernels import ops
 from vlkernels.core import dispatch
 from vlkernels.core.dispatch import Implementation
 from vlkernels.core.spec import Benchmark, Cost, InputMaker
 from vlkernels.testing import contract
+
+@pytest.fixture(autouse=True)
+def small_roof(monkeypatch):
+    monkeypatch.setitem(roof.SIZES, "cpu", (64, 2**20))
+
 
 ARGUMENTS = ["--device", "cpu", "--budget-s", "0"]
 
@@ -29,6 +37,7 @@ def test_results_carry_their_provenance(tmp_path):
     assert row["seconds"]["vlkernels"]["median"] > 0 and "reference" in row["seconds"]
     parts = [row[part]["vlkernels"]["median"] for part in ("forward", "backward")]
     assert min(parts) > 0 and row["derived"]["forward"]["best_peer"]["name"] == "index_add"
+    assert min(row["roof"].values()) > 1e6 and row["derived"]["backward"]["share_of_roof"]["vlkernels"] > 0
 
 
 def test_the_rows_of_a_card_are_listed_without_one(capsys, monkeypatch):
@@ -183,8 +192,30 @@ def test_peak_memory_on_a_cpu_is_what_a_process_of_its_own_holds():
 
 
 def test_the_roof_is_measured():
-    found = roof.measure("cpu", torch.float32, side=64, copied=2**20)
+    found = roof.measure("cpu", torch.float32)
     assert found.flops > 1e6 and found.bytes > 1e6
+
+
+def test_kernels_are_counted_and_copies_are_not(monkeypatch):
+    def event(name, device=DeviceType.CUDA):
+        return SimpleNamespace(name=name, device_type=device)
+
+    events = [event("pairs_kernel"), event("Memset (Device)"), event("Memcpy DtoD"), event("cudaLaunchKernel", DeviceType.CPU)]
+    assert launches.kernels([*events, event("gemm")]) == 2
+    ran = []
+    seen = contextlib.nullcontext(SimpleNamespace(events=lambda: events * len(ran)))
+    monkeypatch.setattr(launches, "profile", lambda activities: seen)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ran.append("waited"))
+    parts = {part: partial(ran.append, part) for part in ("forward", "backward")}
+    assert launches.launches(parts) == {"forward": 2, "backward": 4} and ran == ["forward", "waited", "backward", "waited"]
+    events.clear()
+    assert launches.launches(parts) is None
+
+
+def test_launches_are_told(capsys):
+    one = timing.Timing(1.0, 1.0, 1.0, 5)
+    run.show("row", {"vlkernels": {"forward": one, "total": one}}, {"forward": {}, "backward": {}}, None, {"vlkernels": {"forward": 3}})
+    assert capsys.readouterr().out.splitlines()[1].endswith("| 3 launches")
 
 
 class StandInCuda:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import lines, measured, plots, provenance, report
+from benchmarks import lines, measured, pictures, plots, provenance, report, targets
 from benchmarks.measured import Refused
 from benchmarks.run import benchmarks_of
 from vlkernels import ops
@@ -125,6 +125,18 @@ def test_rows_older_than_the_digest_are_shown_where_a_commit_names_their_code(co
     assert found() == 0
 
 
+def test_rows_of_the_whole_step_go_on_under_its_new_name(copy):
+    old, new = results_of(copy, "uniter_step"), results_of(copy, "train_step")
+    assert not new.exists() and "| uniter_step: [UNITER-base step](" in report.pages(copy)[copy / "README.md"]
+    row = json.loads(old.read_text().splitlines()[-1])
+    times = {"padded PyTorch, random": 9.75, "padded PyTorch, bucketed": 8.25, "transformers, random": 1.5}
+    row |= {"dtype": "torch.float32", "packed_times_as_fast": times, "date": "2100-01-01T00:00:00+00:00", "source": "s"}
+    new.write_text(json.dumps(row) + "\n")
+    page = report.pages(copy)[copy / "README.md"]
+    for figure in ("9.75; 2.65 (target 2: met)", "8.25; 1.59 (target 1.08: met)"):
+        assert re.search(rf"{re.escape(figure)} \|  \| train_step: \[UNITER-base step\]", page)
+
+
 def test_a_line_whose_rows_vanished_is_an_error(copy):
     rewrite(results_of(copy, "rms_norm"), lambda row: None if row["dtype"] == "torch.bfloat16" else row)
     with pytest.raises(Refused, match=r"'RMSNorm\(x \+ residual\)' has no row of rms_norm, .*, bfloat16, .*: run `make bench`"):
@@ -162,7 +174,8 @@ def test_the_machine_with_every_line_is_told(copy):
 
 
 def test_time_and_memory_are_plotted_once_the_memory_of_two_batches_is_known(copy, monkeypatch):
-    monkeypatch.setattr(report, "LINES", tuple(line for line in report.LINES if line.benchmark != "n16384_d512"))
+    for module in (report, pictures):
+        monkeypatch.setattr(module, "LINES", tuple(line for line in lines.LINES if line.benchmark != "n16384_d512"))
     path = results_of(copy, "contrastive_loss")
     rewrite(path, lambda row: row if row["benchmark"] in ("n4096_d512", "quickstart_n128_d64") else None)
     plot = copy / "docs" / "contrastive_batch.svg"
@@ -175,6 +188,69 @@ def test_time_and_memory_are_plotted_once_the_memory_of_two_batches_is_known(cop
     pages = report.pages(copy)
     assert "](docs/contrastive_batch.svg)" in pages[copy / "README.md"] and pages[plot].count("<circle") == 2 * 3 + 2 * 2
     assert all(told in pages[plot] for told in (made["device"], made["date"][:10], made["commit"][:10]))
+
+
+def test_late_interaction_and_the_floor_are_plotted_once_rows_know_them(copy):
+    late, floor = (copy / "docs" / f"{name}.svg" for name in ("late_interaction_batch", "floor"))
+    for name in ("late_interaction_loss", "layer_norm"):
+        rewrite(results_of(copy, name), lambda row: row | {"roof": None, "peak_bytes": None})
+    made = json.loads(results_of(copy, "late_interaction_loss").read_text().splitlines()[-1])
+    made |= {"dtype": "torch.float32", "peak_bytes": {"vlkernels": 2**20, "dense": 2**24}, "roof": {"flops": 1e12, "bytes": 1e10}}
+    made |= {"seconds": {"vlkernels": {"median": 0.5}, "dense": {"median": 1.0}}, "date": "2100-01-01T00:00:00+00:00"}
+    made["cost"] = {"forward_bytes": 1e9, "forward_flops": 1e10, "backward_bytes": 1e8, "backward_flops": 1e11}
+    with results_of(copy, "late_interaction_loss").open("a") as file:
+        file.writelines(json.dumps(made | {"benchmark": f"filip n{pairs} p49 t5-32 d256"}) + "\n" for pairs in (64, 128, 256))
+    pages = report.pages(copy)
+    assert pages[late].count("<circle") == 2 * 3 + 2 * 3 and "times as fast" not in pages[late]
+    assert ">40<" in pages[floor], "0.1 s of bytes and 0.1 of products, of 0.5"
+    assert all(f"](docs/{path.name})" in pages[copy / "README.md"] for path in (late, floor))
+    assert {late, floor} <= {*report.stale(pages)}
+
+
+CARD = {name: "there" for name in (*provenance.REQUIRED, *provenance.REQUIRED_OF_A_CARD, "source")} | {"modified": False}
+
+
+def card_row(copy: Path, reading: targets.Reading) -> dict[str, Any]:
+    """What a run of a card would store for it, with every peer that is declared: ours takes 1 s, the others 2 to 3."""
+    spec = next((spec for spec in ops.specs() if spec.name == reading.file), None)
+    peers = benchmarks_of(spec, "cuda")[reading.benchmark].peers if spec else {}
+    medians = {"vlkernels": {"median": 1.0}} | {peer: {"median": 2 + n / 100} for n, peer in enumerate(peers)}
+    rates = {"tflops": {"vlkernels": 321.4}, "share_of_copy": {"vlkernels": 0.876}}
+    row = {"op": reading.benchmark, **({"benchmark": reading.benchmark, "dtype": "torch.bfloat16"} if spec else {})}
+    row |= {"seconds": medians, "forward": medians, "backward": medians, "derived": {"forward": rates, "backward": rates}}
+    return row | CARD | {"date": "2026-12-01T00:00:00+00:00", "device": "NVIDIA H200", "arch": "sm_90"}
+
+
+def test_every_target_of_a_card_reads_a_declared_row_and_none_is_measured_without_one(copy):
+    assert all(target.told([]) == targets.UNMEASURED for target in targets.TARGETS) and len(targets.TARGETS) == 14
+    folder = copy / "benchmarks" / "results" / "nvidia-h200"
+    folder.mkdir()
+    for reading in {(r.file, r.benchmark): r for target in targets.TARGETS for r in target.readings}.values():
+        with (folder / f"{reading.file}.jsonl").open("a") as file:
+            file.write(json.dumps(card_row(copy, reading)) + "\n")
+    told = report.pages(copy)[copy / "README.md"].partition("On a card: ")[2].splitlines()
+    assert told[0] == "NVIDIA H200, sm_90, 2026-12-01."
+    measured_ = {line.split(" | ")[0]: line.split(" | ")[-1].rstrip(" |") for line in told[4:18]}
+    assert targets.UNMEASURED not in "".join(measured_.values())
+    assert measured_["| the same, backward"] == "321 / 321" and measured_["| dropout 0.1: times as long as without"] == "0.5"
+    host, pack = (next(value for name, value in measured_.items() if name.startswith(f"| {start}")) for start in ("host", "pack"))
+    assert host == "1e+06 / 1e+06" and pack == "0.876 / 0.876 / 2"
+
+
+def test_a_card_row_without_its_provenance_is_refused(copy):
+    folder = copy / "benchmarks" / "results" / "nvidia-h200"
+    folder.mkdir()
+    row = card_row(copy, targets.TARGETS[0].readings[0])
+    for field in provenance.REQUIRED_OF_A_CARD:
+        (folder / "attention_qkvpacked.jsonl").write_text(json.dumps({k: v for k, v in row.items() if k != field}) + "\n")
+        with pytest.raises(Refused, match=f"its provenance has no {field}$"):
+            report.pages(copy)
+
+
+def test_bars_are_as_long_as_they_say():
+    drawn = plots.draw_bars("share", [plots.Bar("a", {"x": 50.0, "y": 100.0}), plots.Bar("b", {"y": 25.0})], ("x", "y"), ["where"])
+    widths = [float(width) for width in re.findall(r'width="([\d.]+)" height="11"', drawn)]
+    assert widths == [0.5 * plots.BARS_WIDTH, plots.BARS_WIDTH, 0.25 * plots.BARS_WIDTH] and drawn.count(">where<") == 1
 
 
 def test_the_order_of_rows_in_a_file_tells_nothing(copy):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import vlkernels as vk
-from vlkernels.core.layout import _bounds_hold
+from vlkernels.core.layout_checks import _bounds_hold
 
 ROWS = [[2, 3], [0, 1], [4, 0], [0, 0]]
 
@@ -148,3 +148,31 @@ def test_bounds_on_a_device_are_checked_there(bounds, monkeypatch):
     except ValueError:
         accepted = False
     assert bool(_bounds_hold(torch.tensor(bounds), 5, 7)) == accepted == (bounds in ([0, 3, 7], [0]))
+
+
+def test_joined_segments_lie_one_behind_the_other():
+    layout = vk.SegmentLayout(ROWS, capacity=12, sample_ids=[7, 5, 3, 1])
+    other = vk.SegmentLayout([[1], [0], [6], [2]])
+    joined = vk.SegmentLayout.joined((2, layout, other))
+    plain = vk.SegmentLayout([[2, *a, *b] for a, b in zip(ROWS, [[1], [0], [6], [2]], strict=True)])
+    assert torch.equal(joined.starts, plain.starts) and torch.equal(joined.lengths, plain.lengths)
+    assert torch.equal(joined.token_segment()[: plain.num_tokens], plain.token_segment())
+    assert joined.sample_ids.tolist() == [7, 5, 3, 1]
+    assert joined.max_segment_lengths == plain.max_segment_lengths and joined.segment_totals == plain.segment_totals
+    assert joined.num_tokens == plain.num_tokens + 2 and joined.max_seqlen >= plain.max_seqlen
+    assert not joined.exact and vk.SegmentLayout.joined((2, other)).exact
+    assert vk.SegmentLayout.joined((2, layout.to("meta"))).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ((2,), r"there must be a layout among what is joined, got \[2\]"),
+        ((-1, vk.SegmentLayout([[1]])), r"lengths must not be negative, got \[-1\]"),
+        ((vk.SegmentLayout([[1]]), vk.SegmentLayout([[1], [2]])), r"the same samples, got \[1, 2\] of them"),
+        ((vk.SegmentLayout([[1] * 16]), 1), "at most 16 segments, got 17"),
+    ],
+)
+def test_what_cannot_be_joined(parts, message):
+    with pytest.raises(ValueError, match=message):
+        vk.SegmentLayout.joined(parts)

@@ -13,7 +13,7 @@ from engine.config import Config
 from engine.data.tokenization import train_tokenizer
 from engine.export import export, rebuild
 from engine.build import build_model
-from engine.models import OneStream
+from engine.models import VisionLanguageModel
 from engine.training.command_line import parse
 
 
@@ -26,8 +26,8 @@ def test_a_joint_model_loads_back(tmp_path):
     export(tmp_path, model, config, tokenizer)
     assert rebuild(Config, json.loads((tmp_path / "config.json").read_text())) == config
     loaded, same_tokenizer, transform = engine.load(tmp_path)
-    assert isinstance(loaded, OneStream) and not loaded.training and transform is None
+    assert loaded.options.roles == ["joint"] and not loaded.training and transform is None
     assert same_tokenizer.vocab_size == tokenizer.vocab_size
     batch = region_batch(range(3), Sizes(bert(32, 2, 2), vocab_size=tokenizer.vocab_size))
-    assert torch.equal(loaded.encode(batch, "masked_region_features").hidden, model.encode(batch, "masked_region_features").hidden)
+    assert torch.equal(loaded.joint_states(batch, "masked_region_features").hidden, model.joint_states(batch, "masked_region_features").hidden)
     assert load_file(tmp_path / "model.safetensors").keys() == dict(model.named_parameters()).keys()

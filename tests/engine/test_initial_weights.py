@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import vlkernels as vk
+from random_pairs import UNITER
 from safetensors.torch import load_file, save_file
 
 from engine.batch import TEXT, Batch, Regions, Text
@@ -54,7 +55,7 @@ def config_from(folder, **changes) -> Config:
             sets={"scenes": DataSet("builtin-scenes", {"masked_language": 1.0, "random_matching": 1.0})},
             regions=RegionOptions(feature_values=10, classes=6), max_caption_tokens=8,
         ),
-        model=Model(image=None, text=None, fusion=None, joint=JointStack(**sizes)),
+        model=Model(image=None, text=None, fusion=None, joint=JointStack(**sizes, **UNITER)),
         objectives=Objectives(masked_language=MaskedLanguage(), random_matching=RandomMatching()),
         train=Train(max_steps=1),
     )
@@ -75,7 +76,7 @@ def test_captions_read_as_bert_reads_them(tmp_path, kind):
     load_initial_weights(config, model)
 
     ids = [torch.randint(1, VOCAB, (length,)) for length in LENGTHS]
-    read = model.double().encode(captions_alone(ids))
+    read = model.double().joint_states(captions_alone(ids))
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     visible = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
     body = bert if kind == "BertModel" else bert.bert
@@ -93,9 +94,9 @@ def test_captions_read_as_bert_reads_them(tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "tensors", "left"),
     [
-        ("BertModel", 16 * LAYERS + 7, ["region_embedder", "heads.masked_language", "heads.random_matching"]),
-        ("BertForMaskedLM", 16 * LAYERS + 10, ["region_embedder", "pooler", "heads.random_matching"]),
-        ("BertForPreTraining", 16 * LAYERS + 12, ["region_embedder", "heads.random_matching"]),
+        ("BertModel", 16 * LAYERS + 7, ["joint.image", "heads.masked_language", "heads.random_matching"]),
+        ("BertForMaskedLM", 16 * LAYERS + 10, ["joint.image", "joint.pooling", "heads.random_matching"]),
+        ("BertForPreTraining", 16 * LAYERS + 12, ["joint.image", "heads.random_matching"]),
     ],
 )
 def test_the_report_names_what_was_loaded_and_what_was_not(tmp_path, kind, tensors, left):
@@ -121,14 +122,14 @@ def test_tables_of_another_size_give_the_rows_in_common(tmp_path):
     fresh = model.words.detach().clone()
     lines = load_initial_weights(config, model)
     assert lines[1] == (
-        "of tables of another size: text_embedder.tables.0 the first 50 rows (it has 54, the file 50), "
-        "text_embedder.tables.1 the first 12 rows (it has 12, the file 16), "
+        "of tables of another size: joint.text.words the first 50 rows (it has 54, the file 50), "
+        "joint.text.positions the first 12 rows (it has 12, the file 16), "
         "heads.masked_language.bias the first 50 rows (it has 54, the file 50)"
     )
     embeddings = bert.bert.embeddings
     assert torch.equal(model.words[:VOCAB], embeddings.word_embeddings.weight)
     assert torch.equal(model.words[VOCAB:], fresh[VOCAB:])
-    assert torch.equal(model.text_embedder.tables[1], embeddings.position_embeddings.weight[:12])
+    assert torch.equal(model.joint.text.positions, embeddings.position_embeddings.weight[:12])
 
 
 def test_old_names_and_several_files(tmp_path):
@@ -147,8 +148,8 @@ def test_old_names_and_several_files(tmp_path):
     model = build_model(config, VOCAB)
     load_initial_weights(config, model)
     norm = bert.bert.encoder.layer[1].output.LayerNorm
-    assert torch.equal(model.transformer.blocks[1].feed_forward.norm.weight, norm.weight)
-    assert torch.equal(model.transformer.blocks[1].feed_forward.norm.bias, norm.bias)
+    assert torch.equal(model.joint.transformer.blocks[1].feed_forward.norm.weight, norm.weight)
+    assert torch.equal(model.joint.transformer.blocks[1].feed_forward.norm.bias, norm.bias)
 
 
 @pytest.mark.parametrize(

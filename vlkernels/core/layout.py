@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlkernels.core import checks
+from vlkernels.core import checks, layout_checks
+from vlkernels.core.layout_checks import MAX_SEGMENTS, MAX_TOKENS, Lengths
 
-MAX_SEGMENTS = 16
+__all__ = ["MAX_SEGMENTS", "MAX_TOKENS", "Lengths", "Made", "SegmentLayout", "lasting"]
 
-MAX_TOKENS = 2**31 - 1
-
-Lengths = Tensor | Sequence[Sequence[int]]
 Made = TypeVar("Made")
 
 
@@ -34,17 +31,17 @@ class SegmentLayout:
     """
 
     def __init__(self, lengths: Lengths, capacity: int | None = None, sample_ids: Tensor | Sequence[int] | None = None):
-        host = _host_lengths(lengths)
+        host = layout_checks.host_lengths(lengths)
         ends = host.flatten().cumsum(0).view_as(host) if host.numel() else host
         total = int(host.sum())
         if capacity is not None and capacity < total:
             raise ValueError(f"capacity must be at least the sum of the lengths = {total}, got {capacity}")
-        _check_tokens(total if capacity is None else capacity)
+        layout_checks.check_tokens(total if capacity is None else capacity)
         per_sample = host.sum(1)
         self._set(
             starts=(ends - host).to(torch.int32),
             lengths=host.to(torch.int32),
-            sample_ids=_sample_ids(sample_ids, len(host)),
+            sample_ids=layout_checks.host_sample_ids(sample_ids, len(host)),
             num_tokens=total if capacity is None else int(capacity),
             max_seqlen=int(per_sample.max()) if len(host) else 0,
             max_segment_lengths=tuple(host.max(0).values.tolist()) if len(host) else (0,) * host.shape[1],
@@ -67,9 +64,9 @@ class SegmentLayout:
                 raise ValueError("num_tokens is required when cu_seqlens is on a device: reading it would wait for the device")
             num_tokens = int(cu_seqlens[-1])
         checks.check_integer("cu_seqlens", cu_seqlens)
-        _check_tokens(num_tokens)
+        layout_checks.check_tokens(num_tokens)
         if not torch.compiler.is_compiling():
-            _check_bounds(cu_seqlens, max_seqlen, num_tokens)
+            layout_checks.check_bounds(cu_seqlens, max_seqlen, num_tokens)
         bounds = cu_seqlens.to(torch.int32)
         layout = cls.__new__(cls)
         layout._set(
@@ -87,15 +84,15 @@ class SegmentLayout:
     @classmethod
     def padded(cls, lengths: Tensor | Sequence[int], max_len: int) -> SegmentLayout:
         """One segment per sample inside a padded ``[B, max_len, ...]`` tensor flattened to ``[B * max_len, ...]``."""
-        host = _host_lengths([[n] for n in lengths] if not isinstance(lengths, Tensor) else lengths[:, None])
+        host = layout_checks.host_lengths([[n] for n in lengths] if not isinstance(lengths, Tensor) else lengths[:, None])
         if len(host) and int(host.max()) > max_len:
             raise ValueError(f"lengths must be at most max_len = {max_len}, got {int(host.max())}")
-        _check_tokens(len(host) * max_len)
+        layout_checks.check_tokens(len(host) * max_len)
         layout = cls.__new__(cls)
         layout._set(
             starts=(torch.arange(len(host), dtype=torch.int32) * max_len)[:, None].contiguous(),
             lengths=host.to(torch.int32),
-            sample_ids=_sample_ids(None, len(host)),
+            sample_ids=layout_checks.host_sample_ids(None, len(host)),
             num_tokens=len(host) * max_len,
             max_seqlen=int(host.max()) if len(host) else 0,
             max_segment_lengths=(int(host.max()) if len(host) else 0,),
@@ -103,6 +100,35 @@ class SegmentLayout:
             rows_per_sample=max_len,
         )
         return layout
+
+    @classmethod
+    def joined(cls, parts: Sequence[SegmentLayout | int]) -> SegmentLayout:
+        """Samples that consist of the segments of several layouts, one behind the other; ``n``: a segment of n tokens.
+
+        ``SegmentLayout.joined((1, image))`` puts a class token before every image. Sample ids are the first layout's.
+        """
+        layouts = [part for part in parts if isinstance(part, SegmentLayout)]
+        layout_checks.check_joined(parts, layouts)
+        like = layouts[0].lengths
+        bounds = [(p,) if isinstance(p, int) else p.max_segment_lengths for p in parts]
+        totals = [(p * len(like),) if isinstance(p, int) else p.segment_totals for p in parts]
+        rows = sum(p * len(like) if isinstance(p, int) else p.num_tokens for p in parts)
+        layout_checks.check_tokens(rows)
+        lengths = torch.cat([torch.full_like(like[:, :1], p) if isinstance(p, int) else p.lengths for p in parts], dim=1)
+        ends = lengths.flatten().cumsum(0, dtype=torch.int32).view_as(lengths)
+        joined = cls.__new__(cls)
+        joined._set(
+            starts=ends - lengths,
+            lengths=lengths,
+            sample_ids=layouts[0].sample_ids,
+            num_tokens=rows,
+            max_seqlen=sum(p if isinstance(p, int) else p.max_seqlen for p in parts),
+            max_segment_lengths=sum(bounds, ()),
+            segment_totals=sum(totals, ()),
+            rows_per_sample=None,
+            exact=all(layout.exact for layout in layouts),
+        )
+        return joined
 
     def _set(
         self,
@@ -251,8 +277,8 @@ class SegmentLayout:
 
         Lengths stay on the device, so ``num_tokens`` is the upper bound ``len(index) * max_seqlen``.
         """
-        _check_index(index, self.num_samples)
-        _check_tokens(index.numel() * self.max_seqlen)
+        layout_checks.check_index(index, self.num_samples)
+        layout_checks.check_tokens(index.numel() * self.max_seqlen)
         chosen = index.long()
         return self._packed(
             self.lengths[chosen],
@@ -324,72 +350,3 @@ def lasting(make: Callable[[], Made]) -> Made:
         return make()
     with torch.inference_mode(False):
         return make()
-
-
-def _whole(length: Any) -> int:
-    try:
-        return operator.index(length)
-    except TypeError:
-        raise ValueError(f"lengths must be integers, got {length!r}") from None
-
-
-def _host_lengths(lengths: Lengths) -> Tensor:
-    if isinstance(lengths, Tensor):
-        if lengths.device.type != "cpu":
-            raise ValueError("lengths must be on the host; for lengths on a device use from_cu_seqlens or take")
-        if lengths.is_floating_point():
-            raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-        host = lengths.to(torch.int64).contiguous()
-    else:
-        rows = [[_whole(n) for n in row] for row in lengths]
-        widths = {len(row) for row in rows}
-        if len(widths) > 1:
-            raise ValueError(f"every sample must have the same number of segments, got {sorted(widths)}")
-        host = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), widths.pop() if widths else 1)
-    if host.dim() != 2 or not 1 <= host.shape[1] <= MAX_SEGMENTS:
-        raise ValueError(f"lengths must be [B, S] with 1 <= S <= {MAX_SEGMENTS}, got {list(host.shape)}")
-    if host.numel() and int(host.min()) < 0:
-        raise ValueError(f"lengths must not be negative, got {int(host.min())}")
-    return host
-
-
-def _check_tokens(num_tokens: int) -> None:
-    if num_tokens > MAX_TOKENS:
-        raise ValueError(f"a layout holds at most 2**31 - 1 tokens, got {num_tokens}")
-
-
-def _check_bounds(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> None:
-    if cu_seqlens.device.type != "cpu":
-        torch._assert_async(_bounds_hold(cu_seqlens, max_seqlen, num_tokens))
-        return
-    bounds = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
-    if bounds[0] != 0 or bounds[-1] > num_tokens or min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens must rise from 0 to at most num_tokens = {num_tokens}, got {_shortened(bounds)}")
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen must be at least the longest sample = {max(lengths)}, got {max_seqlen}")
-
-
-def _bounds_hold(cu_seqlens: Tensor, max_seqlen: int, num_tokens: int) -> Tensor:
-    """bool on the device: what :func:`_check_bounds` wants."""
-    lengths = cu_seqlens.diff()
-    return (cu_seqlens[0] == 0) & (cu_seqlens[-1] <= num_tokens) & ((lengths >= 0) & (lengths <= max_seqlen)).all()
-
-
-def _shortened(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"{values[:4]} .. {values[-4:]}"
-
-
-def _sample_ids(sample_ids: Tensor | Sequence[int] | None, num_samples: int) -> Tensor:
-    if sample_ids is None:
-        return torch.arange(num_samples, dtype=torch.int32)
-    ids = torch.as_tensor(sample_ids, dtype=torch.int32, device="cpu").clone()
-    if ids.shape != (num_samples,):
-        raise ValueError(f"sample_ids must be [B] = [{num_samples}], got {list(ids.shape)}")
-    return ids
-
-
-def _check_index(index: Tensor, num_samples: int) -> None:
-    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"index must be an integer tensor [B'], got {index.dtype} {list(index.shape)}")
-    checks.check_values_between("index", index, 0, num_samples)

@@ -10,7 +10,7 @@ import vlkernels as vk
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.models import AlignAndFuse
+from engine.models import VisionLanguageModel
 from engine.models.transformer import Tokens
 
 
@@ -39,13 +39,13 @@ class Gallery:
         return self.image_features.float() @ self.text_features.float().T
 
 
-def encode_gallery(model: AlignAndFuse, batches: Iterable[Batch]) -> Gallery:
+def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gallery:
     """Both towers over all batches."""
     images, texts, image_features, text_features, labels = [], [], [], [], []
     for batch in batches:
         with model.passes_shared():
-            images.append(model.encode_image(batch))
-            texts.append(model.encode_text(batch))
+            images.append(model.image_states(batch))
+            texts.append(model.text_states(batch))
             image_features.append(model.image_features(batch))
             text_features.append(model.text_features(batch))
         labels.append(batch.labels)

@@ -72,6 +72,11 @@ class Objective:
         """Share of the samples that show the image of another one."""
         return 0.0
 
+    @property
+    def dropped_images(self) -> float:
+        """Share of the samples that show no image at all; of pages."""
+        return 0.0
+
     def check(self, config: Any) -> None:
         """Refuse a run that this objective cannot be part of; `config` is the whole of it."""
         for role in self.roles:

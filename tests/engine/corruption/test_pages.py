@@ -23,11 +23,10 @@ def test_alignment_asks_of_unmasked_words_and_calls_all_covered_beside_another_p
     lines = np.asarray([-1, 0, 0, 1, 1, 2, -1])
     covered = lines == 1
     masked = np.asarray([2, 3])
-    positions, labels = alignment_labels(lines, covered, masked, Picture.OWN)
+    positions, labels = alignment_labels(lines, covered, masked, own_picture=True)
     assert (positions.tolist(), labels.tolist()) == ([1, 4, 5], [0, 1, 0])
-    for picture in (Picture.ANOTHER, Picture.NONE):
-        positions, labels = alignment_labels(lines, covered, masked, picture)
-        assert (positions.tolist(), labels.tolist()) == ([1, 4, 5], [1, 1, 1])
+    positions, labels = alignment_labels(lines, covered, masked, own_picture=False)
+    assert (positions.tolist(), labels.tolist()) == ([1, 4, 5], [1, 1, 1])
 
 
 def test_boxes_are_blanked_and_nothing_else():

@@ -1,6 +1,7 @@
 """A set of pictures with regions that exist in memory alone, and runs that read some."""
 
 import numpy as np
+from random_pairs import UNITER
 
 from engine import sections
 from engine.config import Config
@@ -102,7 +103,7 @@ def region_run(tasks=None, buckets=True, batches=12, seed=0, accumulation=1, wor
             regions=sections.Regions(feature_values=FEATURES, classes=CLASSES, min_count=1, max_count=12),
             workers=workers,
         ),
-        model=sections.Model(image=None, text=None, fusion=None, joint=sections.JointStack()),
+        model=sections.Model(image=None, text=None, fusion=None, joint=sections.JointStack(**UNITER)),
         objectives=Objectives(**chosen),
         train=sections.Train(
             global_batch=batches,

@@ -31,7 +31,7 @@ def test_a_page_is_words_with_boxes_lines_and_tags(pages):
     assert record.page.words == GOOD["words"] and record.page.boxes.tolist() == GOOD["boxes"]
     assert record.page.lines.tolist() == [0, 0, 1]
     assert source.class_names == ("form", "letter") and record.classes == (1,)
-    assert source.captions(1) == ["Dear Sir, hello"] and source.picture(1).size == (40, 60)
+    assert source.captions(1) == ["Dear Sir, hello"] and source.picture(1)[0].size == (40, 60)
     assert record.identity != source[1].identity
 
 

@@ -122,3 +122,27 @@ def test_mistakes_are_one_clear_line(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="broken.json cannot be read"):
         load_tokenizer(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_sentinels_are_the_last_ids_and_no_ordinary_ones(kind):
+    tokenizer = train_tokenizer(["some captions of few words"] * 3, kind, 300, True, sentinels=5)
+    assert tokenizer.vocab_size <= 300
+    assert tokenizer.sentinel_ids.tolist() == list(range(tokenizer.vocab_size - 5, tokenizer.vocab_size))
+    assert not set(tokenizer.sentinel_ids) & set(tokenizer.ordinary_ids)
+    again = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.model.to_str()))
+    assert again.sentinel_ids.tolist() == tokenizer.sentinel_ids.tolist()
+    assert train_tokenizer(["some captions"], kind, 80, True).sentinel_ids.tolist() == []
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_texts_and_words_are_encoded_like_captions(kind):
+    tokenizer = train_tokenizer(["some captions of few words, (some)"] * 3, kind, 80, True)
+    ids, words = tokenizer.encode("some (few) words", 50)
+    ((bare, begins),) = tokenizer.encode_all(["some (few) words"])
+    assert bare.tolist() == ids[1:-1].tolist()
+    assert begins.tolist() == (np.diff(words[1:-1], prepend=-1) != 0).tolist()
+    given, places = tokenizer.encode_words(["some", "(few)", "words"], 50)
+    assert given.tolist() == ids.tolist() and sorted(set(places)) == [-1, 0, 1, 2]
+    cut, places = tokenizer.encode_words(["some", "(few)", "words"], 4)
+    assert cut.tolist() == [tokenizer.cls_id, *ids[1:3], tokenizer.sep_id] and len(places) == 4

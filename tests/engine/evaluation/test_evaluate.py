@@ -115,9 +115,9 @@ def test_matching_of_any_pairs_equals_one_by_one():
     images, texts = torch.tensor([3, 3, 17, 20, 0]), torch.tensor([1, 3, 3, 22, 0])
     together = logits_of_pairs(model, gallery, images, texts)
     for row, (image, text) in enumerate(zip(images, texts, strict=True)):
-        source = model.source_of(model.encode_image(random_batch(range(int(image), int(image) + 1))))
+        source = model.source_of(model.image_states(random_batch(range(int(image), int(image) + 1))))
         alone = matching_logits(
-            model, model.fuse(model.encode_text(random_batch(range(int(text), int(text) + 1))), source)
+            model, model.fuse(model.text_states(random_batch(range(int(text), int(text) + 1))), source)
         )
         torch.testing.assert_close(together[row], alone[0], rtol=1e-4, atol=1e-4)
 

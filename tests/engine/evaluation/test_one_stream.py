@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from random_pairs import SIZES, TASKS, packed, random_pairs, region_batch, small_one_stream
+from random_pairs import SIZES, TASKS, UNITER, packed, random_pairs, region_batch, small_one_stream
 
 from engine.build import build_model
 from engine.config import Config
@@ -32,7 +32,7 @@ def make_config(targets: str = "soft") -> Config:
         ),
         model=Model(
             image=None, text=None, fusion=None,
-            joint=JointStack(width=32, layers=2, heads=4, mlp_width=64, max_positions=SIZES.max_positions),
+            joint=JointStack(width=32, layers=2, heads=4, mlp_width=64, max_positions=SIZES.max_positions, **UNITER),
         ),
         objectives=Objectives(
             masked_language=MaskedLanguage(),
@@ -121,7 +121,7 @@ def test_figures_do_not_depend_on_how_batches_are_cut():
 @torch.no_grad()
 def test_distances_are_means_over_pairs_of_their_kind():
     model, batch = small_one_stream().eval(), region_batch(range(PAIRS))
-    distance, own = transport_distance(model, model.encode(batch)), batch.views["random_matching"] == 1
+    distance, own = transport_distance(model, model.joint_states(batch)), batch.views["random_matching"] == 1
     figures = evaluate(model, read, make_config())["word_region_alignment"]
     assert figures["distance"] == pytest.approx(distance[own].mean().item(), rel=1e-4)
     assert figures["distance_replaced"] == pytest.approx(distance[~own].mean().item(), rel=1e-4)
@@ -154,7 +154,7 @@ def test_shuffling_changes_images_and_nothing_else():
     assert torch.equal(shuffled.image.features, expected.image.features)
     assert torch.equal(shuffled.image.boxes, expected.image.boxes)
     model = small_one_stream().eval()
-    states = [model.encode(batch, "masked_language").hidden for batch in (shuffled, expected)]
+    states = [model.joint_states(batch, "masked_language").hidden for batch in (shuffled, expected)]
     torch.testing.assert_close(*states, rtol=1e-5, atol=1e-5)
     results = evaluate(model, read, make_config())["masked_language"]
     assert abs(results["loss"] - results["loss_shuffled_image"]) > 1e-3
@@ -166,7 +166,7 @@ def test_retrieval_reads_every_caption_with_every_image():
     scores = torch.empty(6, 6)
     for image, text in torch.cartesian_prod(torch.arange(6), torch.arange(6)).tolist():
         pair = dataclasses.replace(pairs[text], features=pairs[image].features, boxes=pairs[image].boxes)
-        logits = matching_logits(model, model.encode(packed([pair])))[0]
+        logits = matching_logits(model, model.joint_states(packed([pair])))[0]
         scores[image, text] = logits[1] - logits[0]
     expected = both_ways(scores, scores.T, torch.eye(6, dtype=torch.bool))
     assert matching_retrieval(model, packed(pairs)) == expected

@@ -1,11 +1,10 @@
 """Passes are shared, dropout belongs to the pair, shapes that do not fit are refused."""
 
-import pytest
 import torch
 from random_batch import THREE, VOCAB, random_batch, random_sample, small_config, small_model
 
 from engine.data import collate
-from engine.models import AlignAndFuse
+from engine.models import VisionLanguageModel
 from engine.objectives import Objectives, PretrainingModule
 
 
@@ -17,15 +16,15 @@ def count_calls(module: torch.nn.Module) -> list[int]:
 
 def test_every_pass_runs_once():
     model = small_model()
-    image, text = count_calls(model.image_tower), count_calls(model.text_tower)
-    keys_values = count_calls(model.fusion.blocks[0].cross_attention.key_value)
+    image, text = count_calls(model.image.transformer), count_calls(model.text.transformer)
+    keys_values = count_calls(model.fusion.transformer.blocks[0].cross_attention.key_value)
     fusion = count_calls(model.fusion)
     module = PretrainingModule(model, THREE.active)
     module(random_batch(range(6)))
     assert (len(image), len(text), len(keys_values), len(fusion)) == (1, 2, 1, 2)
     module(random_batch(range(6)))
     assert len(image) == 2, "another batch is another pass"
-    model.encode_image(random_batch(range(6)))
+    model.image_states(random_batch(range(6)))
     assert len(image) == 3 and model._passes is None, "nothing is kept outside a forward"
 
 
@@ -47,25 +46,17 @@ def test_variants_of_a_pair_draw_different_masks():
     model = small_model(dropout=0.3)
     batch = random_batch(range(4))
     batch.views["masked_language"].ids = batch.text.ids
-    plain, masked = model.encode_text(batch).hidden, model.encode_text(batch, "masked_language").hidden
+    plain, masked = model.text_states(batch).hidden, model.text_states(batch, "masked_language").hidden
     assert (plain - masked).abs().max() > 1e-2
     model.eval()
-    torch.testing.assert_close(model.encode_text(batch).hidden, model.encode_text(batch, "masked_language").hidden)
-
-
-def test_call_sites_have_their_own_streams():
-    model = small_model()
-    streams = [
-        value for module in model.modules() for name, value in vars(module).items() if name.endswith("stream")
-    ]
-    assert len(streams) == len(set(streams)) > 20
+    torch.testing.assert_close(model.text_states(batch).hidden, model.text_states(batch, "masked_language").hidden)
 
 
 def test_sources_may_be_read_by_any_text():
     """`index` chooses the image; the states of images are projected once and not copied."""
     model, batch = small_model(), random_batch(range(5))
     index = torch.tensor([3, 3, 0, 1, 4], dtype=torch.int32)
-    image, text = model.encode_image(batch), model.encode_text(batch)
+    image, text = model.image_states(batch), model.text_states(batch)
     fused = model.fuse(text, model.source_of(image, index)).hidden
     copied = model.fuse(text, model.source_of(image.take(index))).hidden
     torch.testing.assert_close(fused, copied)
@@ -74,10 +65,10 @@ def test_sources_may_be_read_by_any_text():
 
 def test_cross_attention_every_second_block():
     config = small_config(cross_every=2)
-    model = AlignAndFuse(config, VOCAB)
-    assert [block.cross_attention is not None for block in model.fusion.blocks] == [True, False]
+    model = VisionLanguageModel(config, VOCAB)
+    assert [block.cross_attention is not None for block in model.fusion.transformer.blocks] == [True, False]
     batch = random_batch(range(3))
-    assert model.fuse(model.encode_text(batch), model.image_source(batch)).hidden.shape[1] == 32
+    assert model.fuse(model.text_states(batch), model.image_source(batch)).hidden.shape[1] == 32
 
 
 def test_checkpointing_changes_no_bit():
@@ -100,10 +91,3 @@ def test_scale_is_limited():
     with torch.no_grad():
         model.logit_scale.fill_(9.0)
     torch.testing.assert_close(model.scale(), torch.tensor([100.0]))
-
-
-def test_widths_must_agree():
-    config = small_config()
-    config.fusion.width = 64
-    with pytest.raises(ValueError, match=r"model.fusion.width must be model.text.width = 32, .* got 64"):
-        AlignAndFuse(config, VOCAB)

@@ -3,7 +3,19 @@ sizes."""
 
 import pytest
 import torch
-from random_pairs import FOUR, SIZES, TASKS, VIEWS, packed, random_pairs, region_batch, small_one_stream, small_stack
+from random_pairs import (
+    FOUR,
+    SIZES,
+    TASKS,
+    UNITER,
+    VIEWS,
+    one_stream,
+    packed,
+    random_pairs,
+    region_batch,
+    small_one_stream,
+    small_stack,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
@@ -11,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plain_uniter import Sizes
 from benchmarks.uniter_pairs import Pair
-from engine.batch import IMAGE, TEXT
+from engine.batch import IMAGE, TEXT, Batch
 from engine.build import build_model
-from engine.models import OneStream
+from engine.models import VisionLanguageModel
 from engine.objectives import Objectives, PretrainingModule, add_heads
 from engine.objectives.random_matching import RandomMatching
 from engine.sections import JointStack, Regions
@@ -38,8 +50,8 @@ def without(pair: Pair, segment: int) -> Pair:
 @pytest.mark.parametrize("masked", [None, TEXT, IMAGE])
 def test_embedding_by_hand(masked):
     model, batch = small_one_stream(dtype=torch.float64), region_batch(range(4))
-    text, regions, width = model.text_embedder, model.region_embedder, SIZES.stack.width
-    words, positions, types = text.tables
+    text, regions, width = model.joint.text, model.joint.image, SIZES.stack.width
+    words, positions, types = text.words, text.positions, text.types
 
     def norm(x, module):
         return F.layer_norm(x, (width,), module.weight, module.bias, 1e-12)
@@ -51,15 +63,22 @@ def test_embedding_by_hand(masked):
     features = norm(regions.feature_projection(features), regions.feature_norm)
     boxes = norm(regions.box_projection(batch.image.boxes.double()), regions.box_norm)
     position = torch.cat([torch.arange(length) for length in batch.layout.lengths[:, TEXT]])
-    of_text = norm(words[ids] + positions[position] + types[0], text)
-    of_regions = norm(features + boxes + types[1], regions)
+    of_text = norm(words[ids] + positions[position] + types[0], text.norm)
+    of_regions = norm(features + boxes + types[1], regions.norm)
     parts = zip(
         of_text.split(batch.layout.lengths[:, TEXT].tolist()),
         of_regions.split(batch.layout.lengths[:, IMAGE].tolist()),
         strict=True,
     )
     expected = torch.cat([rows for pair in parts for rows in pair])
-    torch.testing.assert_close(model._embed(batch, batch.views.get(VIEWS[masked])), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(embedded(model, batch, masked), expected, rtol=1e-10, atol=1e-10)
+
+
+def embedded(model: VisionLanguageModel, batch: Batch, masked: int | None) -> torch.Tensor:
+    view = VIEWS[masked]
+    hidden = batch.views[view].places.rows(batch.image_layout) if masked == IMAGE else None
+    text = model.text_of(batch, view)
+    return model.joint.embed(text, batch.image, batch.layout, model.rng, batch.image_layout, hidden).hidden
 
 
 class RowsMade(TorchDispatchMode):
@@ -82,7 +101,7 @@ def test_rows_are_embedded_straight_into_the_stream():
     """One call makes all rows of the stream, in packed order: nothing gathers, joins or moves them."""
     model, batch = small_one_stream(dropout=0.1), region_batch(range(5))
     with torch.no_grad(), RowsMade(batch.layout.num_tokens) as made:
-        hidden = model._embed(batch, IMAGE)
+        hidden = embedded(model, batch, IMAGE)
     assert hidden.shape == (batch.layout.num_tokens, SIZES.stack.width)
     assert made.names == ["vlkernels::embed_layer_norm_forward"]
     with RowsMade(batch.layout.num_tokens) as made:
@@ -100,14 +119,14 @@ def test_pairs_may_lack_a_modality(segment):
     whole = random_pairs(range(4))
     some = [whole[0], without(whole[1], segment), whole[2], without(whole[3], segment)]
     batch = packed(some)
-    hidden = model.encode(batch).hidden.split(batch.layout.lengths.sum(1).tolist())
+    hidden = model.joint_states(batch).hidden.split(batch.layout.lengths.sum(1).tolist())
     lacking = packed([some[1], some[3]])
     assert lacking.layout.segment_totals[segment] == 0
-    together = model.encode(lacking)
+    together = model.joint_states(lacking)
     torch.testing.assert_close(together.hidden, torch.cat((hidden[1], hidden[3])), rtol=1e-10, atol=1e-10)
-    alone = model.encode(packed(some[:1])).hidden
+    alone = model.joint_states(packed(some[:1])).hidden
     torch.testing.assert_close(alone, hidden[0], rtol=1e-10, atol=1e-10)
-    pooled = torch.tanh(model.pooler(together.hidden[together.layout.cu_seqlens[:-1]]))
+    pooled = torch.tanh(model.joint.pooling.dense(together.hidden[together.layout.cu_seqlens[:-1]]))
     torch.testing.assert_close(model.pooled(together), pooled, rtol=1e-10, atol=1e-10)
 
 
@@ -146,7 +165,7 @@ def modules_run(module: nn.Module, batch, task: str) -> list[str]:
 @pytest.mark.parametrize("task", TASKS)
 def test_eight_pairs_are_learned_by_heart(task):
     torch.manual_seed(1)
-    model = OneStream(small_stack(), SIZES.vocab_size, REGIONS, initializer_range=0.1)
+    model = one_stream(small_stack(), SIZES.vocab_size, REGIONS, initializer_range=0.1)
     add_heads(model, FOUR.active)
     batch = region_batch(range(8))
     module = PretrainingModule(model, FOUR.active)
@@ -185,7 +204,7 @@ def test_dropout_belongs_to_the_pair():
     lengths = first.layout.lengths.sum(1).tolist()
 
     def read(batch) -> torch.Tensor:
-        return model.encode(batch, VIEWS[IMAGE]).hidden
+        return model.joint_states(batch, VIEWS[IMAGE]).hidden
 
     here = read(first).split(lengths)
     torch.testing.assert_close(torch.cat((here[4], here[2])), read(second), rtol=1e-4, atol=1e-5)
@@ -194,14 +213,6 @@ def test_dropout_belongs_to_the_pair():
     model.train()
     model.rng.advance()
     assert (read(first) - torch.cat(here)).abs().max() > 1e-2
-
-
-def test_call_sites_have_their_own_streams():
-    model = small_one_stream()
-    streams = [
-        value for module in model.modules() for name, value in vars(module).items() if name.endswith("stream")
-    ]
-    assert len(streams) == len(set(streams)) == 1 + 3 * SIZES.stack.layers
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -220,11 +231,11 @@ def test_blocks_compile_whole_and_once():
     """For any number of tokens, without a graph break."""
     eager, compiled = small_one_stream(), small_one_stream()
     graphs = CompileCounter()
-    for block in compiled.transformer.blocks:
+    for block in compiled.joint.transformer.blocks:
         block.forward = torch.compile(block.forward, backend=graphs, dynamic=True, fullgraph=True)
     for numbers in (range(6), range(3), range(9)):
         batch = region_batch(numbers)
-        torch.testing.assert_close(compiled.encode(batch).hidden, eager.encode(batch).hidden)
+        torch.testing.assert_close(compiled.joint_states(batch).hidden, eager.joint_states(batch).hidden)
     assert graphs.frame_count == SIZES.stack.layers
 
 
@@ -262,16 +273,15 @@ def test_parameter_counts_are_the_published_ones(recipe, width, layers, transfor
         model = build_model(parse([f"--config=engine/recipes/{recipe}.yaml"]), 28_996)
     assert published_parameters(28_996, 512, width, layers, 2048, 1601) == published
     assert sum(p.numel() for p in model.parameters()) == published - 2048
-    assert sum(p.numel() for p in model.transformer.parameters()) == transformer
+    assert sum(p.numel() for p in model.joint.transformer.parameters()) == transformer
     assert not dict(model.named_buffers())
 
 
 def test_first_weights_are_berts():
     torch.manual_seed(0)
-    model = OneStream(JointStack(max_positions=64), 300, REGIONS)
+    model = one_stream(JointStack(max_positions=64, **UNITER), 300, REGIONS)
     add_heads(model, FOUR.active)
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    norms += [model.text_embedder, model.region_embedder]
     assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -284,7 +294,7 @@ def test_first_weights_are_berts():
 def test_the_recipe_chooses_the_model():
     config = parse(["--config=engine/recipes/uniter_base.yaml", "--tiny=true"])
     model = build_model(config, 512)
-    assert isinstance(model, OneStream) and len(model.transformer.blocks) == 2
-    assert model.region_embedder.feature_projection.weight.shape == (32, 2048)
+    assert model.image is None and len(model.joint.transformer.blocks) == 2
+    assert model.joint.image.feature_projection.weight.shape == (32, 2048)
     assert set(config.objectives.active) == set(TASKS)
     assert Sizes().classes == model.heads["masked_region_classes"].classifier.out_features

@@ -128,4 +128,4 @@ def test_one_stream_reads_what_is_masked(segment):
     model, batch = small_one_stream(dtype=torch.float64), region_batch(range(5))
     view = VIEWS[segment]
     rows = batch.views[view].places.rows(batch.layout, segment)
-    torch.testing.assert_close(model.masked_states(batch, view), model.encode(batch, view).hidden[rows])
+    torch.testing.assert_close(model.masked_states(batch, view), model.joint_states(batch, view).hidden[rows])

@@ -8,7 +8,6 @@ import torch
 import vlkernels as vk
 from torch import nn
 
-from engine.models.embedders import TextEmbedder
 from engine.models.transformer import PackedTransformer, Source, Tokens
 from engine.sections import Stack
 
@@ -58,12 +57,8 @@ def ragged_rows(padded: torch.Tensor) -> torch.Tensor:
     return torch.cat([row[:length] for row, length in zip(padded, LENGTHS, strict=True)])
 
 
-def bert_weights(embedder: TextEmbedder, stack: PackedTransformer, bert) -> list:
-    pairs = [
-        (embedder.tables[0], [bert.embeddings.word_embeddings.weight]),
-        (embedder.tables[1], [bert.embeddings.position_embeddings.weight]),
-        *linear_weights(embedder, bert.embeddings.LayerNorm),
-    ]
+def bert_weights(stack: PackedTransformer, bert) -> list:
+    pairs = []
     for block, layer in zip(stack.blocks, bert.encoder.layer, strict=True):
         attention = layer.attention
         pairs += attention_weights(
@@ -99,23 +94,17 @@ def test_post_norm_stack_is_bert(recompute):
     stack = Stack(
         width=WIDTH, layers=LAYERS, heads=HEADS, mlp_width=INNER, norm="post", eps=1e-6, activation="gelu"
     )
-    streams = itertools.count()
-    embedder = TextEmbedder(stack, VOCAB, POSITIONS, streams, "auto").double()
-    ours = PackedTransformer(stack, streams).double()
+    ours = PackedTransformer(stack, itertools.count()).double()
     ours.activation_checkpointing = recompute
-    weights = bert_weights(embedder, ours, bert)
-    assert sum(p.numel() for p, _ in weights) == sum(
-        p.numel() for m in (embedder, ours) for p in m.parameters()
-    )
+    weights = bert_weights(ours, bert)
+    assert sum(p.numel() for p, _ in weights) == sum(p.numel() for p in ours.parameters())
     copy_weights(weights)
-    with torch.no_grad():  # there is one token type: a constant row, which the position table carries
-        embedder.tables[1] += bert.embeddings.token_type_embeddings.weight
 
     ids = torch.randint(1, VOCAB, (len(LENGTHS), max(LENGTHS)))  # BERT gives id 0 no gradient
     visible = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     expected = ragged_rows(bert(ids, attention_mask=visible.long()).last_hidden_state)
     layout = vk.SegmentLayout([[n] for n in LENGTHS])
-    hidden = ours(Tokens(embedder(ragged_rows(ids), layout, None), layout)).hidden
+    hidden = ours(Tokens(ragged_rows(bert.embeddings(ids)).detach(), layout)).hidden
     torch.testing.assert_close(hidden, expected, rtol=1e-9, atol=1e-9)
 
     upstream = torch.randn_like(expected)

@@ -52,7 +52,7 @@ def test_states(dtype, tolerance, masked):
     pairs = random_pairs(PAIRS)
     batch, padded = packed(pairs), pad(pairs, multiple=8)
     assert len({tuple(lengths) for lengths in batch.layout.lengths.tolist()}) > 4, "ragged"
-    read = ours.encode(batch, VIEWS[masked])
+    read = ours.joint_states(batch, VIEWS[masked])
     expected = plain.encode(padded, masked=padded.region_masked if masked == IMAGE else None)
     real = torch.arange(padded.joint_length) < batch.layout.lengths.sum(1, keepdim=True)
     assert relative_error(read.hidden, expected[real]) < tolerance

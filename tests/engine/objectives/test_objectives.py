@@ -79,7 +79,7 @@ def test_one_label_has_no_negatives():
     model, batch = small_model(), random_batch(range(3))
     batch.labels = torch.zeros_like(batch.labels)
     losses, report = Matching()(model, batch)
-    logits = matching_logits(model, model.fuse(model.encode_text(batch), model.image_source(batch)))
+    logits = matching_logits(model, model.fuse(model.text_states(batch), model.image_source(batch)))
     own = F.cross_entropy(logits, torch.ones(3, dtype=torch.long), reduction="sum")
     torch.testing.assert_close(losses["matching"], own / 9)
     torch.testing.assert_close(report["matching_accuracy"], (logits.argmax(1) == 1).float().mean())

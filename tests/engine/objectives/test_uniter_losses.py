@@ -44,7 +44,7 @@ def model_of(hidden: torch.Tensor, batch: Batch, more: dict, **heads) -> SimpleN
         view = batch.views[name]
         return hidden[view.places.rows(batch.layout, TEXT if isinstance(view, MaskedWords) else IMAGE)]
 
-    return SimpleNamespace(impl="auto", encode=lambda _: tokens, masked_states=masked_states, heads=heads, **more)
+    return SimpleNamespace(impl="auto", joint_states=lambda _: tokens, masked_states=masked_states, heads=heads, **more)
 
 
 def two_masked_regions(
@@ -66,8 +66,8 @@ def test_region_features_are_a_mean_over_regions_and_values():
     image = Regions(targets, torch.zeros(4, 7))
     batch, states = two_masked_regions("masked_region_features", predicted, image=image)
     head = SimpleNamespace(features=lambda hidden, embedding: hidden)
-    embedder = SimpleNamespace(feature_projection=SimpleNamespace(weight=None))
-    model = model_of(states, batch, {"region_embedder": embedder}, masked_region_features=head)
+    joint = SimpleNamespace(image=SimpleNamespace(feature_projection=SimpleNamespace(weight=None)))
+    model = model_of(states, batch, {"joint": joint}, masked_region_features=head)
     losses, _ = MaskedRegionFeatures()(model, batch)
     torch.testing.assert_close(losses["masked_region_features"], torch.tensor(7.5))
 
@@ -124,7 +124,8 @@ def matched(alignment: float):
     ]  # fmt: skip
     batch = batch_of([(1, 2), (1, 1), (1, 1), (2, 1)], random_matching=torch.tensor([1, 0, 1, 0]))
     logits = torch.tensor([[0.0, log(3)]]).expand(4, 2)
-    model = model_of(torch.tensor(states), batch, {"pooled": lambda _: logits}, random_matching=lambda pooled: pooled)
+    joint = SimpleNamespace(segment=("text", "image").index)
+    model = model_of(torch.tensor(states), batch, {"pooled": lambda _: logits, "joint": joint}, random_matching=lambda pooled: pooled)
     return RandomMatching(alignment=alignment)(model, batch)
 
 

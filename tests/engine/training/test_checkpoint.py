@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import finish, run, start
+from random_pairs import UNITER
 from trainer_worker import run as train
 
 from engine.objectives import Objectives
@@ -20,7 +21,7 @@ from engine.training.telemetry import read_metrics
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 DAMAGES = ("truncated shard", "flipped bit", "missing shard", "no manifest", "cut manifest")
-ONE_STREAM = Model(image=None, text=None, fusion=None, joint=JointStack())
+ONE_STREAM = Model(image=None, text=None, fusion=None, joint=JointStack(**UNITER))
 MASKED = Objectives(masked_language=MaskedLanguage())
 
 
@@ -149,7 +150,7 @@ def test_a_checkpoint_of_another_plan_is_one_clear_line(tmp_path):
         ({"data": one_set(words=2.0)}, r"data.sets was {'all': {'masked_language': 1.0}} and is {'all'.* 2"),
         ({"global_batch": 16}, "train.global_batch was 8 and is 16"),
         ({"seed": 1}, "seed was 0 and is 1"),
-        ({"model": Model(None, None, None, JointStack(layers=3))}, "model.joint.layers was 4 and is 3"),
+        ({"model": Model(None, None, None, JointStack(layers=3, **UNITER))}, "model.joint.layers was 4 and is 3"),
     ):
         with pytest.raises(ValueError, match=f"cannot resume from .*step_00000001: {line}"):
             train(**{**base, **change})

@@ -57,7 +57,7 @@ class LateInteraction(BatchCoupledObjective):
     """FILIP's: unevenly many rows per pair and per micro-batch."""
 
     def features(self, model, batch):
-        image, text = model.encode_image(batch), model.encode_text(batch)
+        image, text = model.image_states(batch), model.text_states(batch)
         rows = {"image": image.hidden, "text": text.hidden}
         lengths = {"image_lengths": image.layout.lengths, "text_lengths": text.layout.lengths}
         return Features({**rows, **lengths}, {"scale": model.scale()})

@@ -1,0 +1,160 @@
+"""Pictures: patches, a detector's regions, the cells of a backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vlkernels as vk
+from torch import Tensor, nn
+
+from engine.batch import Patches, Regions
+from engine.models.embedding.places import TabledPlaces, boxes_of_cells, even_grid, make_places
+from engine.models.embedding.resnet import BACKBONES, Backbone
+from engine.models.embedding.rows import Rows, table
+from engine.models.embedding.text import TextEmbedder
+from engine.models.transformer import Linear
+from engine.sections.inputs import ImageInput
+
+CHANNELS = 3
+BOX_VALUES = 7
+"""Of a region as batches have it: x1, y1, x2, y2, w, h, area."""
+
+
+class ImageEmbedder(nn.Module):
+    """What all kinds share: places, class token, norm, and what they take from the text's tables.
+
+    A picture is one segment, or two with a class token: the token, then the picture's own.
+    """
+
+    def __init__(self, options: ImageInput, width: int, eps: float, impl: str):
+        super().__init__()
+        self.options, self.impl = options, impl
+        self.places = make_places(options, width)
+        self.class_token = table(1, width) if options.class_token else None
+        self.norm = vk.FusedLayerNorm(width, eps) if options.embedding_norm else None
+
+    @property
+    def segments(self) -> int:
+        return 1 if self.class_token is None else 2
+
+    def layout(self, image: vk.SegmentLayout) -> vk.SegmentLayout:
+        """Of the stream that pictures of `image` become."""
+        return image if self.class_token is None else vk.SegmentLayout.joined((1, image))
+
+    def rows(
+        self, image: Any, layout: vk.SegmentLayout, text: TextEmbedder | None = None, masked: Tensor | None = None
+    ) -> list[Rows]:
+        """One part per segment; `masked` `[M]` are the rows to hide."""
+        dense, positions = self.project(image, masked), self.places_of(image)
+        tables, columns = [], [torch.empty(len(dense), 0, dtype=torch.int32, device=dense.device)]
+        for more, ids in (self._placed(positions), self._as_text(positions, layout, text)):
+            tables += more
+            columns += [ids] if ids is not None else []
+        if self.options.positions == "text" and text.page is not None:
+            boxes = boxes_of_cells(positions, tuple(self.options.max_grid))
+            dense = dense + text.page(boxes)
+        own = Rows(tuple(tables), torch.cat(columns, dim=1), dense, self.norm)
+        return [own] if self.class_token is None else [self._class_rows(layout.num_samples), own]
+
+    def project(self, image: Any, masked: Tensor | None) -> Tensor:
+        """`[n, D]` from the data alone."""
+        raise NotImplementedError
+
+    def places_of(self, image: Any) -> Tensor | None:
+        """int32 `[n, 2]`: row and column of each token in its picture's grid, where it has one."""
+        return None
+
+    def _placed(self, positions: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        return ((), None) if self.places is None else self.places.lookup(positions)
+
+    def _as_text(
+        self, positions: Tensor | None, layout: vk.SegmentLayout, text: TextEmbedder | None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Tables of the text that pictures read too."""
+        tables, columns = [], []
+        if self.options.positions == "text" and text.positions is not None:
+            tables.append(text.positions)
+            columns.append(layout.token_position() + text.offset)
+        if self.options.type_of_text is not None:
+            tables.append(text.types)
+            columns.append(torch.full_like(layout.token_position(), self.options.type_of_text))
+        return tuple(tables), torch.stack(columns, dim=1) if columns else None
+
+    def _class_rows(self, count: int) -> Rows:
+        token = torch.zeros(count, 1, dtype=torch.int32, device=self.class_token.device)
+        tables, ids = ((), None)
+        if isinstance(self.places, TabledPlaces):
+            tables, ids = self.places.of_class_tokens(count)
+        columns = token if ids is None else torch.cat((token, ids), dim=1)
+        return Rows((self.class_token, *tables), columns, norm=self.norm)
+
+
+class PatchEmbedder(ImageEmbedder):
+    """ViT's: a linear map of each patch (a convolution whose stride is its kernel)."""
+
+    def __init__(self, options: ImageInput, width: int, eps: float, impl: str):
+        super().__init__(options, width, eps, impl)
+        self.projection = nn.Linear(CHANNELS * options.patch_size**2, width, bias=options.patch_bias)
+
+    def project(self, image: Patches, masked: Tensor | None) -> Tensor:
+        return self.projection(image.values.to(self.projection.weight.dtype))
+
+    def places_of(self, image: Patches) -> Tensor:
+        return image.positions
+
+
+class RegionEmbedder(ImageEmbedder):
+    """UNITER's: normalised maps of a detector's feature and of the box, or ViLBERT's: their plain sum. A masked region
+    shows `mask_row` in place of its feature.
+
+    The published UNITER keeps a second row beside `mask_row`, for regions that are not masked: always zero.
+    """
+
+    def __init__(self, options: ImageInput, width: int, eps: float, feature_values: int, impl: str):
+        super().__init__(options, width, eps, impl)
+        normed = options.box_values == BOX_VALUES
+        self.feature_projection = Linear(feature_values, width, impl)
+        self.feature_norm = vk.FusedLayerNorm(width, eps) if normed else None
+        self.box_projection = nn.Linear(options.box_values, width)
+        self.box_norm = vk.FusedLayerNorm(width, eps) if normed else None
+        self.mask_row = table(1, feature_values)
+
+    def project(self, image: Regions, masked: Tensor | None) -> Tensor:
+        dtype = self.mask_row.dtype
+        features, boxes = image.features.to(dtype), image.boxes.to(dtype)
+        if masked is not None:
+            features = features.index_put((masked,), self.mask_row.expand(len(masked), -1))
+        if self.feature_norm is None:
+            corners_and_area = torch.cat((boxes[:, :4], boxes[:, 6:]), dim=1)
+            return self.feature_projection(features) + self.box_projection(corners_and_area)
+        rows = self.feature_norm(self.feature_projection(features), impl=self.impl)
+        return self.box_norm(self.box_projection(boxes), impl=self.impl) + rows
+
+
+class GridEmbedder(ImageEmbedder):
+    """The last map of a convolutional backbone, pooled to the grid, and a linear map of each cell."""
+
+    def __init__(self, options: ImageInput, width: int, eps: float, impl: str):
+        super().__init__(options, width, eps, impl)
+        self.backbone: Backbone = BACKBONES[options.backbone]()
+        self.projection = Linear(self.backbone.channels, width, impl)
+
+    def project(self, image: Any, masked: Tensor | None) -> Tensor:
+        grid = tuple(self.options.max_grid)
+        pixels = image.values.to(self.projection.weight.dtype)
+        pooled = nn.functional.adaptive_avg_pool2d(self.backbone(pixels), grid)
+        cells = pooled.flatten(2).transpose(1, 2).flatten(0, 1)
+        return self.projection(cells)
+
+    def places_of(self, image: Any) -> Tensor:
+        return even_grid(len(image.values), tuple(self.options.max_grid), image.values.device)
+
+
+def make_image_embedder(
+    options: ImageInput, width: int, eps: float, impl: str, feature_values: int | None = None
+) -> ImageEmbedder:
+    """Of the kind the options ask for; regions have `feature_values` numbers."""
+    if options.kind == "regions":
+        return RegionEmbedder(options, width, eps, feature_values, impl)
+    return (PatchEmbedder if options.kind == "patches" else GridEmbedder)(options, width, eps, impl)

@@ -1,0 +1,148 @@
+"""Residual networks: what turns pixels into a map of features. Names of weights are torchvision's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MakeNorm = Callable[[int], nn.Module]
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm with fixed statistics and a fixed affine map, none of them parameters."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class Basic(nn.Module):
+    """Two 3x3 convolutions beside a short cut (ResNet-18)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, planes: int, stride: int, norm: MakeNorm, groups: int, group_width: int):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, planes, 3, stride), norm(planes)
+        self.conv2, self.bn2 = _conv(planes, planes, 3), norm(planes)
+        self.downsample = _short_cut(inputs, planes, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(y)) + _shortened(self.downsample, x)).relu()
+
+
+class Bottleneck(nn.Module):
+    """A 3x3 convolution, of which the stride is, between two of 1x1, beside a short cut (ResNet-50, ResNeXt)."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int, norm: MakeNorm, groups: int, group_width: int):
+        super().__init__()
+        inner, outputs = planes * group_width // 64 * groups, planes * self.expansion
+        self.conv1, self.bn1 = _conv(inputs, inner, 1), norm(inner)
+        self.conv2, self.bn2 = _conv(inner, inner, 3, stride, groups), norm(inner)
+        self.conv3, self.bn3 = _conv(inner, outputs, 1), norm(outputs)
+        self.downsample = _short_cut(inputs, outputs, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn2(self.conv2(y)).relu()
+        return (self.bn3(self.conv3(y)) + _shortened(self.downsample, x)).relu()
+
+
+class Backbone(nn.Module):
+    """Pixels `[B, 3, H, W]` to a map `[B, channels, h, w]`."""
+
+    channels: int
+
+
+class ResNet(Backbone):
+    """A stem at a quarter of the resolution and four stages, each but the first at half of what it reads."""
+
+    def __init__(
+        self,
+        block: type[Basic] | type[Bottleneck],
+        depths: tuple[int, ...],
+        norm: MakeNorm = FrozenBatchNorm,
+        *,
+        groups: int = 1,
+        group_width: int = 64,
+    ):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), norm(64)
+        inputs = 64
+        self.stage_channels = []
+        for stage, depth in enumerate(depths):
+            planes, layers = 64 * 2**stage, []
+            for number in range(depth):
+                stride = 2 if number == 0 and stage > 0 else 1
+                layers.append(block(inputs, planes, stride, norm, groups, group_width))
+                inputs = planes * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+            self.stage_channels.append(inputs)
+        self.channels = inputs
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """The map behind every stage."""
+        x = F.max_pool2d(self.bn1(self.conv1(x)).relu(), 3, 2, padding=1)
+        maps = []
+        for stage in range(len(self.stage_channels)):
+            x = self.get_submodule(f"layer{stage + 1}")(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(x)[-1]
+
+
+class FinestPyramidLevel(Backbone):
+    """Level p2 of a feature pyramid: every coarser map, doubled in size, is added to the next finer one."""
+
+    def __init__(self, bottom_up: ResNet, channels: int = 256):
+        super().__init__()
+        self.bottom_up, self.channels = bottom_up, channels
+        self.lateral = nn.ModuleList(nn.Conv2d(inputs, channels, 1) for inputs in bottom_up.stage_channels)
+        self.output = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        finer_first = [lateral(m) for lateral, m in zip(self.lateral, self.bottom_up.stages(x), strict=True)]
+        level = finer_first.pop()
+        for finer in reversed(finer_first):
+            level = finer + F.interpolate(level, size=finer.shape[2:], mode="nearest")
+        return self.output(level)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
+def _short_cut(inputs: int, outputs: int, stride: int, norm: MakeNorm) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
+
+
+def _shortened(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
+    return x if downsample is None else downsample(x)
+
+
+def _resnext101_fpn(norm: MakeNorm = FrozenBatchNorm) -> FinestPyramidLevel:
+    return FinestPyramidLevel(ResNet(Bottleneck, (3, 4, 23, 3), norm, groups=32, group_width=8))
+
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "resnet18": functools.partial(ResNet, Basic, (2, 2, 2, 2)),
+    "resnet50": functools.partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+    "resnet101": functools.partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnext101_fpn": _resnext101_fpn,
+}

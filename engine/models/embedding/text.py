@@ -1,0 +1,58 @@
+"""Text: words, positions, types and places on a page."""
+
+from __future__ import annotations
+
+import torch
+import vlkernels as vk
+from torch import Tensor, nn
+
+from engine.models.embedding.page import ConcatenatedPage, SummedPage
+from engine.models.embedding.rows import Rows, table
+from engine.models.embedding.sinusoids import sinusoids
+from engine.sections.inputs import TextInput
+
+
+class TextEmbedder(nn.Module):
+    """Sums the rows of a token's tables; BERT's where nothing else is asked for."""
+
+    def __init__(self, options: TextInput, width: int, eps: float, vocab_size: int, impl: str):
+        super().__init__()
+        own = options.embedding_width or width
+        self.offset = options.position_offset
+        self.words = table(vocab_size, own)
+        self._add_positions(options, own)
+        self.types = table(options.types, own) if options.types else None
+        self.page = {"sum": SummedPage, "concat": lambda width: ConcatenatedPage(width, impl)}.get(
+            options.page, lambda _: None
+        )(own)
+        self.norm = vk.FusedLayerNorm(own, eps) if options.embedding_norm else None
+
+    def _add_positions(self, options: TextInput, width: int) -> None:
+        rows = options.max_positions + options.position_offset
+        self.positions: Tensor | None = None
+        if options.positions == "learned":
+            self.positions = table(rows, width)
+        elif options.positions == "sinusoidal":
+            del self.positions
+            waves = sinusoids(torch.arange(rows), width, interleaved=True)
+            self.register_buffer("positions", waves, persistent=False)
+
+    def rows(
+        self, ids: Tensor, layout: vk.SegmentLayout, types: Tensor | None = None, boxes: Tensor | None = None
+    ) -> Rows:
+        """`ids` and `types` `[T]`, `boxes` `[T, 4]`; types are 0 where none are given."""
+        tables, columns = [self.words], [ids.to(torch.int32)[:, None]]
+        if self.positions is not None:
+            position = layout.token_position()
+            tables.append(self.positions)
+            columns.append(torch.where(position < 0, -1, position + self.offset)[:, None])
+        if self.types is not None:
+            tables.append(self.types)
+            columns.append((torch.zeros_like(ids) if types is None else types).to(torch.int32)[:, None])
+        dense = None
+        if isinstance(self.page, SummedPage):
+            tables += self.page.tables
+            columns.append(self.page.columns(boxes))
+        elif self.page is not None:
+            dense = self.page(boxes)
+        return Rows(tuple(tables), torch.cat(columns, dim=1), dense, self.norm)

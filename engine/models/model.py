@@ -1,0 +1,291 @@
+"""The model: the roles that a recipe gives it, and passes over batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+import vlkernels as vk
+from torch import Tensor, nn
+
+from engine.batch import IMAGE, Batch, MaskedRegions, MaskedWords, Text
+from engine.models import sharing
+from engine.models.features import FeatureHead
+from engine.models.initialization import initialize
+from engine.models.passes import SharedPasses, drawn_as
+from engine.models.roles import Decoder, Fusion, ImageTower, Joint, TextTower
+from engine.models.transformer import PackedTransformer, SelectedRows, Source, Tokens
+from engine.sections import Model, Regions, Stack
+
+READING = ("joint", "fusion", "text", "decoder")
+"""Roles that may read a text, those first that know more of the sample."""
+
+
+class VisionLanguageModel(SharedPasses, nn.Module):
+    """A model that reads batches; `heads` are what the objectives of the run have added, by name.
+
+    `rng` is the state all dropout reads; whoever trains advances it once per optimizer step. `impl` is the
+    implementation every op is asked for.
+    """
+
+    def __init__(self, options: Model, vocab_size: int, regions: Regions | None = None, impl: str = "auto"):
+        super().__init__()
+        self.options, self.regions, self.impl = options, regions, impl
+        self.rng = vk.Rng(0)
+        streams = itertools.count()
+        values = None if regions is None else regions.feature_values
+        image, text = options.image, options.text
+        self.image = ImageTower(image, streams, impl, values) if image is not None else None
+        self.text = TextTower(text, vocab_size, streams, impl) if text is not None else None
+        self.fusion = Fusion(options.fusion, image.width, streams, impl) if options.fusion is not None else None
+        self.joint = self._make_joint(vocab_size, streams, values)
+        self.decoder = self._make_decoder(vocab_size, streams)
+        small = options.generator
+        self.generator = TextTower(small, vocab_size, streams, impl) if small is not None else None
+        if image is not None and text is not None:
+            self.image_head = FeatureHead(image.width, options.projection_dim, image.projection)
+            self.text_head = FeatureHead(text.width, options.projection_dim, text.projection)
+            self.logit_scale = nn.Parameter(torch.tensor([math.log(options.logit_scale_init)]))
+        self.negatives_stream = next(streams)
+        self.heads = nn.ModuleDict()
+        sharing.share(self, options)
+        initialize(self, options.initializer_range)
+
+    def add_head(self, name: str, head: nn.Module) -> None:
+        """Initialise and keep a head."""
+        initialize(head, self.options.initializer_range)
+        self.heads[name] = head
+
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Recompute every block in the backward instead of keeping its activations."""
+        for module in self.modules():
+            if isinstance(module, PackedTransformer):
+                module.activation_checkpointing = enabled
+
+    @property
+    def last_role(self) -> str:
+        """The role whose states words are predicted from: the last one that reads a given text."""
+        return next(name for name in READING if getattr(self, name) is not None)
+
+    @property
+    def last_stack(self) -> Stack:
+        """The section of that role."""
+        return getattr(self.options, self.last_role)
+
+    @property
+    def words(self) -> Tensor:
+        """The word table `[V, D]` that embeds this role's text and decodes its words."""
+        return self.words_of(self.last_role)
+
+    def words_of(self, role: str) -> Tensor:
+        """The word table of a role; the fusion role has that of the text role."""
+        if role == "joint":
+            return self.joint.text.words
+        return getattr(self, "text" if role == "fusion" else role).embedder.words
+
+    # ---- passes over a batch
+
+    def image_states(self, batch: Batch) -> Tokens:
+        """The image tower's states."""
+
+        def read() -> Tokens:
+            return self.image(batch.image, drawn_as(batch.image_layout, batch, None), self.rng)
+
+        return self._once(batch, "image", read)
+
+    def text_states(self, batch: Batch, view: str | None = None, selected: SelectedRows | None = None) -> Tokens:
+        """The text tower's states of the text, or of what a view has made of it."""
+        return self._text_states("text", batch, view, selected)
+
+    def generator_states(self, batch: Batch, view: str | None = None, selected: SelectedRows | None = None) -> Tokens:
+        """As `text_states`, of the generator."""
+        return self._text_states("generator", batch, view, selected)
+
+    def fused_states(self, batch: Batch, view: str | None = None, selected: SelectedRows | None = None) -> Tokens:
+        """States of the text beside its image."""
+
+        def read() -> Tokens:
+            return self.fuse(self.before_fusion(batch, view), self.image_source(batch), selected)
+
+        return self._of_all(batch, f"fusion {view}", selected, read)
+
+    def joint_states(
+        self,
+        batch: Batch,
+        view: str | None = None,
+        selected: SelectedRows | None = None,
+        mask: str | None = None,
+    ) -> Tokens:
+        """States of the joint stream; `mask` names another table than the recipe's."""
+
+        def read() -> Tokens:
+            hidden = batch.views[view] if view is not None else None
+            rows = hidden.places.rows(batch.image_layout) if isinstance(hidden, MaskedRegions) else None
+            source = self._once(batch, "joint source", lambda: self.joint.source_of(self.image_states(batch))) if reads else None
+            return self.joint(
+                text,
+                batch.image,
+                self._joint_layout(batch, view),
+                self.rng,
+                image_layout=batch.image_layout,
+                masked=rows,
+                mask=mask,
+                source=source,
+                selected=selected,
+            )
+
+        text, reads = self.text_of(batch, view), self.options.joint.source is not None
+        return self._of_all(batch, f"joint {view} {mask}", selected, read)
+
+    def decoder_states(
+        self, batch: Batch, view: str | None = None, source_view: str | None = None, selected: SelectedRows | None = None
+    ) -> Tokens:
+        """States of a text that is written, from the states of another role's pass over `source_view`."""
+
+        def read() -> Tokens:
+            text = self.text_of(batch, view)
+            layout = drawn_as(text.layout, batch, view, stage=2)
+            name = self.options.decoder.source
+            states = self._states_of(name, batch, source_view) if name is not None else None
+            if states is None or self.decoder.prefix is not None:
+                return self.decoder(text, layout, self.rng, states, selected)
+            source = self._once(batch, f"decoder source {source_view}", lambda: self.decoder.source_of(states))
+            return self.decoder(text, layout, self.rng, source, selected)
+
+        return self._of_all(batch, f"decoder {view} {source_view}", selected, read)
+
+    def masked_states(self, batch: Batch, view: str) -> Tensor:
+        """`[M, D]`: states of the words or regions that a view hides, where all else is read; those of other tokens are
+        not computed to the end."""
+        return self._once(batch, f"masked {view}", lambda: self._masked_states(batch, view)).hidden
+
+    def text_of(self, batch: Batch, view: str | None) -> Text:
+        """The text of the batch, or what a view has made of it."""
+        made = batch.views[view] if view is not None else None
+        if isinstance(made, MaskedWords):
+            return dataclasses.replace(batch.text, ids=made.ids)
+        if isinstance(made, Text):
+            return made
+        return batch.text if batch.text is not None else _no_text(batch)
+
+    # ---- what is compared, and what is read
+
+    def image_features(self, batch: Batch) -> Tensor:
+        """`[B, E]`, unit length."""
+        return self._once(batch, "image features", lambda: self.features_of_image(self.image_states(batch)))
+
+    def text_features(self, batch: Batch) -> Tensor:
+        """`[B, E]`, unit length."""
+        return self._once(batch, "text features", lambda: self.features_of_text(self.text_states(batch)))
+
+    def features_of_image(self, image: Tokens) -> Tensor:
+        return self.image_head(self.image.pooled(image))
+
+    def features_of_text(self, text: Tokens) -> Tensor:
+        return self.text_head(self.text.pooled(text))
+
+    def scale(self) -> Tensor:
+        """What multiplies cosine similarities: exp of the parameter, at most `logit_scale_max`."""
+        return self.logit_scale.clamp(max=math.log(self.options.logit_scale_max)).exp()
+
+    def image_source(self, batch: Batch) -> Source:
+        """The batch's images as the fusion encoder reads them."""
+        return self._once(batch, "image source", lambda: self.source_of(self.image_states(batch)))
+
+    def source_of(self, image: Tokens, index: Tensor | None = None) -> Source:
+        """Images for the fusion encoder, projected once; `index[b]` is the image that text `b` reads."""
+        return self.fusion.source_of(image, index)
+
+    def before_fusion(self, batch: Batch, view: str | None = None) -> Tokens:
+        """What the fusion encoder goes on with: states of the text tower, or embedded ids."""
+        if not self.fusion.begins_with_ids:
+            return self.text_states(batch, view)
+
+        def embed() -> Tokens:
+            text = self.text_of(batch, view)
+            return self.text.embed(text, drawn_as(text.layout, batch, view, stage=1), self.rng)
+
+        return self._once(batch, f"embedded {view}", embed)
+
+    def fuse(self, text: Tokens, image: Source, selected: SelectedRows | None = None) -> Tokens:
+        """Text that has read its images."""
+        return self.fusion(text, image, self.rng, selected)
+
+    def pooled(self, tokens: Tokens) -> Tensor:
+        """`[B, D]`: what stands for the samples of the joint stream, or else of the text tower."""
+        return (self.joint if self.joint is not None else self.text).pooled(tokens)
+
+    # ---- inside
+
+    def _make_joint(self, vocab_size: int, streams: itertools.count, values: int | None) -> Joint | None:
+        stack, image = self.options.joint, self.options.image
+        if stack is None:
+            return None
+        width = image.width if stack.source is not None else None
+        return Joint(stack, vocab_size, streams, self.impl, feature_values=values, source_width=width)
+
+    def _make_decoder(self, vocab_size: int, streams: itertools.count) -> Decoder | None:
+        stack = self.options.decoder
+        if stack is None:
+            return None
+        width = getattr(self.options, stack.source).width if stack.source is not None else None
+        return Decoder(stack, vocab_size, width, streams, self.impl)
+
+    def _text_states(self, role: str, batch: Batch, view: str | None, selected: SelectedRows | None) -> Tokens:
+        def read() -> Tokens:
+            text = self.text_of(batch, view)
+            return getattr(self, role)(text, drawn_as(text.layout, batch, view), self.rng, selected)
+
+        return self._of_all(batch, f"{role} {view}", selected, read)
+
+    def _of_all(self, batch: Batch, name: str, selected: SelectedRows | None, read: Callable[[], Tokens]) -> Tokens:
+        """A pass for whoever asks; one for selected rows is for its caller alone."""
+        return self._once(batch, name, read) if selected is None else read()
+
+    def _states_of(self, role: str, batch: Batch, view: str | None) -> Tokens:
+        """The pass over a batch by which another role reads this one."""
+        if role == "image":
+            return self.image_states(batch)
+        passes: dict[str, Callable[..., Tokens]] = {
+            "text": self.text_states,
+            "fusion": self.fused_states,
+            "joint": self.joint_states,
+        }
+        return passes[role](batch, view)
+
+    def _masked_states(self, batch: Batch, view: str) -> Tokens:
+        masked, role = batch.views[view], self.last_role
+        if role == "joint":
+            layout = self._joint_layout(batch, view)
+            segment = self.joint.segment("text" if isinstance(masked, MaskedWords) else "image")
+        else:
+            layout, segment = drawn_as(batch.text.layout, batch, view), 0
+        rows = masked.places.rows(layout, segment)
+        selected = SelectedRows.of(rows, masked.places.samples, layout, segment)
+        read = {"joint": self.joint_states, "fusion": self.fused_states, "text": self.text_states}[role]
+        if getattr(self.last_stack, "mask", "full") in ("full", "separate"):
+            return read(batch, view, selected)
+        # Rows of a causal segment are told by their position among all of it.
+        return Tokens(vk.take_rows(read(batch, view).hidden, rows, impl=self.impl), selected.layout)
+
+    def _joint_layout(self, batch: Batch, view: str | None) -> vk.SegmentLayout:
+        text = self.text_of(batch, view) if self.joint.text is not None else None
+        image = batch.image_layout if batch.image is not None and self.joint.image is not None else None
+        has_own_length = view is not None and isinstance(batch.views[view], Text)
+        is_the_batchs = self.joint.segments == ["text", "image"] and not has_own_length
+        layout = batch.layout if is_the_batchs else self.joint.layout_of(batch.layout, text and text.layout, image)
+        return drawn_as(layout, batch, view)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VisionLanguageModel:
+        super()._apply(fn, recurse)
+        self.rng.state = fn(self.rng.state)
+        return self
+
+
+def _no_text(batch: Batch) -> Text:
+    """Of a batch of pictures alone."""
+    ids = torch.empty(0, dtype=torch.int64, device=batch.layout.device)
+    return Text(ids, batch.layout.select((0,)))

@@ -1,0 +1,262 @@
+"""The roles of a model: streams that a recipe gives it, each with an embedder, a transformer and what comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from engine.sections.checks import require, require_not_negative, require_positive
+from engine.sections.inputs import ImageInput, TextInput
+from engine.sections.model import Stack
+
+Pooling = Literal["first", "last", "mean", "attention", "pooler"]
+Projection = Literal["linear", "affine", "none"]
+
+
+@dataclass
+class ImageStack(ImageInput, Stack):
+    """The image tower."""
+
+    section: ClassVar[str] = "image"
+
+    mask: Literal["full", "causal"] = "full"
+    """Which token sees which. full: all; causal: none sees a later one."""
+    pooling: Pooling = "mean"
+    """What stands for the picture. first: its first token; last: its last; mean: of its own tokens, without the class
+    token; attention: a learned query's (SigLIP); pooler: a linear map and tanh of the first (BERT)."""
+    projection: Projection = "linear"
+    """The map from there to the features that are compared. linear: without a bias (CLIP); affine: with one (ALBEF);
+    none (SigLIP)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_input("model.image", self.width)
+        require(self.positions != "text", "model.image.positions text needs the text beside it, as model.joint has it")
+        require(self.type_of_text is None, "model.image.type_of_text needs the text beside it, as model.joint has it")
+
+
+@dataclass
+class TextStack(TextInput, Stack):
+    """The text tower."""
+
+    section: ClassVar[str] = "text"
+
+    layers: int = 2
+    """Number of blocks."""
+    mask: Literal["full", "causal"] = "full"
+    """Which token sees which. full: all (BERT); causal: none sees a later one (GPT, CLIP)."""
+    pooling: Pooling = "mean"
+    """What stands for the text; as of model.image."""
+    projection: Projection = "linear"
+    """The map from there to the features that are compared; as of model.image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_input("model.text", self.width)
+
+
+@dataclass
+class GeneratorStack(TextStack):
+    """A second, smaller text stream, whose guesses the text role has to tell from words (ELECTRA)."""
+
+    section: ClassVar[str] = "generator"
+
+    shares: Literal["nothing", "embedder"] = "embedder"
+    """What it has in common with the text role, whose tables are then as wide as its own."""
+
+
+@dataclass
+class FusionStack(Stack):
+    """The fusion encoder: text that reads the image."""
+
+    section: ClassVar[str] = "fusion"
+
+    layers: int = 2
+    """Number of blocks."""
+    cross_from: int = 0
+    """The first block in which the text attends to the image."""
+    cross_every: int = 1
+    """Every how many blocks it does so from there on."""
+    begins_with: Literal["states", "ids"] = "states"
+    """What it goes on with. states: those of the text tower (ALBEF); ids: the text itself, embedded as in the tower,
+    whose blocks it shares but for cross-attention (BLIP)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "model.fusion", "cross_every")
+        require_not_negative(self, "model.fusion", "cross_from")
+
+
+@dataclass
+class JointStack(TextInput, Stack):
+    """One transformer over learned queries, text and image, in this order, or over some of them."""
+
+    section: ClassVar[str] = "joint"
+
+    queries: int = 0
+    """Learned rows before everything else (Q-Former: 32)."""
+    text: bool = True
+    """Whether the text takes part."""
+    image: ImageInput | None = None
+    """The embedder of the image; null: it takes no part."""
+    kinds: bool = False
+    """A learned row for each kind of segment, added behind the norms of the embeddings (ViLT)."""
+    mask: Literal["full", "causal", "prefix", "separate"] = "full"
+    """Which segment sees which. full: all see all; causal: no token sees a later one; prefix: text sees all else and its
+    own past, all else itself alone; separate: every segment itself alone. A loss may ask for another one (BLIP-2)."""
+    source: Literal["image"] | None = None
+    """The role that queries (or all rows, where there are none) read by cross-attention."""
+    cross_from: int = 0
+    """The first block in which they do."""
+    cross_every: int = 1
+    """Every how many blocks they do so from there on (Q-Former: 2)."""
+    own_feed_forward: bool = False
+    """Queries and text have feed-forward networks of their own (Q-Former)."""
+    pooling: Pooling = "pooler"
+    """What stands for the sample; as of model.image."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_input("model.joint", self.width)
+        require_positive(self, "model.joint", "cross_every")
+        require_not_negative(self, "model.joint", "queries", "cross_from")
+        require(self.text or self.queries > 0 or self.image is not None, "model.joint must have text, image or queries")
+        require(
+            self.queries > 0 or not self.own_feed_forward,
+            "model.joint.own_feed_forward is for queries and text: give model.joint.queries",
+        )
+        require(self.embedding_width is None, "model.joint.embedding_width must be null: its segments share one width")
+        if self.image is not None:
+            self.image.check_input("model.joint.image", self.width)
+            shared = self.image.type_of_text
+            require(
+                shared is None or shared < self.types,
+                f"model.joint.image.type_of_text must be a row of model.joint.types = {self.types}, got {shared}",
+            )
+
+
+@dataclass
+class DecoderStack(TextInput, Stack):
+    """A text that is written word by word, from what another role has made."""
+
+    section: ClassVar[str] = "decoder"
+
+    layers: int = 2
+    """Number of blocks."""
+    source: Literal["image", "text", "fusion", "joint"] | None = None
+    """The role whose states it reads; null: none (GPT)."""
+    reads: Literal["attention", "prefix"] = "attention"
+    """How it reads them. attention: by cross-attention (T5, BART, BLIP); prefix: through a linear map they stand before
+    its own text (BLIP-2, Frozen)."""
+    prefix_mask: Literal["full", "causal"] = "causal"
+    """Whether the tokens of a prefix see each other (full) or none sees a later one (causal)."""
+    cross_from: int = 0
+    """The first block with cross-attention."""
+    cross_every: int = 1
+    """Every how many blocks have it from there on."""
+    shares: Literal["nothing", "words", "all_but_attention"] = "nothing"
+    """What it has in common with the text role. words: their table (T5, BART); all_but_attention: the embedder and the
+    blocks but for self-attention, and with a fusion role its cross-attention (BLIP)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_input("model.decoder", self.width)
+        require_positive(self, "model.decoder", "cross_every")
+        require_not_negative(self, "model.decoder", "cross_from")
+
+
+@dataclass
+class Model:
+    """The roles of the model; null leaves one out."""
+
+    image: ImageStack | None = field(default_factory=ImageStack)
+    """The image tower."""
+    text: TextStack | None = field(default_factory=TextStack)
+    """The text tower."""
+    fusion: FusionStack | None = field(default_factory=FusionStack)
+    """The fusion encoder: goes on with the text and reads the image tower."""
+    joint: JointStack | None = None
+    """One transformer over queries, text and image together."""
+    decoder: DecoderStack | None = None
+    """A causal transformer over a text that is to be written."""
+    generator: GeneratorStack | None = None
+    """A second, smaller text stream (ELECTRA)."""
+    projection_dim: int = 128
+    """Size of the features of the image and the text tower that are compared."""
+    logit_scale_init: float = 1 / 0.07
+    """Initial factor on the cosine similarities."""
+    logit_scale_max: float = 100.0
+    """The factor never grows past this."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.roles), "model: at least one role must be given")
+        require_positive(self, "model", "projection_dim", "logit_scale_init")
+        require(
+            self.logit_scale_init <= self.logit_scale_max,
+            f"model.logit_scale_init must not exceed model.logit_scale_max = {self.logit_scale_max}, "
+            f"got {self.logit_scale_init}",
+        )
+        self._check_what_roles_read()
+
+    @property
+    def roles(self) -> list[str]:
+        """Names of the roles it has."""
+        names = ("image", "text", "fusion", "joint", "decoder", "generator")
+        return [name for name in names if getattr(self, name) is not None]
+
+    @property
+    def reads_pictures(self) -> ImageInput | None:
+        """The embedder that pictures go to: of the image tower, else of the joint stream."""
+        return self.image if self.image is not None else self.joint and self.joint.image
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any role reads or writes text."""
+        towers = (self.text, self.decoder, self.generator)
+        return any(role is not None for role in towers) or (self.joint is not None and self.joint.text)
+
+    def _check_what_roles_read(self) -> None:
+        needed = {"model.fusion": ("image", "text") if self.fusion is not None else ()}
+        if self.joint is not None and self.joint.source is not None:
+            needed["model.joint.source"] = (self.joint.source,)
+        if self.decoder is not None:
+            needed["model.decoder.source"] = () if self.decoder.source is None else (self.decoder.source,)
+            needed["model.decoder.shares"] = () if self.decoder.shares == "nothing" else ("text",)
+        if self.generator is not None and self.generator.shares != "nothing":
+            needed["model.generator.shares"] = ("text",)
+        for name, roles in needed.items():
+            missing = [f"model.{role}" for role in roles if getattr(self, role) is None]
+            require(not missing, f"{name} needs {' and '.join(missing)}, which is null")
+        if self.fusion is not None:
+            self._check_fusion(self.fusion, self.text)
+        self._check_shared_tables()
+
+    def _check_fusion(self, fusion: FusionStack, text: TextStack) -> None:
+        require(
+            fusion.width == text.width,
+            f"model.fusion.width must be model.text.width = {text.width}, whose stream it goes on with, got {fusion.width}",
+        )
+        require(
+            fusion.begins_with == "states" or fusion.layers == text.layers,
+            f"model.fusion.begins_with ids shares the blocks of model.text: model.fusion.layers must be {text.layers}, "
+            f"got {fusion.layers}",
+        )
+
+    def _check_shared_tables(self) -> None:
+        for name, role in (("decoder", self.decoder), ("generator", self.generator)):
+            if role is None or role.shares == "nothing":
+                continue
+            own, of_text = (stack.embedding_width or stack.width for stack in (role, self.text))
+            require(
+                own == of_text,
+                f"model.{name}.shares {role.shares} needs tables of one width: those of model.text have {of_text}, "
+                f"its own {own}",
+            )
+        if self.decoder is not None and self.decoder.shares == "all_but_attention":
+            ours, theirs = (self.decoder.layers, self.decoder.width), (self.text.layers, self.text.width)
+            require(
+                ours == theirs,
+                f"model.decoder.shares all_but_attention needs layers and width of model.text = {theirs}, got {ours}",
+            )

@@ -1,0 +1,78 @@
+"""Vision towers: ViT's, CLIP's, SigLIP's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.weights.pieces import Piece, linear
+from engine.weights.reshaped import Filters, Table
+
+VIT = {
+    "self_attention.query_key_value": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+    "self_attention.output": ["attention.o_proj"],
+    "self_attention.norm": ["layernorm_before"],
+    "feed_forward.inner": ["mlp.fc1"],
+    "feed_forward.output": ["mlp.fc2"],
+    "feed_forward.norm": ["layernorm_after"],
+}
+CLIP = {
+    "self_attention.query_key_value": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "self_attention.output": ["self_attn.out_proj"],
+    "self_attention.norm": ["layer_norm1"],
+    "feed_forward.inner": ["mlp.fc1"],
+    "feed_forward.output": ["mlp.fc2"],
+    "feed_forward.norm": ["layer_norm2"],
+}
+"""Sub-layers of a block; SigLIP has CLIP's."""
+
+
+def vit(layers: int, *, pooler: bool) -> Iterator[Piece]:
+    """An image role of `ViTModel`'s tensors."""
+    yield Table("embedder.class_token", ("embeddings.cls_token",))
+    yield Table("embedder.places.table", ("embeddings.position_embeddings",))
+    yield Filters("embedder.projection.weight", ("embeddings.patch_embeddings.projection.weight",))
+    yield Piece("embedder.projection.bias", ("embeddings.patch_embeddings.projection.bias",))
+    yield from stack("transformer", "layers", layers, VIT)
+    yield from linear("transformer.final_norm", "layernorm")
+    if pooler:
+        yield from linear("pooling.dense", "pooler.dense")
+
+
+def clip(layers: int) -> Iterator[Piece]:
+    """An image role of `CLIPVisionModel`'s tensors."""
+    yield Table("embedder.class_token", ("embeddings.class_embedding",))
+    yield Piece("embedder.places.table", ("embeddings.position_embedding.weight",))
+    yield Filters("embedder.projection.weight", ("embeddings.patch_embedding.weight",))
+    yield from linear("embedder.norm", "pre_layrnorm")
+    yield from stack("transformer", "encoder.layers", layers, CLIP)
+    yield from linear("transformer.final_norm", "post_layernorm")
+
+
+def clip_text(layers: int) -> Iterator[Piece]:
+    """A text role of `CLIPTextModel`'s tensors, or of SigLIP's but for its head."""
+    yield Piece("embedder.words", ("embeddings.token_embedding.weight",))
+    yield Piece("embedder.positions", ("embeddings.position_embedding.weight",))
+    yield from stack("transformer", "encoder.layers", layers, CLIP)
+    yield from linear("transformer.final_norm", "final_layer_norm")
+
+
+def stack(ours: str, theirs: str, layers: int, names: dict[str, list[str]]) -> Iterator[Piece]:
+    """A `PackedTransformer`."""
+    for layer in range(layers):
+        for name, sources in names.items():
+            yield from linear(f"{ours}.blocks.{layer}.{name}", *(f"{theirs}.{layer}.{source}" for source in sources))
+
+
+def siglip(layers: int) -> Iterator[Piece]:
+    """An image role of `SiglipVisionModel`'s tensors."""
+    yield Piece("embedder.places.table", ("embeddings.position_embedding.weight",))
+    yield Filters("embedder.projection.weight", ("embeddings.patch_embedding.weight",))
+    yield Piece("embedder.projection.bias", ("embeddings.patch_embedding.bias",))
+    yield from stack("transformer", "encoder.layers", layers, CLIP)
+    yield from linear("transformer.final_norm", "post_layernorm")
+    ours, theirs = "pooling.attention", "head"
+    yield Table(f"{ours}.probe", (f"{theirs}.probe",))
+    for kind in ("weight", "bias"):
+        yield Piece(f"{ours}.query_key_value.{kind}", (f"{theirs}.attention.in_proj_{kind}",))
+    for name, source in (("output", "attention.out_proj"), ("norm", "layernorm"), ("inner", "mlp.fc1"), ("outer", "mlp.fc2")):
+        yield from linear(f"{ours}.{name}", f"{theirs}.{source}")
