@@ -44,6 +44,7 @@ TINY = {
     "train.log_every": 2,
     "train.save_every": 6,
     "schedule.warmup_steps": 4,
+    "schedule.flat_steps": 4,
     "evaluation.gallery": 64,
     "evaluation.rerank_top": 4,
 }
