@@ -115,6 +115,8 @@ def build_engine(
     for line in ranks.main_first(lambda: load_initial_weights(config, model)) if new else ():
         if ranks.is_main:
             print(line, flush=True)
+    if model.teacher is not None:
+        model.teacher.begin()
     freeze(config.optimizer.freeze, model.named_parameters())
     optimizer = make_optimizer(config.optimizer, model.named_parameters(), ranks.device)
     learning_rate = LearningRate(config, optimizer)
