@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import vlkernels as vk
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from engine.batch import Batch
@@ -28,15 +29,10 @@ class LateInteraction(BatchCoupledObjective):
     label_smoothing: float = 0.0
     """Share of each target that is spread over all pairs."""
 
-    def build_head(self, model: Any) -> nn.Module:
-        options = model.options
-        return TokenHead(options.image.width, options.text.width, options.projection_dim)
-
     def features(self, model: Any, batch: Batch) -> Features:
-        found = model.heads[self.name](model.image_states(batch), model.text_states(batch))
         rows = {}
-        for name, tokens in zip(("image", "text"), found, strict=True):
-            rows |= {name: tokens.hidden, f"{name}_lengths": tokens.layout.lengths}
+        for name, tokens in (("image", model.image_states(batch)), ("text", model.text_states(batch))):
+            rows |= {name: mapped(model, name, tokens).hidden, f"{name}_lengths": tokens.layout.lengths}
         return Features(rows, {"scale": model.scale()})
 
     def loss(self, features: Features, impl: str) -> tuple[Losses, Report]:
@@ -57,24 +53,21 @@ class LateInteraction(BatchCoupledObjective):
         return {self.name: loss}, {"logit_scale": scale.detach()[0]}
 
     def measure(self, model: Any, held_out: HeldOut) -> Figures:
-        """Recall both ways among the gallery, by these similarities, beside chance."""
+        """Recall both ways among the gallery, by these similarities, beside chance; and the loss over it, beside that of
+        equal similarities."""
         gallery = held_out.gallery
-        image, text = model.heads[self.name](gallery.images, gallery.texts)
+        image, text = mapped(model, "image", gallery.images), mapped(model, "text", gallery.texts)
         by_image, by_text = similarities(image, text), similarities(text, image)
-        return {self.name: both_ways(by_image, by_text, gallery.related)}
+        own = torch.arange(len(gallery), device=by_image.device)
+        logits = (model.scale() * similarity for similarity in (by_image, by_text))
+        loss = sum(F.cross_entropy(each, own).item() for each in logits) / 2
+        losses = {"loss": loss, "loss_all_alike": math.log(len(gallery))}
+        return {self.name: both_ways(by_image, by_text, gallery.related), f"{self.name}_loss": losses}
 
 
-class TokenHead(nn.Module):
-    """Linear maps of all tokens to unit length."""
-
-    def __init__(self, image_width: int, text_width: int, features: int):
-        super().__init__()
-        self.image = nn.Linear(image_width, features, bias=False)
-        self.text = nn.Linear(text_width, features, bias=False)
-
-    def forward(self, image: Tokens, text: Tokens) -> tuple[Tokens, Tokens]:
-        maps = ((self.image, image), (self.text, text))
-        return tuple(Tokens(F.normalize(own(tokens.hidden), dim=-1), tokens.layout) for own, tokens in maps)
+def mapped(model: Any, role: str, tokens: Tokens) -> Tokens:
+    """Every token as the map to features has it, which for other losses is given what stands for the sample."""
+    return Tokens(getattr(model, f"{role}_head")(tokens.hidden), tokens.layout)
 
 
 def similarities(of: Tokens, to: Tokens) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,8 +46,15 @@ class SigmoidContrastive(BatchCoupledObjective):
         return {self.name: loss}, report
 
     def measure(self, model: Any, held_out: HeldOut) -> Figures:
-        """Recall both ways among the gallery, beside chance."""
-        return {self.name: retrieval(held_out.gallery)}
+        """Recall both ways among the gallery, beside chance; and the loss over it, beside that of the share of partners
+        as the answer for every pair."""
+        gallery, bias = held_out.gallery, model.heads[self.name]()
+        options = {"logit_bias": bias, "impl": model.impl}
+        loss = vk.sigmoid_loss(gallery.image_features, gallery.text_features, model.scale(), **options)
+        share = 1 / len(gallery)
+        blind = -(math.log(share) + (len(gallery) - 1) * math.log1p(-share)) if len(gallery) > 1 else 0.0
+        losses = {"loss": loss.item(), "loss_share_of_partners": blind}
+        return {self.name: retrieval(gallery), f"{self.name}_loss": losses}
 
 
 class LogitBias(nn.Module):

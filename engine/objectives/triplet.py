@@ -42,5 +42,10 @@ class Triplet(BatchCoupledObjective):
         return {self.name: loss}, {}
 
     def measure(self, model: Any, held_out: HeldOut) -> Figures:
-        """Recall both ways among the gallery, beside chance."""
-        return {self.name: retrieval(held_out.gallery)}
+        """Recall both ways among the gallery, beside chance; and the loss over it, beside that of equal similarities."""
+        gallery = held_out.gallery
+        features, options = (gallery.image_features, gallery.text_features), {"hardest": self.hardest, "impl": model.impl}
+        loss = vk.triplet_loss(*features, self.margin, labels=gallery.labels, **options)
+        others = (~gallery.related).sum().item()
+        alike = 2 * self.margin * (len(gallery) if self.hardest else others)
+        return {self.name: retrieval(gallery), f"{self.name}_loss": {"loss": loss.item(), "loss_all_alike": alike}}

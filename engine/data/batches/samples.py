@@ -55,6 +55,7 @@ class SampleMaker:
         self.no_picture = tuple(round(255 * mean) for mean in config.data.image_mean)
         """The colour of a picture that is not there: 0 to the model."""
         self.max_tokens = config.data.max_caption_tokens
+        self.fills = config.data.fill_captions
         self.objectives = objectives
         self.needs_soft_labels = any(objective.needs_soft_labels for objective in objectives)
 
@@ -91,12 +92,18 @@ class SampleMaker:
         if caption is None:
             draws = self.train and count > 1
             caption = self.random(epoch, example, Purpose.CAPTION).integers(count) if draws else 0
-        if record.token_ids is None:
-            return Words(*self.tokenizer.encode(record.captions[caption], self.max_tokens))
         try:
-            return Words(*self.tokenizer.enclose(record.token_ids[caption], self.max_tokens))
+            return Words(*self.caption(record, caption))
         except ValueError as error:
             raise RecordFault(record.key, str(error)) from None
+
+    def caption(self, record: Record, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, words) of one of its captions."""
+        if record.token_ids is None:
+            found = self.tokenizer.encode(record.captions[number], self.max_tokens)
+        else:
+            found = self.tokenizer.enclose(record.token_ids[number], self.max_tokens)
+        return self.tokenizer.fill(*found, self.max_tokens) if self.fills else found
 
     def _page_text(self, page: PageWords) -> Words:
         """Every piece of a word has its box; [CLS] has a corner's, [SEP] the other corner's, as LayoutLM has them."""

@@ -51,6 +51,11 @@ class Tokenizer:
         words = np.asarray([-1, *encoding.word_ids[: max_tokens - 2], -1], dtype=np.int64)
         return ids, words
 
+    def fill(self, ids: np.ndarray, words: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """With [PAD], which has id 0 and belongs to no word, up to a length."""
+        missing = (0, length - len(ids))
+        return np.pad(ids, missing), np.pad(words, missing, constant_values=-1)
+
     def encode_all(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, whether each begins a word) of every text, without special tokens and however long."""
         encodings = self.model.encode_batch(texts, add_special_tokens=False)

@@ -20,7 +20,7 @@ from engine.objectives.causal_language import CausalLanguage
 from engine.objectives.classification import Classification
 from engine.objectives.denoising import BEGUN, READ, Denoising
 from engine.objectives.document_classes import DocumentClasses
-from engine.objectives.late_interaction import LateInteraction, similarities
+from engine.objectives.late_interaction import LateInteraction, mapped, similarities
 from engine.objectives.next_sentence import NextSentence
 from engine.objectives.parts.objective import Draw
 from engine.objectives.sentence_order import SentenceOrder
@@ -246,8 +246,7 @@ def test_triplets_by_hand(hardest):
 
 def test_late_interaction_by_hand():
     model, batch, objective = small_model(), random_batch(range(4)), LateInteraction()
-    add_heads(model, {"late_interaction": objective})
-    image, text_tokens = model.heads["late_interaction"](model.image_states(batch), model.text_states(batch))
+    image, text_tokens = mapped(model, "image", model.image_states(batch)), mapped(model, "text", model.text_states(batch))
     images, texts = (
         tokens.hidden.split(tokens.layout.lengths.sum(1).tolist()) for tokens in (image, text_tokens)
     )

@@ -119,6 +119,21 @@ def test_masked_rows_point_into_the_packed_stream(workshop):
     assert torch.equal(joint[words.places.rows(batch.layout, TEXT)], words.targets)
 
 
+def test_captions_are_filled_where_the_recipe_says_so(workshop):
+    """The fillings are tokens of the batch, and masking leaves them alone."""
+
+    def first(**options):
+        config = workshop.config(workshop.good_shards(), **options)
+        sets = load_training_sets(config)
+        (batch,) = next(training_stream(config, sets, make_tokenizer(config, sets), 0, 1, step=0, samples_seen=0))
+        return batch, config.data.max_caption_tokens
+
+    (plain, _), (filled, most) = first(), first(fill_captions=True)
+    assert filled.layout.lengths[:, TEXT].tolist() == [most] * 8
+    assert captions_of(filled) == [ids + [0] * (most - len(ids)) for ids in captions_of(plain)]
+    assert 0 not in filled.views["masked_language"].targets
+
+
 def test_pictures_of_different_sizes_share_a_batch():
     def sample(patches):
         ids = np.arange(3)
