@@ -1,6 +1,7 @@
 # make setup      .venv from requirements.lock, kernels compiled, vlkernels installed; the others do it first
 # make pretrain   train the quickstart
 # make uniter     train UNITER, small, on built-in scenes
+# make systems    train every recipe at a small size (hours); docs/SYSTEMS.md tells what each has learnt
 # make test       the test suite                 make test-gpu   the tests that need a card
 # make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
 # make bench-gpu-dry   its calls and peers without a card, every Triton kernel they would launch compiled
@@ -14,7 +15,7 @@
 PYTHON ?= python3
 SETUP ?= 1
 SHELL := /bin/bash
-.PHONY: setup build pretrain uniter test test-gpu bench bench-gpu bench-gpu-dry static clean
+.PHONY: setup build pretrain uniter systems test test-gpu bench bench-gpu bench-gpu-dry static clean
 
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
@@ -60,6 +61,9 @@ pretrain: setup
 
 uniter: setup
 	$(DEEPSPEED) engine/pretrain.py --config engine/recipes/uniter_scenes.yaml
+
+systems: setup
+	$(RUN) -m benchmarks.systems
 
 # Two workers of one thread each; the tests of a file share a worker and its fixtures.
 test: setup

@@ -19,6 +19,7 @@ from engine.sections import (
     Model,
     Optimizer,
     Schedule,
+    System,
     Tokenizer,
     Train,
     Zero,
@@ -53,6 +54,8 @@ class Config:
 
     name: str = "run"
     """Name of the run; its folder is OUTPUT/NAME."""
+    system: System | None = None
+    """The published system that a recipe reproduces (null: none)."""
     output: str = "runs"
     """Folder that holds the run folders."""
     seed: int = 0

@@ -9,6 +9,7 @@ from engine.sections.data import Data, DataSet, Regions, Tokenizer
 from engine.sections.inputs import ImageInput, TextInput
 from engine.sections.model import Distances, Stack
 from engine.sections.roles import DecoderStack, FusionStack, GeneratorStack, ImageStack, JointStack, Model, TextStack
+from engine.sections.system import System
 from engine.sections.training import Buckets, Evaluation, Optimizer, Rule, Schedule, Train, Zero
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "Stack",
+    "System",
     "TextInput",
     "TextStack",
     "Tokenizer",

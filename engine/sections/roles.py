@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from engine.sections.checks import require, require_not_negative, require_positive
 from engine.sections.inputs import ImageInput, TextInput
-from engine.sections.model import Stack
+from engine.sections.model import Distances, Stack  # noqa: F401  the parser resolves inherited annotations here
 
 Pooling = Literal["first", "last", "mean", "attention", "pooler"]
 Projection = Literal["linear", "affine", "none"]
@@ -127,12 +127,14 @@ class JointStack(TextInput, Stack):
         )
         require(self.embedding_width is None, "model.joint.embedding_width must be null: its segments share one width")
         if self.image is not None:
-            self.image.check_input("model.joint.image", self.width)
-            shared = self.image.type_of_text
-            require(
-                shared is None or shared < self.types,
-                f"model.joint.image.type_of_text must be a row of model.joint.types = {self.types}, got {shared}",
-            )
+            self._check_image(self.image)
+
+    def _check_image(self, image: ImageInput) -> None:
+        image.check_input("model.joint.image", self.width)
+        require(
+            image.type_of_text is None or image.type_of_text < self.types,
+            f"model.joint.image.type_of_text must be a row of model.joint.types = {self.types}, got {image.type_of_text}",
+        )
 
 
 @dataclass

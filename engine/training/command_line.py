@@ -44,6 +44,7 @@ def optional_sections(section: type = Config, prefix: str = "") -> dict[str, typ
             found |= optional_sections(hint, f"{path}.")
         elif type(None) in choices and dataclasses.is_dataclass(choices[0]):
             found[path] = choices[0]
+            found |= optional_sections(choices[0], f"{path}.")
     return found
 
 

@@ -84,12 +84,12 @@ class CrossAttention(Attention):
 
     def project(self, source: Tensor) -> Tensor:
         """Keys and values `[Tk, 2, H, K]` of source rows `[Tk, D]`."""
-        return self.key_value(source).view(source.shape[0], 2, self.heads, -1)
+        return self.key_value(source).unflatten(1, (2, self.heads, -1))
 
     def forward(self, x: Tensor, context: Context, source: tuple[Source, Tensor]) -> Tensor:
         read, keys_values = source
         attended = vk.attention(
-            self.query(x).view(x.shape[0], self.heads, -1),
+            self.query(x).unflatten(1, (self.heads, -1)),
             keys_values[:, 0],
             keys_values[:, 1],
             layout=context.layout,

@@ -408,8 +408,9 @@ def test_roles_that_do_not_fit(roles, message):
     [
         (lambda: JointStack(text=False), "model.joint must have text, image or queries"),
         (lambda: JointStack(own_feed_forward=True), "model.joint.own_feed_forward is for queries and text"),
-        (lambda: JointStack(embedding_width=8), "model.joint.embedding_width must be null"),
         (lambda: JointStack(image=ImageInput(type_of_text=1)), "a row of model.joint.types = 0, got 1"),
+        (lambda: JointStack(image=ImageInput(patch_size=0)), "model.joint.image.patch_size must be positive, got 0"),
+        (lambda: JointStack(embedding_width=8), "model.joint.embedding_width must be null"),
         (lambda: ImageStack(positions="text"), "model.image.positions text needs the text beside it"),
         (lambda: FusionStack(cross_from=-1), "model.fusion.cross_from must not be negative, got -1"),
     ],

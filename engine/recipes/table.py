@@ -1,0 +1,88 @@
+"""A recipe in a few lines: its parts, who sees whom, and how many parameters it has beside the published model."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.build import build_model
+from engine.config import Config
+from engine.models import VisionLanguageModel
+from engine.sections import ImageInput
+from engine.training.command_line import parse
+
+FOLDER = Path(__file__).parent
+INDENT = 13
+
+
+def names() -> list[str]:
+    """All recipes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    """A recipe as a run would parse it."""
+    return parse([f"--config={FOLDER / name}.yaml", *overrides])
+
+
+def model_of(config: Config) -> VisionLanguageModel:
+    """The model of a run with as many words as it may have, without storage for its weights."""
+    with torch.device("meta"):
+        return build_model(config, config.tokenizer.vocab_size)
+
+
+def num_parameters(model: VisionLanguageModel) -> int:
+    """Each tied tensor once; copies that only follow others are not counted."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def describe(name: str) -> str:
+    """One system as a block of lines."""
+    config = recipe(name)
+    model = model_of(config)
+    rows = {"paper": config.system.paper if config.system is not None else "none: of this project"}
+    for role in config.model.roles:
+        rows[role] = describe_role(config, role) + draw(getattr(model, role))
+    rows["objectives"] = ", ".join(config.objectives.active)
+    rows["parameters"] = count(config, num_parameters(model))
+    return "\n".join([name, *(line for title, text in rows.items() for line in lines(title, text))])
+
+
+def describe_role(config: Config, role: str) -> str:
+    """What is embedded, the size of the transformer, and the role it reads by cross-attention."""
+    stack = getattr(config.model, role)
+    image = stack if isinstance(stack, ImageInput) else getattr(stack, "image", None)
+    embedded = {
+        "learned queries": getattr(stack, "queries", 0) > 0,
+        "words": getattr(stack, "text", role != "image") and role != "fusion",
+        image and f"{image.kind} of the image": image is not None,
+    }
+    parts = [" + ".join(what for what, given in embedded.items() if given)]
+    parts.append(f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm")
+    source = "image" if role == "fusion" else getattr(stack, "source", None)
+    return ", ".join([*filter(None, parts), *([f"reads {source}"] if source is not None else [])])
+
+
+def draw(role: nn.Module) -> str:
+    """Its mask table behind a line break: rows are who sees, columns who is seen; none where all see all."""
+    mask = getattr(role, "mask", None)
+    return "" if mask is None else f"\n{mask}"
+
+
+def count(config: Config, parameters: int) -> str:
+    """Ours, beside the published model's."""
+    system = config.system
+    if system is None or system.parameters is None:
+        return f"{parameters:,}"
+    more = "".join(f" {'+' if n > 0 else '-'} {abs(n):,} ({what})" for what, n in system.difference.items())
+    sign = {"exact": "=", "rounded": "about"}[system.precision] if system.agrees(parameters) else "NOT"
+    return f"{parameters:,} {sign} {system.parameters:,} of {system.counted}{more}"
+
+
+def lines(title: str, text: str) -> list[str]:
+    """Indented, the title before the first."""
+    shown = [piece for line in text.splitlines() for piece in textwrap.wrap(line, 110) or [""]]
+    return [f"  {title if not number else '':{INDENT}} {line}" for number, line in enumerate(shown)]

@@ -1,0 +1,70 @@
+"""Every recipe, whichever there are: the published number of parameters, and thirty steps at its smallest size."""
+
+import pytest
+import torch
+
+from engine.build import build_model
+from engine.data import load_source, load_training_sets, make_tokenizer, held_out_batches, training_stream
+from engine.evaluation import describe, evaluate
+from engine.objectives import PretrainingModule
+from engine.recipes import table
+
+STEPS = 30
+
+
+@pytest.mark.parametrize("name", table.names())
+def test_as_many_parameters_as_published(name):
+    config = table.recipe(name)
+    assert config.name == name
+    parameters = table.num_parameters(table.model_of(config))
+    assert config.system is None or config.system.agrees(parameters), table.count(config, parameters)
+
+
+def test_a_wrong_count_is_told():
+    config = table.recipe("uniter_base")
+    parameters = table.num_parameters(table.model_of(config))
+    assert not config.system.agrees(parameters + 1)
+    assert " NOT " in table.count(config, parameters + 1)
+
+
+def test_blocks_name_parts_and_counts():
+    block = table.describe("uniter_base")
+    assert "112,936,839 = 112,938,887 of the release - 2,048" in block and "12 x 768, 12 heads, post-norm" in block
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Built-in sets are written once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("name", table.names())
+def test_smallest_size_trains_and_evaluates(name, cache):
+    """All losses are finite and every parameter that learns has had a gradient."""
+    options = ["--tiny=true", f"--data.cache={cache}", "--precision=fp32", f"--train.max_steps={STEPS}"]
+    if table.recipe(name).train.buckets is not None:
+        options += ["--train.global_batch=1", "--train.accumulation=1"]
+    config = table.recipe(name, *options)
+    torch.manual_seed(config.seed)
+    sets, held_out = load_training_sets(config), load_source(config.data, "held_out")
+    tokenizer = make_tokenizer(config, sets)
+    model = build_model(config, tokenizer.vocab_size)
+    module = PretrainingModule(model, config.objectives.active)
+    learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learning.values(), lr=1e-3)
+    stream = training_stream(config, sets, tokenizer, 0, 1, step=0, samples_seen=0)
+    reached, met = set(), set()
+    for _, window in zip(range(STEPS), stream):
+        for batch in window:
+            total, losses, _ = module(batch)
+            assert all(value.isfinite() for value in losses.values()), losses
+            met |= losses.keys()
+            (total / len(window)).backward()
+        reached |= {n for n, p in learning.items() if p.grad is not None and p.grad.any()}
+        optimizer.step()
+        optimizer.zero_grad()
+        model.rng.advance()
+    assert met >= set(config.objectives.active)
+    assert learning.keys() == reached, sorted(learning.keys() - reached)
+    read = lambda batch, task=None: held_out_batches(config, held_out, tokenizer, batch, task)  # noqa: E731
+    assert describe(evaluate(model, read, config, tokenizer=tokenizer)).count("\n") >= 1
