@@ -4,6 +4,7 @@
 # make systems    train every recipe at a small size (hours); docs/SYSTEMS.md tells what each has learnt
 # make test       the test suite                 make test-gpu   the tests that need a card
 # make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
+# make bench-gpu-steps   whole training steps on a card, beside padded models
 # make bench-gpu-dry   its calls and peers without a card, every Triton kernel they would launch compiled
 # make static     compile the Triton kernels for three architectures: registers, spills, tensor-core instructions
 # make build      recompile the kernels, after an edit in csrc
@@ -15,7 +16,7 @@
 PYTHON ?= python3
 SETUP ?= 1
 SHELL := /bin/bash
-.PHONY: setup build pretrain uniter systems test test-gpu bench bench-gpu bench-gpu-dry static clean
+.PHONY: setup build pretrain uniter systems test test-gpu bench bench-gpu bench-gpu-dry bench-gpu-steps static clean
 
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
@@ -77,10 +78,16 @@ bench: setup
 	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart --seconds 20
 	$(RUN) -m benchmarks.train_step --device cpu
+	$(RUN) -m benchmarks.zero_step --device cpu
 	$(RUN) -m benchmarks.report
 
 bench-gpu-dry: setup
 	$(RUN) -m benchmarks.run --dry-run $(BENCH)
+	$(RUN) -m benchmarks.train_step --device cuda --dry-run
+
+bench-gpu-steps: setup
+	$(RUN) -m benchmarks.train_step --device cuda
+	$(RUN) -m benchmarks.zero_step --device cuda
 
 bench-gpu: setup
 	$(RUN) -m benchmarks.run --device cuda $(BENCH)

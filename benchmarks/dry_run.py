@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import offline
-from benchmarks.run import benchmarks_of, first_line, short
+from benchmarks.variants import benchmarks_of, first_line, short
 from vlkernels.core import triton_runtime
 from vlkernels.core.spec import Benchmark, InputMaker, OpSpec, Peer
 from vlkernels.core.triton_runtime import INTERPRETED_ARCHITECTURE, Launch
@@ -39,8 +39,8 @@ class Trial:
     def told(self, title: str, peers: list[str]) -> list[str]:
         here = [peer for peer in peers if peer not in self.absent]
         compiled = ", ".join(f"{name} x {len(hashes)}" if len(hashes) > 1 else name for name, hashes in self.kernels.items())
-        lines = [f"{title}: {'FAILED: ' + self.failure if self.failure else compiled or self.compiled_elsewhere} ({self.seconds:.1f} s)"]
-        lines.append(f"  beside {', '.join(here) or 'nobody'}")
+        outcome = f"FAILED: {self.failure}" if self.failure else compiled or self.compiled_elsewhere
+        lines = [f"{title}: {outcome} ({self.seconds:.1f} s)", f"  beside {', '.join(here) or 'nobody'}"]
         return lines + [f"  {peer} cannot run here: {reason}" for peer, reason in self.absent.items()]
 
 

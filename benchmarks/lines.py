@@ -48,7 +48,7 @@ STEP = {
 ATTENTION = {"file": "attention_qkvpacked", "against": "the better of padded and length-sorted SDPA"}
 LINES = (
     Line(
-        "a whole UNITER-base step, COCO-like lengths, random batches",
+        "a whole UNITER-base step (the latest: 6 of its 12 layers), COCO-like lengths, random batches of 32",
         "the same model in plain, padded PyTorch",
         peers=("padded PyTorch, random",),
         targets={"float32": 2.0},

@@ -65,16 +65,17 @@ def peak_bytes(values: Mapping[str, Any]) -> Mapping[str, float]:
 
 
 def share_of_floor(values: Mapping[str, Any]) -> float | None:
-    """The least time of forward and backward by what the device did in the same run, over ours; ``None`` where a row does not know."""
+    """The least time of forward and backward by what the device did in the same run, over ours; ``None``: it is not known."""
     roof, cost = values.get("roof"), values.get("cost")
     if not roof or not cost:
         return None
-    least = sum(max(cost[f"{part}_flops"] / roof["flops"], cost[f"{part}_bytes"] / roof["bytes"]) for part in ("forward", "backward"))
+    parts = ("forward", "backward")
+    least = sum(max(cost[f"{part}_flops"] / roof["flops"], cost[f"{part}_bytes"] / roof["bytes"]) for part in parts)
     return least / seconds(values)["vlkernels"]
 
 
 def packed_step(values: Mapping[str, Any]) -> Mapping[str, float]:
-    """Of the whole step, which keeps what the plain one takes in packed steps, round by round; earlier rows named it by its task."""
+    """Of the whole step, which keeps what plain ones take in packed steps; earlier rows named them by their task."""
     found = {name.replace("mlm,", "padded PyTorch,"): times for name, times in values.get("packed_times_as_fast", {}).items()}
     return {"packed": 1.0, **found}
 

@@ -1,7 +1,7 @@
 """The most bytes that one forward and backward hold at once on a CPU.
 
-A process of its own per variant: what one leaves in the heap would hide what the next one needs. All are forked from one that has
-imported everything and has computed nothing.
+A process of its own per variant: what one leaves in the heap would hide what the next one needs. All are forked from one that
+has imported everything and has computed nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from benchmarks.variants import only_variant
+
 PROCESS = Path("/proc/self")
 MAPPED_ALONE_FROM = 1 << 16  # bytes; such blocks go back to the system as soon as they are freed
 _MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -23,15 +25,13 @@ def peak_bytes(op: str, benchmark: str, dtype: str, variant: str) -> int | None:
     if not (PROCESS / "clear_refs").exists():
         return None
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["benchmarks.run"])
+    server.set_forkserver_preload(["benchmarks.memory"])
     with ProcessPoolExecutor(1, server) as processes:
         return processes.submit(_measure, op, benchmark, dtype, variant).result()
 
 
 def _measure(op: str, benchmark: str, dtype: str, variant: str) -> int:
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, MAPPED_ALONE_FROM)
-    from benchmarks.run import only_variant
-
     step = only_variant(op, benchmark, dtype, variant)
     return most_held(lambda: [part() for part in step.parts().values()])
 

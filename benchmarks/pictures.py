@@ -28,10 +28,11 @@ LATE_INTERACTION = Line(
 
 def pictures(rows: Sequence[Row], machine: Machine) -> dict[str, tuple[str, str]]:
     """By the name of the file: what is seen, and the plot."""
+    contrastive, late_interaction = (growth(line, rows, machine) for line in (CONTRASTIVE, LATE_INTERACTION))
     drawn = {
         "attention_padding": ("attention: times as fast as each way of padding", attention(rows, machine)),
-        "contrastive_batch": ("contrastive loss: seconds and memory against the batch", growth(CONTRASTIVE, rows, machine)),
-        "late_interaction_batch": ("late interaction: seconds and memory against the batch", growth(LATE_INTERACTION, rows, machine)),
+        "contrastive_batch": ("contrastive loss: seconds and memory against the batch", contrastive),
+        "late_interaction_batch": ("late interaction: seconds and memory against the batch", late_interaction),
         "floor": ("share of the least time that the products and the bytes of a call take here", floor(rows, machine)),
     }
     return {name: (seen, plot) for name, (seen, plot) in drawn.items() if plot}

@@ -22,9 +22,9 @@ from benchmarks.plain_transformer import TiedHead, Transformer, attention_mask, 
 from benchmarks.provenance import RESULTS, ROOT, store
 from benchmarks.timing import interleaved
 from engine.batch import IMAGE, TEXT, Batch, OnDevice
+from engine.build import build_model
 from engine.config import Config
 from engine.data import load_training_sets, make_tokenizer, training_stream
-from engine.build import build_model
 from engine.models import VisionLanguageModel
 from engine.objectives import PretrainingModule
 from engine.sections import ImageStack, Model, TextStack

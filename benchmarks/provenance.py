@@ -26,7 +26,20 @@ REQUIRED_OF_A_PROCESSOR = ("threads",)
 REQUIRED_OF_A_CARD = ("cuda", "cudnn", "driver, power limit, highest clock", "peers")
 MAY_BE_UNKNOWN = ("commit", "modified", "triton", "cudnn", "driver, power limit, highest clock")
 SOURCE_SINCE = "2026-11-20T17:18:31+00:00"  # required, too, of rows from then on
-PEER_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4", "apex", "liger-kernel", "quack-kernels")
+PEER_PACKAGES = (
+    "apex",
+    "cut-cross-entropy",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "flash-maxsim",
+    "inf-cl",
+    "late-interaction-kernels",
+    "liger-kernel",
+    "open_clip_torch",
+    "quack-kernels",
+    "siglip-kernel",
+)
 
 
 def provenance(device: str) -> dict[str, Any]:

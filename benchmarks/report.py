@@ -1,6 +1,7 @@
 """`python -m benchmarks.report [--check]`: the README's table of measured ratios and its plots, from the stored results.
 
-What they tell is declared in benchmarks/lines.py and, of a card, in benchmarks/targets.py. A row without its provenance is refused, and so is a line without a row.
+What they tell is declared in benchmarks/lines.py and, of a card, in benchmarks/targets.py. A row without its provenance is
+refused, and so is a line without a row.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def table(rows: Sequence[Row], machine: Machine) -> list[str]:
     told = f"{machine}; torch {versions}; {' to '.join(sorted({days[0], days[-1]}))}."
     starred = " \\* is a run of a tree with changes that no commit holds." if not all(row.is_clean for row in shown) else ""
     heads = ("what", "against", *(f"times as fast, {dtype}" for dtype in DTYPES), "rows")
-    body = [(line.what, line.against, *(_cell(line, rows, dtype) for dtype in DTYPES), _rows(line, rows, machine)) for line in LINES]
+    body = [
+        (line.what, line.against, *(_cell(line, rows, dtype) for dtype in DTYPES), _rows(line, rows, machine)) for line in LINES
+    ]
     cells = (heads, ["---"] * len(heads), *body)
     return [f"{told}{starred}", "", *(f"| {' | '.join(some)} |" for some in cells)]
 

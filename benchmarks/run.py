@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing | --list | --dry-run]`: every benchmark, beside its peers.
+"""`python -m benchmarks.run [--device cpu|cuda] [--op NAME] [--missing | --list | --dry-run]`: benchmarks, beside their peers.
 
 An op whose contract is red prints no time. A result is stored as soon as it is there, in benchmarks/results/<device>/<op>.jsonl
 with its provenance, so that a run that is cut off loses nothing, and the next one with --missing times the rest.
@@ -11,9 +11,8 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ import torch
 from benchmarks import memory, roof
 from benchmarks.launches import launches
 from benchmarks.provenance import RESULTS, CardLog, store, stored
-from benchmarks.timing import Parts, Timing, interleaved_parts
+from benchmarks.timing import Timing, interleaved_parts
+from benchmarks.variants import Step, benchmarks_of, first_line, short, variants
 from engine.training.host_memory import keep_large_blocks
 from vlkernels import ops
-from vlkernels.core.spec import Benchmark, Cost, InputMaker, OpSpec, Peer
+from vlkernels.core.spec import Benchmark, Cost, InputMaker, OpSpec
 from vlkernels.testing import contract
-from vlkernels.testing.arguments import differentiable_tensors, floating_outputs
 
 DIRECTIONS = ("forward", "backward")
 COPY = "copy of as many bytes"
@@ -119,18 +118,6 @@ def still_missing(spec: OpSpec, run: Run) -> dict[str, Benchmark]:
     return {name: benchmark for name, benchmark in left.items() if benchmark.dtypes}
 
 
-def benchmarks_of(spec: OpSpec, device: str) -> dict[str, Benchmark]:
-    """The op's benchmarks on this kind of device, what they leave open filled in."""
-    found = {}
-    for name, declared in spec.benchmarks.items():
-        made = declared if isinstance(declared, Benchmark) else Benchmark(declared)
-        if device in made.devices:
-            peers = {"reference": spec.reference, **spec.peers} if made.peers is None else made.peers
-            dtypes = made.dtypes or spec.dtypes
-            found[name] = replace(made, dtypes=dtypes, peers=peers, call=made.call or spec.functional)
-    return found
-
-
 def run_op(spec: OpSpec, run: Run) -> bool:
     """Time one op; ``False`` when its contract is red, and then no time is printed, or when a benchmark failed."""
     benchmarks = still_missing(spec, run)
@@ -178,7 +165,7 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
     """One row: the times of everybody, printed and returned."""
     arguments = benchmark.make(InputMaker(dtype, run.device))
     cost = spec.cost(**arguments) if spec.cost else None
-    calls: dict[str, Step | roof.Copies] = {**variants(benchmark, arguments, run)}
+    calls: dict[str, Step | roof.Copies] = {**variants(benchmark, arguments, run.tell_absent)}
     absent = {peer: run.absent[peer] for peer in benchmark.peers if peer not in calls}
     peak_bytes = peaks(spec, name, benchmark, dtype, run, calls)
     kernels = {variant: launches(step.parts()) for variant, step in calls.items()} if run.device == "cuda" else None
@@ -215,70 +202,6 @@ def peaks(
     if not benchmark.peak_memory:
         return None
     return {variant: memory.peak_bytes(spec.name, name, short(dtype), variant) for variant in steps}
-
-
-def only_variant(op: str, name: str, dtype: str, variant: str) -> Step:
-    """One variant of a CPU benchmark by its names, run once."""
-    spec = next(spec for spec in ops.specs() if spec.name == op)
-    benchmark = benchmarks_of(spec, "cpu")[name]
-    peers = {peer: call for peer, call in benchmark.peers.items() if peer == variant}
-    arguments = benchmark.make(InputMaker(getattr(torch, dtype), "cpu"))
-    return variants(replace(benchmark, peers=peers), arguments, Run("cpu", 0.0, RESULTS), ours=not peers)[variant]
-
-
-class Step:
-    """Forward and backward of a call, to be timed one after the other."""
-
-    def __init__(self, call: Callable[[], Any], inputs: list[torch.Tensor], rival: bool):
-        self.rival = rival
-        self._call, self._inputs = call, inputs
-        self._outputs: list[torch.Tensor] = []
-        self._upstream: list[torch.Tensor] = []
-
-    def parts(self) -> Parts:
-        return {"forward": self.forward, "backward": self.backward} if self._upstream else {"forward": self._call}
-
-    def trial(self) -> Step:
-        """Run it once: what cannot run raises here, and whether there is something to differentiate is known afterwards."""
-        self.forward()
-        generators = [torch.Generator(t.device).manual_seed(7) for t in self._outputs]
-        self._upstream = [
-            torch.randn(t.shape, generator=g, device=t.device, dtype=t.dtype) for t, g in zip(self._outputs, generators)
-        ]
-        self.backward()
-        return self
-
-    def peak_bytes(self) -> int:
-        """The most that a forward and backward hold at once on the card, beside what is there before."""
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        for part in self.parts().values():
-            part()
-        return torch.cuda.max_memory_allocated() - before
-
-    def forward(self) -> None:
-        self._outputs = [t for t in floating_outputs(self._call()) if t.requires_grad]
-
-    def backward(self) -> object:
-        outputs, self._outputs = self._outputs, []
-        return torch.autograd.grad(outputs, self._inputs, self._upstream, allow_unused=True) if outputs else None
-
-
-def variants(benchmark: Benchmark, arguments: dict[str, Any], run: Run, ours: bool = True) -> dict[str, Step]:
-    """What ``auto`` takes, if ``ours``, and every peer that runs here; for the others the reason is printed, once."""
-    inputs = list(differentiable_tensors(arguments).values())
-    steps = {}
-    if ours:
-        steps["vlkernels"] = Step(partial(benchmark.call, **arguments, impl="auto"), inputs, rival=False).trial()
-    for name, peer in benchmark.peers.items():
-        try:
-            if isinstance(peer, Peer):
-                steps[name] = Step(*peer.prepare(**arguments), rival=peer.rival).trial()
-            else:
-                steps[name] = Step(partial(peer, **arguments), inputs, rival=name != "reference").trial()
-        except Exception as reason:  # other people's code: whatever it fails with, the others are timed
-            run.tell_absent(name, first_line(reason))
-    return steps
 
 
 def derive(timings: Timings, rivals: list[str], cost: Cost | None, roof_here: roof.Roof | None) -> dict[str, dict[str, Any]]:
@@ -348,14 +271,6 @@ def significant(value: float) -> str:
     if not value:
         return "0"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-
-
-def first_line(reason: BaseException) -> str:
-    return (str(reason) or type(reason).__name__).splitlines()[0][:160]
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 if __name__ == "__main__":

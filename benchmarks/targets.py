@@ -29,7 +29,8 @@ class Reading:
         return UNMEASURED
 
     def _is_of(self, row: Row) -> bool:
-        return row.is_of(self.file, self.benchmark, "bfloat16") or (row.path.stem, row.values.get("op")) == (self.file, self.benchmark)
+        own = self.file, self.benchmark
+        return row.is_of(*own, "bfloat16") or (row.path.stem, row.values.get("op")) == own
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ TARGETS = (
         "20 / 40",
         "12 / 30",
         "8 / 20",
-        (Reading("host_cost", "layer_norm", host_microseconds("forward")), Reading("host_cost", "layer_norm", host_microseconds("backward"))),
+        tuple(Reading("host_cost", "layer_norm", host_microseconds(part)) for part in ("forward", "backward")),
     ),
     Target(
         "pack / unpack, share of a copy's rate; pack: times as fast as cat + gather",

@@ -1,8 +1,10 @@
-"""Whole training steps: the packed models beside padded ones. `python -m benchmarks.train_step [--device cpu|cuda] [--system NAME]`
+"""Whole training steps: the packed models beside padded ones.
 
-A step is forward, backward and AdamW, with dropout where the model has it. All variants of a system have the same weights, and none is
-timed before their losses agree; batches are built before the clock starts, and the variants take turns. On a CPU all but
-UNITER are a quarter as deep as published, on a card all have their published size.
+    python -m benchmarks.train_step [--device cpu|cuda] [--system NAME] [--dry-run]
+
+A step is forward, backward and AdamW, with dropout where the model has it. All variants of a system have the same
+weights, and none is timed before their losses agree; batches are built before the clock starts, and the variants take
+turns. On a card all systems have their published size; on a CPU they have fewer layers and batches are small.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ import numpy as np
 import torch
 import vlkernels as vk
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from benchmarks import roof
 from benchmarks.provenance import RESULTS, store
 from benchmarks.steps import where
 from benchmarks.steps.shapes import systems
 from benchmarks.steps.system import HUGGING_FACE, PACKED, PADDED, System, spread
-from benchmarks.timing import Reading, clock_of, summary
+from benchmarks.timing import Reading, Timing, clock_of, interleaved
 from engine.training.host_memory import keep_large_blocks
 
 TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
@@ -65,7 +67,9 @@ class Both:
 
 
 Batches = Mapping[str, list[Both]]
-TIMED = {"random": (PACKED, PADDED, HUGGING_FACE), "bucketed": (PACKED, PADDED)}
+PEERS = (PADDED, HUGGING_FACE)
+Readings = dict[str, list[Reading]]
+TIMED = {"random": (PACKED, *PEERS), "bucketed": (PACKED, PADDED)}
 
 
 def dry_run(system: System, dtype: torch.dtype) -> None:
@@ -83,11 +87,11 @@ def dry_run(system: System, dtype: torch.dtype) -> None:
         print(f"  {name} does not run here: {reason}")
 
 
-def make_models(system: System, device: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def make_models(system: System, device: str, peers: Sequence[str] = PEERS) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """By variant; and why a peer is not here."""
     torch.manual_seed(0)
     models, absent = {PACKED: system.model()}, {}
-    for name in (PADDED, HUGGING_FACE):
+    for name in peers:
         try:
             models[name] = system.peer(name, models[PACKED])
         except (ImportError, ValueError) as reason:
@@ -122,9 +126,12 @@ def make_batches(system: System, count: int, device: str) -> Batches:
     return {kind: [both(index) for index in spread(some, lengths, count)] for kind, some in batches.items()}
 
 
-def measure(steps: Mapping[str, Step], batches: Batches, device: str) -> dict[str, list[Reading]]:
-    """By variant and kind, one batch of each kind after another; before them all the largest, so that its memory is kept."""
-    clock = clock_of(device)
+def measure(steps: Mapping[str, Step], batches: Batches, device: str, dtype: torch.dtype) -> tuple[Readings, float]:
+    """By variant and kind, one batch of each kind after another; before them all the largest, so that its memory is kept.
+
+    And the rate of matrix products: the best one of this run.
+    """
+    clock, rate = clock_of(device), product_rate(device, dtype)
 
     def timed(name: str, both: Both) -> Reading:
         return clock.measure(name, lambda: steps[name](both.read_by(name)))
@@ -132,14 +139,15 @@ def measure(steps: Mapping[str, Step], batches: Batches, device: str) -> dict[st
     for name in steps:
         timed(name, batches["random"][-1])
     cases = [(kind, name) for kind, names in TIMED.items() for name in names if name in steps]
-    readings: dict[str, list[Reading]] = {f"{name}, {kind}": [] for kind, name in cases}
+    readings: Readings = {f"{name}, {kind}": [] for kind, name in cases}
     for number in range(len(batches["random"])):
         for kind, name in cases:
             readings[f"{name}, {kind}"].append(timed(name, batches[kind][number]))
-    return readings
+        rate = max(rate, product_rate(device, dtype))
+    return readings, rate
 
 
-def figures(system: System, batches: Batches, readings: Mapping[str, list[Reading]], matmul: float) -> dict[str, Any]:
+def figures(system: System, batches: Batches, readings: Readings, matmul: float) -> dict[str, Any]:
     """What the readings come to: speeds over all batches of a kind, and the median of the ratios of single steps."""
     found: dict[str, Any] = {name: {} for name in ("packed_times_as_fast", "samples_per_s", "tokens_per_s", "mfu")}
     for variant, taken in readings.items():
@@ -175,12 +183,30 @@ def look_inside(system: System, steps: Mapping[str, Step], both: Both, device: s
     return found
 
 
-def run(system: System, device: str, dtype: torch.dtype, count: int, matmul: float) -> dict[str, Any]:
-    models, absent = make_models(system, device)
+def spread_of(taken: Sequence[Reading]) -> Timing:
+    """Of batches of different sizes: the median, the least and the most."""
+    seconds = [reading.seconds for reading in taken]
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of a large product, by whichever of PyTorch and the library is faster."""
+    side = 8192 if device == "cuda" else 2048
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    calls = {"PyTorch": lambda: F.linear(left, right), "vlkernels": lambda: vk.linear(left, right)}
+    with torch.no_grad():
+        taken = interleaved(calls, device, budget_s=0.5)
+    return 2 * side**3 / min(timing.low for timing in taken.values())
+
+
+def run(
+    system: System, device: str, dtype: torch.dtype, count: int, peers: Sequence[str] = PEERS
+) -> dict[str, Any]:
+    models, absent = make_models(system, device, peers)
     compare(system, models, device)
     steps = {name: Step(model.to(dtype)) for name, model in models.items()}
     batches = make_batches(system, count, device)
-    readings = measure(steps, batches, device)
+    readings, matmul = measure(steps, batches, device, dtype)
     return {
         "benchmark": f"{system.name} step",
         "layers": system.layers,
@@ -188,9 +214,9 @@ def run(system: System, device: str, dtype: torch.dtype, count: int, matmul: flo
         "lengths": system.lengths_are,
         "dtype": str(dtype),
         "parameters": sum(p.numel() for p in models[PACKED].parameters()),
-        "seconds": {variant: asdict(summary(taken)) for variant, taken in readings.items()},
+        "seconds": {variant: asdict(spread_of(taken)) for variant, taken in readings.items()},
         **figures(system, batches, readings, matmul),
-        **look_inside(system, steps, batches["random"][count // 2], device),
+        **look_inside(system, steps, batches["random"][0], device),
         "matmul_flops": matmul,
         "absent": absent,
     }
@@ -211,12 +237,15 @@ def show(row: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", choices=("tiny", "small", "full"), help="default: small on a CPU, full on a card")
     parser.add_argument("--system", action="append", help="only this one, by the begin of its name; several times for several")
+    parser.add_argument("--peer", action="append", choices=PEERS, help="only beside this one")
     parser.add_argument("--batches", type=int, default=2, help="of each kind")
-    parser.add_argument("--dry-run", action="store_true", help="build and run everything on tensors without values, time nothing")
+    parser.add_argument("--dry-run", action="store_true", help="run all on tensors without values, and time nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     options = parser.parse_args(arguments)
     device, dtype = options.device, torch.bfloat16 if options.device == "cuda" else torch.float32
@@ -225,16 +254,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [system for system in systems(size) if system.name.lower().startswith(asked)]
     if not chosen:
         parser.error(f"--system: none begins with {' or '.join(asked)}: {', '.join(system.name for system in systems(size))}")
+    if options.batches < 2:
+        parser.error(f"--batches must be at least 2, so that there is a spread, got {options.batches}")
     if options.dry_run:
         for system in chosen:
             dry_run(system, dtype)
         return 0
     keep_large_blocks()
-    matmul = roof.measure(device, dtype, *(() if device == "cuda" else (2048, 2**26))).flops
     failed = 0
     for system in chosen:
         try:
-            row = run(system, device, dtype, options.batches, matmul)
+            row = run(system, device, dtype, options.batches, options.peer or PEERS)
         except AssertionError as difference:
             print(f"{system.name}: the variants differ, not timed: {difference}", flush=True)
             failed = 1

@@ -1,1 +1,1 @@
-"""Whole training steps of published architectures: their data, our packed model and its padded peers; see benchmarks/train_step.py."""
+"""Whole training steps of published architectures: data, our packed model, padded peers; see benchmarks/train_step.py."""

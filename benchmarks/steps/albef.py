@@ -74,7 +74,8 @@ class PackedAlbef(PretrainingModule):
 class Albef(System):
     name = "ALBEF-base"
     lengths_are = (
-        "256 patches of an image; captions of web pages and COCO: log-normal, median 10 tokens, sigma 0.5, at most 28, and two specials"
+        "256 patches of an image; captions of web pages and COCO: log-normal, median 10 tokens, sigma 0.5, at most 28, "
+        "and two specials"
     )
 
     def __init__(self, shape: Shape, pairs: int):

@@ -224,7 +224,8 @@ class Clip(System):
     def packed(self, samples: Sequence[Sample]) -> PackedBatch:
         rows, count = 1 + self.shape.patches, len(samples)
         position = torch.arange(rows, dtype=torch.int32).repeat(count)
-        patch = torch.arange(count * rows, dtype=torch.int32) - 1 - torch.arange(count, dtype=torch.int32).repeat_interleave(rows)
+        behind = 1 + torch.arange(count, dtype=torch.int32).repeat_interleave(rows)  # class tokens up to here
+        patch = torch.arange(count * rows, dtype=torch.int32) - behind
         is_class = position == 0
         return PackedBatch(
             text=vk.SegmentLayout([[len(sample.ids)] for sample in samples]),

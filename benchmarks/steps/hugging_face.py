@@ -1,4 +1,4 @@
-"""Models of `transformers` with the weights of ours; other people's code, run as they release it, with SDPA where they have it."""
+"""Models of `transformers` with the weights of ours: run as they are released, with SDPA where they have it."""
 
 from __future__ import annotations
 

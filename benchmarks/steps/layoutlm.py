@@ -1,7 +1,7 @@
-"""LayoutLMv2-base (Xu et al. 2021): words and a picture of a page in one stream, scores biased by distances of position, x and y.
+"""LayoutLMv2-base (Xu et al. 2021): words and a picture of a page in one stream, with biases by position, x and y.
 
-Masked words are predicted; the convolutional backbone is left out, its features are given. transformers reads its tables of biases
-without a gradient, which saves it work that ours and the padded model do.
+Masked words are predicted; the convolutional backbone is left out, its features are given. transformers does not train
+the tables of biases, which saves it work that ours and the padded model do.
 """
 
 from __future__ import annotations
@@ -222,7 +222,9 @@ def bucket(distance: Tensor, count: int, most: int) -> Tensor:
 
 class LayoutLM(System):
     name = "LayoutLMv2-base"
-    lengths_are = "49 cells of a page; words of scanned pages: log-normal, median 350 tokens, sigma 0.7, at most 510, and two specials"
+    lengths_are = (
+        "49 cells of a page; words of scanned pages: log-normal, median 350 tokens, sigma 0.7, at most 510, and two specials"
+    )
 
     def __init__(self, shape: Shape, pairs: int, median: float = 350):
         self.shape, self.pairs, self.median = shape, pairs, median

@@ -64,7 +64,8 @@ class System(ABC):
 
     @abstractmethod
     def flops(self, batch: Any) -> float:
-        """Of a step on a packed batch: three times the products of the forward, every layer over every true token."""
+        """Of a step on a packed batch: three times the products of the forward, every layer over every true token,
+        also where a model computes the last one for the rows that are read alone, as the packed ones do."""
 
     @abstractmethod
     def tokens(self, batch: Any) -> tuple[int, int]:

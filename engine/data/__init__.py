@@ -1,14 +1,15 @@
 """Records from tar shards to batches of a training step."""
 
-from engine.data.batches import collate
-from engine.data.images import ImageTransform
-from engine.data.plan import PairPlan, Plan
-from engine.data.records import DataError, FaultLedger, Record, RecordFault, Region, Source
-from engine.data.samples import image_transform
-from engine.data.sets import TrainingSet, TrainingSets, load_training_sets, make_tokenizer
-from engine.data.sources import load_source
-from engine.data.streams import check_streams, held_out_batches, training_stream
-from engine.data.tokenization import Tokenizer, load_tokenizer, train_tokenizer
+from engine.data.batches.collation import collate
+from engine.data.batches.samples import image_transform
+from engine.data.batches.sets import TrainingSet, TrainingSets, load_training_sets, make_tokenizer
+from engine.data.batches.streams import check_streams, held_out_batches, training_stream
+from engine.data.pictures.transform import ImageTransform
+from engine.data.plan.order import PairPlan, Plan
+from engine.data.records.record import DataError, FaultLedger, Record, RecordFault, Region, Source
+from engine.data.sources.load import load_source
+from engine.data.tokenization.tokenizer import Tokenizer, load_tokenizer
+from engine.data.tokenization.training import train_tokenizer
 
 __all__ = [
     "DataError",

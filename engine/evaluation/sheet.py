@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine.config import Config
 from engine.batch import IMAGE, TEXT, Batch
+from engine.config import Config
 from engine.data import Tokenizer
 from engine.objectives.parts.gallery import Gallery
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.batch import Patches, Text
 from engine.config import Config
 from engine.data import DataError, RecordFault, Tokenizer, image_transform
-from engine.data.records import decode_image
+from engine.data.records.record import decode_image
 from engine.models import VisionLanguageModel
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -60,7 +60,9 @@ def caption_features(
     model: VisionLanguageModel, captions: Sequence[str], tokenizer: Tokenizer, config: Config
 ) -> Tensor:
     """`[N, E]` of captions."""
-    rows = [tokenizer.encode(caption, config.data.max_caption_tokens)[0] for caption in captions]
+    limit = config.data.max_caption_tokens
+    found = [tokenizer.encode(caption, limit) for caption in captions]
+    rows = [tokenizer.fill(*one, limit)[0] if config.data.fill_captions else one[0] for one in found]
     layout = vk.SegmentLayout([[len(row)] for row in rows]).to(model.logit_scale.device)
     ids = torch.from_numpy(np.concatenate(rows)).to(layout.device)
     return model.features_of_text(model.text(Text(ids, layout), layout, model.rng))

@@ -32,11 +32,10 @@ class MaskedLanguageHead(HeadTransform):
         super().__init__(width, table_width, activation, eps, impl)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def loss(self, hidden: Tensor, targets: Tensor, table: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, table: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Sum of the cross-entropies, in nats; the logits `[M, V]` are never stored."""
-        return vk.linear_cross_entropy(
-            self(hidden), table, targets, bias=self.bias, reduction="sum", impl=self.impl
-        )
+        options = {"label_smoothing": label_smoothing, "reduction": "sum", "impl": self.impl}
+        return vk.linear_cross_entropy(self(hidden), table, targets, bias=self.bias, **options)
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         return F.linear(self(hidden), table, self.bias)

@@ -52,11 +52,11 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         self.negatives_stream = next(streams)
         self.heads = nn.ModuleDict()
         sharing.share(self, options)
-        initialize(self, options.initializer_range)
+        initialize(self, options.initializer_range, options.initialization)
 
     def add_head(self, name: str, head: nn.Module) -> None:
         """Initialise and keep a head."""
-        initialize(head, self.options.initializer_range)
+        initialize(head, self.options.initializer_range, self.options.initialization)
         self.heads[name] = head
 
     def checkpoint_activations(self, enabled: bool = True) -> None:

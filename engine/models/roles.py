@@ -39,7 +39,7 @@ class ImageTower(nn.Module):
     def forward(self, image: Any, layout: vk.SegmentLayout, rng: vk.Rng, selected: SelectedRows | None = None) -> Tokens:
         """States of pictures, whose own tokens `layout` [B, 1] tells."""
         own = self.embedder.layout(layout)
-        tokens = Tokens(self.maker(self.embedder.rows(image, layout), own, rng), own)
+        tokens = Tokens(self.maker(lambda: self.embedder.rows(image, layout), own, rng), own)
         return self.transformer(tokens, rng=rng, mask=self.mask, selected=selected)
 
     def pooled(self, tokens: Tokens) -> Tensor:
@@ -65,7 +65,7 @@ class TextTower(nn.Module):
 
     def embed(self, text: Text, layout: vk.SegmentLayout, rng: vk.Rng) -> Tokens:
         """Rows of a text; `layout` has the identities that this pass draws by."""
-        rows = self.maker([self.embedder.rows(text.ids, layout, text.types, text.boxes)], layout, rng)
+        rows = self.maker(lambda: [self.embedder.rows(text.ids, layout, text.types, text.boxes)], layout, rng)
         return Tokens(rows if self.widening is None else self.widening(rows), layout)
 
     def forward(
@@ -228,7 +228,8 @@ class Joint(nn.Module):
         masked: Tensor | None = None,
     ) -> Tokens:
         """Rows of all segments, as `forward` begins with them."""
-        return Tokens(self.maker(self._parts(text, image, layout, image_layout, masked), layout, rng), layout)
+        rows = self.maker(lambda: self._parts(text, image, layout, image_layout, masked), layout, rng)
+        return Tokens(rows, layout)
 
     def layout_of(
         self, samples: vk.SegmentLayout, text: vk.SegmentLayout | None, image: vk.SegmentLayout | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -47,8 +48,11 @@ class Contrastive(BatchCoupledObjective):
         return {"contrastive": loss}, report
 
     def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
-        """Recall both ways among the gallery, beside chance."""
-        return {"contrastive": retrieval(held_out.gallery)}
+        """Recall both ways among the gallery, beside chance; and the loss over it, beside that of equal similarities."""
+        gallery = held_out.gallery
+        loss = vk.contrastive_loss(gallery.image_features, gallery.text_features, model.scale(), impl=model.impl)
+        losses = {"loss": loss.item(), "loss_all_alike": math.log(len(gallery))}
+        return {"contrastive": retrieval(gallery), "contrastive_loss": losses}
 
 
 def _accuracy(image: Tensor, text: Tensor) -> Tensor:

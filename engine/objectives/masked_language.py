@@ -28,7 +28,7 @@ class MaskedLanguage(Objective):
     Cross-entropy of the words that stood where the text was corrupted, mean over these places.
     """
 
-    roles: ClassVar[tuple[str, ...]] = ("fusion or joint",)
+    roles: ClassVar[tuple[str, ...]] = ("fusion or joint or text",)
 
     probability: float = 0.15
     """Share of tokens that are predicted."""

@@ -99,6 +99,9 @@ class Data:
     """Larger images are refused as broken records before they are decoded."""
     max_caption_tokens: int = 64
     """Texts are cut to this many tokens, [CLS] and [SEP] included."""
+    fill_captions: bool = False
+    """Fill captions with [PAD] up to max_caption_tokens; these are tokens like all others, not padding of a batch
+    (SigLIP)."""
     documents: Literal["sentences", "blocks", "next_sentence", "sentence_order"] = "sentences"
     """How documents become examples of max_caption_tokens. sentences: as many in a row of one document as fit; blocks:
     so many tokens in a row, across documents, with [SEP] behind each of them; next_sentence: two segments, the second

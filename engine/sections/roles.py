@@ -191,6 +191,11 @@ class Model:
     """The factor never grows past this."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    initialization: Literal["normal", "depth_scaled", "clip", "xavier", "t5"] = "normal"
+    """What else decides the initial weights. normal: nothing (BERT); depth_scaled: those of output maps are divided by the
+    square root of twice the layers (GPT-2); clip: those of transformers and projections follow from width and layers, text
+    positions have 0.01; xavier: linear maps are uniform within sqrt(6 / (inputs + outputs)) (ViT, MAE); t5: words have 1,
+    maps 1 / sqrt(inputs), queries also 1 / sqrt(head width)."""
 
     def __post_init__(self) -> None:
         require(bool(self.roles), "model: at least one role must be given")

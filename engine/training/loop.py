@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 
 import vlkernels as vk
 
-from engine.config import Config
 from engine.batch import Batch
+from engine.config import Config
 from engine.data import DataError
 from engine.training.checkpoint import Checkpoints, Progress
 from engine.training.interruption import Interruption

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from engine.weights.pieces import Piece, linear
 
 
-def stack(layers: int, *, decoder: bool, gated: bool) -> Iterator[Piece]:
+def stack(ours: str, theirs: str, layers: int, *, decoder: bool, gated: bool) -> Iterator[Piece]:
     """A `PackedTransformer` of `T5Stack`'s tensors."""
-    first = "block.0.layer.0.SelfAttention"
-    yield Piece("distances.tables.0", (f"{first}.relative_attention_bias.weight",))
+    first = f"{theirs}.block.0.layer.0.SelfAttention"
+    yield Piece(f"{ours}.distances.tables.0", (f"{first}.relative_attention_bias.weight",))
     for layer in range(layers):
-        yield from _block(f"blocks.{layer}", f"block.{layer}.layer", decoder, gated)
-    yield from linear("final_norm", "final_layer_norm", biased=False)
+        yield from _block(f"{ours}.blocks.{layer}", f"{theirs}.block.{layer}.layer", decoder, gated)
+    yield from linear(f"{ours}.final_norm", f"{theirs}.final_layer_norm", biased=False)
 
 
 def _block(ours: str, theirs: str, decoder: bool, gated: bool) -> Iterator[Piece]:

@@ -131,6 +131,43 @@ def test_the_inner_rule_can_fail(tmp_path, monkeypatch, file, line, count):
     assert len(inner_violations()) == count
 
 
+def data_violations() -> list[str]:
+    """Of the folders of the engine's data, by their own line."""
+    order, folder, found = floors()["engine/data"], ROOT / "engine/data", []
+    for path in sorted(folder.rglob("*.py")):
+        own = path.relative_to(folder).with_suffix("").parts[0]
+        for name in imports(path):
+            if name.startswith("engine.data."):
+                target = name.split(".")[2]
+                inside = (folder / target).is_dir()
+                if not inside or (target != own and rank(target, order) >= rank(own, order)):
+                    found.append(f"{path.relative_to(ROOT)} imports {name}")
+    return found
+
+
+def test_the_folders_of_data_import_downwards():
+    assert data_violations() == []
+
+
+@pytest.mark.parametrize(
+    "file, line, count",
+    (
+        ("plan/order.py", "from engine.data.sources.load import load_source", 1),
+        ("plan/order.py", "from engine.data import load_source", 1),
+        ("sources/load.py", "from engine.data.plan.order import Plan", 0),
+        ("sources/load.py", "from engine.data.sources import shards", 0),
+    ),
+)
+def test_the_rule_of_data_can_fail(tmp_path, monkeypatch, file, line, count):
+    path, table = tmp_path / "engine/data" / file, floors()
+    for folder in ("plan", "sources"):
+        (tmp_path / "engine/data" / folder).mkdir(parents=True)
+    path.write_text(line + "\n")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "floors", lambda: table)
+    assert len(data_violations()) == count
+
+
 def test_vlkernels_imports_no_engine_and_host_libraries_only_lazily():
     for path in sources("vlkernels"):
         lazily = "integrations" in path.parts

@@ -150,6 +150,17 @@ def test_bounds_on_a_device_are_checked_there(bounds, monkeypatch):
     assert bool(_bounds_hold(torch.tensor(bounds), 5, 7)) == accepted == (bounds in ([0, 3, 7], [0]))
 
 
+def test_slots_leave_room_behind_every_sample():
+    layout = vk.SegmentLayout.slots(torch.tensor([[2, 3], [0, 1], [0, 0]]), rows=6, max_seqlen=5)
+    assert layout.starts.tolist() == [[0, 2], [6, 6], [12, 12]]
+    assert torch.equal(torch.stack((layout.token_sample(), layout.token_segment()), 1), owners(layout)[:, :2])
+    assert layout.num_tokens == 18 and layout.cu_seqlens.tolist() == [0, 6, 12, 18] and layout.has_gaps
+    with pytest.raises(ValueError, match="max_seqlen must be at most rows = 4, got 5"):
+        vk.SegmentLayout.slots(torch.tensor([[2, 3]]), rows=4, max_seqlen=5)
+    with pytest.raises(ValueError, match=r"lengths must be \[B, S\]"):
+        vk.SegmentLayout.slots(torch.tensor([2, 3]), rows=4, max_seqlen=3)
+
+
 def test_joined_segments_lie_one_behind_the_other():
     layout = vk.SegmentLayout(ROWS, capacity=12, sample_ids=[7, 5, 3, 1])
     other = vk.SegmentLayout([[1], [0], [6], [2]])

@@ -88,6 +88,6 @@ def test_a_peer_may_fail_as_it_likes(error, capsys, tmp_path):
 
     here = run.Run("cpu", 0.0, tmp_path)
     given = arguments()
-    steps = run.variants(Benchmark(lambda _: given, peers={"theirs": rival(failing, ours)}, call=ours), given, here)
+    steps = run.variants(Benchmark(lambda _: given, peers={"theirs": rival(failing, ours)}, call=ours), given, here.tell_absent)
     assert list(steps) == ["vlkernels"] and here.absent == {"theirs": "with these words"}
     assert capsys.readouterr().out == "  theirs does not run here: with these words\n"

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from vlkernels import ops
 from vlkernels.core import native, products
+from vlkernels.core.spec import InputMaker
+from vlkernels.testing.arguments import differentiable_tensors, floating_outputs, integer_outputs
 
 compiled = pytest.mark.skipif(native.missing("multiply_into") is not None, reason=str(native.missing("multiply_into")))
 SIZES = ((1, 1, 1), (24, 32, 384), (25, 33, 385), (7, 70, 900), (300, 5, 3), (4, 4, 0))
@@ -50,3 +53,26 @@ def test_a_result_of_another_shape_or_place_is_refused():
     for out, message in ((torch.empty(4, 6), "out must be"), (torch.empty(5, 4).T, "out"), (torch.empty(4, 5).double(), "out")):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.vlkernels.multiply_into(out, left, right, False)
+
+
+DEFINED_ON_FEATURES = (
+    "contrastive_loss", "sigmoid_loss", "triplet_loss", "late_interaction_loss", "linear_cross_entropy", "hard_negatives",
+    "optimal_transport",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [spec for spec in ops.specs() if spec.name in DEFINED_ON_FEATURES], ids=lambda spec: spec.name)
+def test_autocast_changes_no_definition(spec):
+    """Their kernels multiply in the dtype of the features whatever autocast says; so must what defines them."""
+
+    def results(is_autocast):
+        arguments = spec.cases[0].make(InputMaker(torch.float32))
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            output = spec.reference(**arguments)
+        outputs = [t for t in floating_outputs(output) if t.requires_grad]
+        inputs = list(differentiable_tensors(arguments).values())
+        gradients = torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs]) if outputs else ()
+        return [*floating_outputs(output), *integer_outputs(output), *gradients]
+
+    for inside, outside in zip(results(True), results(False), strict=True):
+        assert inside.dtype == outside.dtype and torch.equal(inside, outside)

@@ -59,6 +59,10 @@ class Pairs:
         parts = (self.images, self.texts, self.image_keys, self.text_keys, self.labels, self.image_tokens, self.text_tokens)
         return Pairs(*(part[own] for part in parts), spare=2 * rank)
 
+    def encoded_by(self, towers: Towers) -> tuple[tuple[list[Tensor], Tensor], tuple[list[Tensor], Tensor]]:
+        """Tokens of every sample, with what the tower multiplies them by."""
+        return (self.image_tokens, towers.image), (self.text_tokens, towers.text)
+
 
 def over_features(loss: Callable[..., Tensor], *, biased: bool = False, scaled: bool = True, labelled: bool = False, **options):
     def call(towers: nn.Module, pairs: Pairs, **over_ranks: Any) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from launch import ROOT
 
 from engine import pretrain
+from engine.build import build_model
 from engine.config import Config
 from engine.data import load_training_sets, make_tokenizer, training_stream
-from engine.build import build_model
 from engine.objectives import PretrainingModule
 from engine.training import zero
 from engine.training.command_line import parse

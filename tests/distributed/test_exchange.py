@@ -2,8 +2,6 @@
 gradient."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,25 +13,9 @@ from engine.models.exchange import gather_tokens
 from engine.models.transformer import Tokens
 from engine.objectives import Objectives, PretrainingModule
 from engine.objectives.matching import Matching
+from tests.gloo_ranks import run_ranks
 
 PAIRS = 6
-
-
-def in_group(rank: int, world: int, folder: str, work) -> None:
-    """A gloo worker: runs `work(rank, world)`, saves what it returns, and leaves past the interpreter's
-    shutdown."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world
-    )
-    torch.save(work(rank, world), f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # a gloo thread that still holds a tensor would abort the shutdown
-
-
-def run(world: int, folder: Path, work) -> list:
-    torch.multiprocessing.spawn(in_group, (world, str(folder), work), nprocs=world)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def module(objectives: Objectives) -> PretrainingModule:
@@ -77,7 +59,7 @@ def all_of_it(rank: int, world: int):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return run(2, tmp_path_factory.mktemp("two"), all_of_it)
+    return run_ranks(2, tmp_path_factory.mktemp("two"), all_of_it)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +85,7 @@ def test_two_ranks_equal_one_process(two_ranks, one_process):
 
 
 def test_three_ranks_equal_one_process(tmp_path, one_process):
-    for means, gradients in run(3, tmp_path, share_of_step):
+    for means, gradients in run_ranks(3, tmp_path, share_of_step):
         assert_equal(means, gradients, one_process)
 
 

@@ -1,20 +1,21 @@
 """Losses and draws over gloo ranks against one process on all pairs: values, gradients, bytes sent, memory, faults, errors."""
 
 import contextlib
-import os
+import math
 from dataclasses import replace
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import vlkernels as vk
-from loss_cases import LOSSES, WAYS, WIDTH, Model, Pairs, value_and_gradients
+from loss_cases import LOSSES, WAYS, WIDTH, Model, Pairs, Towers, over_tokens, value_and_gradients
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.gloo_ranks import LIMIT, run_ranks
 from tests.mutants import load_mutant
 from vlkernels.core import exchange, pairs
 from vlkernels.core.collectives import count_bytes
@@ -35,6 +36,7 @@ from vlkernels.ops.triplet_loss import torch_kernels as triplet_kernels
 COUNTS = {2: ((5, 5), (7, 3)), 3: ((4, 4, 4), (6, 0, 5)), 4: ((3, 3, 3, 3), (5, 0, 2, 4))}
 REDUCTIONS = ("mean", "sum")
 LARGE = (40, 24)  # rows and columns on every rank, more than the statistics of all ranks' rows
+SHARE = 0.4  # of tokens that are sent
 KINDS = ("contrastive", "sigmoid", "hardest", "filip")
 
 # How often texts go around the ring, their gradients not counted; against keys, those of both sides once.
@@ -57,13 +59,9 @@ MUTANTS = {
 }
 
 
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
+def of_rank(rank, world, folder):
     small_tiles()
-    limit = timedelta(seconds=60)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-    group = dist.new_group(timeout=limit)
+    group = dist.new_group(timeout=LIMIT)
     models = {"mean": DistributedDataParallel(Model(), find_unused_parameters=True), "sum": Model()}
     results = {"found": {}, "bytes": {}, "negatives": {}}
     for counts in COUNTS[world]:
@@ -80,15 +78,14 @@ def worker(rank, world, folder):
             results["found"][key], results["bytes"][key] = (loss, gradients), dict(sent)
         drawn = [negatives(own, counts, rank, impl=impl, **over_ranks) for impl in ("torch", "reference")]
         results["negatives"][str(counts)] = drawn
+    results["salient"] = {key: salient(key, rank, group) for key in product(COUNTS[world], ("gather", "ring", "reference"))}
     results["half"] = half_precision(rank, world, group)
     results["largest"] = {way: largest_tensors(way, group) for way in ("gather", "ring")}
     results["alone"] = alone(rank)
     results["errors"] = {name: errors(name, rank, world, group) for name in KINDS}
     if world == FAULTY_WORLD:
         results["faults"] = {fault: with_fault(fault, rank, world, group, Path(folder)) for fault in (None, *MUTANTS)}
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # a gloo thread that still holds a tensor would abort the shutdown
+    return results
 
 
 def small_tiles():
@@ -107,6 +104,38 @@ def negatives(own, counts, rank, **options):
     with torch.no_grad():
         image, text, scale, _ = Model().towers(own.images, own.texts)
     return vk.hard_negatives(image, text, scale, labels=own.labels, rng=vk.Rng(7), stream=2, sample_ids=ids, **options)
+
+
+def salient(key, rank, group):
+    """Loss, summed gradients and bytes where a rank sends a share of its tokens."""
+    counts, way = key
+    own, towers = Pairs.drawn(sum(counts)).of_rank(counts, rank), Towers()
+    with count_bytes() as sent:
+        loss = over_tokens(token_share=SHARE)(towers, own, group=group, rank_counts=counts, rank_reduction="sum", **WAYS[way])
+    loss.backward()
+    gradients = [towers.image.grad, towers.text.grad, towers.scale.grad]
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    return loss.detach(), gradients, dict(sent)
+
+
+def salient_in_one_process(counts):
+    """Tokens chosen on every rank's share, one by one, and the loss of those alone."""
+    towers, chosen = Towers(), ([], [])
+    for rank in range(len(counts)):
+        own = Pairs.drawn(sum(counts)).of_rank(counts, rank)
+        if counts[rank] == 0:
+            continue
+        samples = [[F.normalize(t @ w, dim=1) for t in side] for side, w in own.encoded_by(towers)]
+        products = torch.cat(samples[0]) @ torch.cat(samples[1]).T
+        for side, best in enumerate((products.amax(1), products.amax(0))):
+            scores = best.split([len(sample) for sample in samples[side]])
+            for sample, score in zip(samples[side], scores):
+                kept = score.argsort(descending=True)[: math.ceil(SHARE * len(sample))].sort().values
+                chosen[side].append(sample[kept])
+    layouts = {f"{name}_layout": vk.SegmentLayout([[len(s)] for s in side]) for name, side in zip(("image", "text"), chosen)}
+    loss = vk.late_interaction_loss(*map(torch.cat, chosen), towers.scale.exp(), **layouts, impl="reference")
+    return loss.detach(), torch.autograd.grad(loss, (towers.image, towers.text, towers.scale))
 
 
 def half_precision(rank, world, group):
@@ -178,6 +207,10 @@ def errors(name, rank, world, group):
     told["kinds"] = [error(name, of_kind, dtype, group=group, **way) for way in WAYS.values()]
     labelled = replace(even, labels=even.labels.to((torch.int32, torch.int64)[rank == 0]))
     told["labels"] = error("contrastive_labels", labelled, group=group)
+    if name == "contrastive":
+        longer = torch.ones(2 + 1 + rank, WIDTH, dtype=torch.float64)
+        keys = {"image_keys": longer, "text_keys": longer}
+        told["queue"] = [error("contrastive", even, group=group, **keys, **way) for way in WAYS.values()]
     if name != "filip":  # a layout without samples does not exist
         told["empty"] = [error(name, Pairs.drawn(0), group=group, **way) for way in WAYS.values()]
     return told
@@ -222,8 +255,7 @@ def planted(module, mutant):
 def ranks(request, tmp_path_factory):
     """What every rank of a gloo group of this size computed."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return run_ranks(request.param, folder, of_rank, str(folder))
 
 
 def scenarios(ranks):
@@ -246,6 +278,18 @@ def test_reduced_parameter_gradients_are_those_of_one_process(ranks):
         assert all(gradient.abs().max() > 1e-3 for gradient in expected[:2])
         for mine, true in zip(ranks[0]["found"][key][1], expected, strict=True):
             torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12, msg=key)
+
+
+def test_a_share_of_tokens_is_chosen_before_anything_is_sent(ranks):
+    for counts, way in product(COUNTS[len(ranks)], ("gather", "ring", "reference")):
+        expected, true = salient_in_one_process(counts)
+        for result in ranks:
+            loss, gradients, sent = result["salient"][counts, way]
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+            torch.testing.assert_close(gradients, list(true), rtol=1e-10, atol=1e-12)
+            if way != "reference":
+                whole = result["bytes"][str((counts, "filip", "sum", way))]
+                assert sum(sent.values()) < sum(whole.values())
 
 
 def test_the_ring_sends_a_rank_s_share_of_texts_and_gradients(ranks):
@@ -333,10 +377,14 @@ def test_mistakes_of_some_ranks_are_one_clear_line_on_all(ranks, name):
         prefix = "rank_counts must be {} on every rank, the rows they have, got {}"
         assert set(told["wrong"]) == {prefix.format(held, [2] * world)}
         assert told["differing"] == prefix.format([2] * world, [2] * (world - 1) + [2 + rank])
-        mine = f"all ranks must call with the same options, rank {rank} has exchange = "
-        assert told["options"].startswith(mine + ("ring" if rank else "gather"))
+        others = f"all ranks must call with the same options, rank {rank} has "
+        given = f'exchange = "{"ring" if rank else "gather"}", requires_grad = True'
+        assert told["options"].startswith(others) and given in told["options"]
         assert told["labels"].startswith("all ranks must call with the same options, rank")
-        kind = f"torch.float{64 if rank == 0 else 32}"
+        assert name != "contrastive" or all(
+            line.startswith(others) and f"rows in the queue = {1 + rank}" in line for line in told["queue"]
+        )
+        kind = f" = float{64 if rank == 0 else 32}"
         assert all(line.startswith("all ranks must call") and kind in line for line in told["kinds"])
         nothing = "a batch must hold at least one pair, got N = 0 on every rank"
         assert set(told.get("empty", [nothing])) == {nothing}

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 import engine
 from benchmarks.plain_uniter import Sizes, bert
-from engine.config import Config
-from engine.data.tokenization import train_tokenizer
-from engine.export import export, rebuild
 from engine.build import build_model
+from engine.config import Config
+from engine.data.tokenization.training import train_tokenizer
+from engine.export import export, rebuild
 from engine.models import VisionLanguageModel
 from engine.training.command_line import parse
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import vlkernels as vk
-from engine.data import load_training_sets, make_tokenizer, training_stream
 from engine.build import build_model
+from engine.data import load_training_sets, make_tokenizer, training_stream
 from engine.objectives import PretrainingModule
 from engine.training.command_line import parse
 from vlkernels.core import dispatch, native

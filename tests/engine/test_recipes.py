@@ -62,7 +62,7 @@ def test_clip_and_eps_are_for_a_mean_where_the_release_sums_over_accumulation(si
 
 def test_base_and_large_differ_in_size_alone():
     base, large = recipe("base"), recipe("large")
-    large.name = base.name
+    large.name, large.system = base.name, base.system
     large.model.joint = base.model.joint
     large.optimizer.clip, large.optimizer.eps = base.optimizer.clip, base.optimizer.eps
     large.train = base.train

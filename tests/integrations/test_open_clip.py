@@ -1,15 +1,17 @@
 """The losses of open_clip: values and gradients of every rank and mode, beside the formula and, where installed, open_clip."""
 
 import inspect
-import os
+from functools import partial
 from itertools import product
 
 import pytest
 import stated_open_clip as stated
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import vlkernels as vk
 
+from tests.gloo_ranks import run_ranks
 from vlkernels.core import dispatch
 from vlkernels.integrations.open_clip import EXCHANGES, ClipLoss, SigLipLoss
 from vlkernels.ops.contrastive_loss import functional as contrastive
@@ -77,6 +79,25 @@ def test_pairs_without_partners(negative_only, scale):
         torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("make", [ClipLoss, SigLipLoss])
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_logits_and_ground_truth_give_the_loss(make, bias):
+    (images,), (texts,) = features(1)
+    parameters = {"logit_scale": torch.tensor(3.0, dtype=torch.float64, requires_grad=True), "logit_bias": bias}
+    inputs = images, texts, parameters["logit_scale"]
+    found, expected = (graded(f(images, texts, **parameters), inputs) for f in (partial(by_logits, make()), make()))
+    for mine, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+
+
+def test_ground_truth_is_theirs():
+    assert torch.equal(ClipLoss(local_loss=True, rank=2, world_size=3).get_ground_truth("cpu", 4), torch.arange(8, 12))
+    assert torch.equal(ClipLoss(rank=2, world_size=3).get_ground_truth("cpu", 12), torch.arange(12))
+    signs = SigLipLoss().get_ground_truth("cpu", torch.bfloat16, 3)
+    assert torch.equal(signs, 2 * torch.eye(3, dtype=torch.bfloat16) - 1)
+    assert torch.equal(SigLipLoss().get_ground_truth("cpu", torch.float32, 3, negative_only=True), -torch.ones(3, 3))
+
+
 def test_numbers_vectors_and_no_bias():
     (images,), (texts,) = features(1)
     for loss in (ClipLoss(), SigLipLoss()):
@@ -140,11 +161,23 @@ def on_this_rank(loss, rank, world, **parameters):
     return graded(loss(images, texts, **inputs).reshape(()), (images, texts, *inputs.values()))
 
 
+def by_logits(loss, images, texts, **parameters):
+    """The loss as one takes it who asks for logits and ground truth."""
+    logits = loss.get_logits(images, texts, **parameters)
+    if isinstance(loss, SigLipLoss):
+        signs = loss.get_ground_truth(logits.device, logits.dtype, len(logits))
+        return -F.logsigmoid(signs * logits).sum() / len(logits)
+    partners = loss.get_ground_truth(images.device, len(logits[0]))
+    return sum(F.cross_entropy(side, partners) for side in logits) / 2
+
+
 def all_cases(module, rank, world):
     place = {"rank": rank, "world_size": world}
     for local, grad in MODES:
         loss = module.ClipLoss(local_loss=local, gather_with_grad=grad, **place)
         yield f"clip {local} {grad}", on_this_rank(loss, rank, world, logit_scale=1.5)
+        if module is vk.integrations.open_clip:
+            yield f"clip {local} {grad} logits", on_this_rank(partial(by_logits, loss), rank, world, logit_scale=1.5)
     for exchange in EXCHANGES:
         loss = module.SigLipLoss(dist_impl=exchange, **place)
         yield f"siglip {exchange}", on_this_rank(loss, rank, world, logit_scale=1.5, logit_bias=-2.0)
@@ -160,10 +193,7 @@ def mistakes(rank, world):
             yield str(error)
 
 
-def worker(rank, world, folder):
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+def of_rank(rank, world):
     results = {"reference": dict(all_cases(vk.integrations.open_clip, rank, world))}
     contrastive.FEW_LOGITS = dict.fromkeys(contrastive.FEW_LOGITS, 0)
     sigmoid.FEW_PAIRS = dict.fromkeys(sigmoid.FEW_PAIRS, 0)
@@ -173,16 +203,12 @@ def worker(rank, world, folder):
     if THEIRS is not None:
         results["theirs"] = dict(all_cases(THEIRS, rank, world))
     results["mistakes"] = list(mistakes(rank, world))
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # a gloo thread that still holds a tensor would abort the shutdown
+    return results
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(f"world{request.param}")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder)), nprocs=request.param)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return run_ranks(request.param, tmp_path_factory.mktemp(f"world{request.param}"), of_rank)
 
 
 def expected(case, world):
@@ -191,7 +217,7 @@ def expected(case, world):
     parameters = [numbers(world, 1.5, shape=(1,))]
     kind, *mode = case.split()
     if kind == "clip":
-        losses = stated.clip_losses(images, texts, *parameters, *(word == "True" for word in mode))
+        losses = stated.clip_losses(images, texts, *parameters, *(word == "True" for word in mode[:2]))
     else:
         parameters.append(numbers(world, -2.0, shape=(1,)))
         losses = stated.siglip_losses(images, texts, *parameters)
@@ -202,12 +228,13 @@ def expected(case, world):
 
 
 CASES = [f"clip {local} {grad}" for local, grad in MODES] + [f"siglip {exchange}" for exchange in EXCHANGES]
+LOGITS = [f"clip {local} {grad} logits" for local, grad in MODES]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + LOGITS)
 def test_every_rank_has_the_value_and_the_gradients_of_open_clip(ranks, case):
     for found, wanted in zip(ranks, expected(case, len(ranks)), strict=True):
-        for impl in found.keys() - {"mistakes"}:
+        for impl in found.keys() - ({"mistakes", "theirs"} if case in LOGITS else {"mistakes"}):
             for part, mine, true in zip("value images texts scale bias".split(), found[impl][case], wanted):
                 torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12, msg=f"{impl}: {part}")
 

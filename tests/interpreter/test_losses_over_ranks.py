@@ -1,6 +1,5 @@
 """Losses in Triton over gloo ranks of uneven size, one of them empty, both exchanges: one process's values and gradients."""
 
-import os
 from itertools import product
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.loss_cases import Model, Pairs, value_and_gradients
+from tests.gloo_ranks import run_ranks
 from vlkernels.testing import interpreter
 
 COUNTS = (5, 0, 3)
@@ -15,11 +15,8 @@ LOSSES = ("contrastive_labels", "distilled", "sigmoid", "hardest", "summed_label
 EXCHANGES = ("gather", "ring")
 
 
-def worker(rank, folder):
+def of_rank(rank, world):
     interpreter.install()  # in this process too, which pytest did not start
-    torch.set_num_threads(1)
-    world = len(COUNTS)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
     own = Pairs.drawn(sum(COUNTS), torch.float32).of_rank(COUNTS, rank)
     options = {"group": dist.new_group(), "rank_counts": COUNTS, "rank_reduction": "sum", "impl": "triton"}
     results = {}
@@ -28,16 +25,12 @@ def worker(rank, folder):
         for gradient in gradients:
             dist.all_reduce(gradient)
         results[f"{name} {exchange}"] = loss, gradients
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # a gloo thread that still holds a tensor would abort the shutdown
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=len(COUNTS))
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(len(COUNTS))]
+    return run_ranks(len(COUNTS), tmp_path_factory.mktemp("ranks"), of_rank)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

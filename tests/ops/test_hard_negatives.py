@@ -6,7 +6,7 @@ import vlkernels as vk
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlkernels.core import dispatch
-from vlkernels.ops.hard_negatives import torch_kernels
+from vlkernels.ops.hard_negatives import reference, torch_kernels
 
 IMPLS = ("torch", "reference")
 
@@ -99,6 +99,52 @@ def test_extreme_scales_take_the_nearest(impl):
     text_index, image_index = vk.hard_negatives(images, texts, 1e4, impl=impl)
     similarity = (images @ texts.T).fill_diagonal_(-torch.inf)
     assert torch.equal(text_index, similarity.argmax(1)) and torch.equal(image_index, similarity.argmax(0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 31, 32, 33, 1000])
+def test_sums_by_doubling_are_running_sums(count):
+    weights = torch.rand(3, count)
+    torch.testing.assert_close(reference.sums_by_doubling(weights).double(), weights.double().cumsum(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_sums_of_a_card_draw_alike(impl, monkeypatch, small_blocks):
+    images, texts = features(101)
+    options = {"labels": torch.randint(0, 4, (101,)), "rng": vk.Rng(3), "impl": impl}
+    usual = vk.hard_negatives(images, texts, 2.0, **options)
+    for module in (reference, torch_kernels):
+        monkeypatch.setattr(module, "running_sums", reference.sums_by_doubling)
+    for mine, true in zip(vk.hard_negatives(images, texts, 2.0, **options), usual, strict=True):
+        assert torch.equal(mine, true)
+
+
+def test_what_has_no_weight_is_never_picked(monkeypatch):
+    """Sums of any order may fall or grow by a rounding where nothing is added."""
+    weights = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]]).expand(4, -1)
+    rounded = torch.tensor([[1e-7, 1.0, 1.0 + 1e-6, 2.0, 2.0 + 1e-6]]).expand(4, -1)
+    monkeypatch.setattr(reference, "running_sums", lambda _: rounded)
+    thresholds = torch.tensor([0.0, 1.0, 1.0 + 5e-7, 2.0 + 5e-7])
+    assert reference.pick(weights, thresholds).tolist() == [1, 3, 3, 3]
+
+
+class CalledOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_sum_that_a_card_refuses_in_deterministic_mode():
+    """Meta tensors stand for a card's: PyTorch has no ``cumsum`` of floats there that repeats itself."""
+    images, texts = (f.to("meta") for f in features(70))
+    scale, draws = torch.ones((), device="meta"), torch.rand(70, device="meta")
+    with CalledOps() as called:
+        torch_kernels._draw_by_spans(images, texts, scale, 0, None, draws)
+        reference.pick(torch.rand(70, 70, device="meta"), draws)
+    assert called.names and not [name for name in called.names if "cumsum" in name]
 
 
 def test_steps_and_streams_draw_anew():

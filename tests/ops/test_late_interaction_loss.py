@@ -1,5 +1,6 @@
 """What is special to the late-interaction loss: tiles, ties, published forms, memory, who serves, errors."""
 
+import math
 import os
 import subprocess
 import sys
@@ -78,6 +79,40 @@ def test_value_without_gradients_is_the_same(similarity, small_tiles):
     with torch.no_grad():
         alone = vk.late_interaction_loss(**arguments, impl="torch")
     torch.testing.assert_close(alone, value_and_gradients(arguments, "torch")[0], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.99])
+@BOTH
+def test_a_share_of_tokens_is_the_loss_of_those_alone(similarity, share, small_tiles):
+    """Those whose best product with any token of the other side is largest, chosen one by one here."""
+    arguments = inputs(similarity, token_share=share)
+    sides = {"image": (arguments["image_tokens"], IMAGES), "text": (arguments["text_tokens"], TEXTS)}
+    products = (arguments["image_tokens"] @ arguments["text_tokens"].T).detach()
+    alone = dict(arguments, token_share=1.0)
+    for (side, (tokens, lengths)), best in zip(sides.items(), (products.amax(1), products.amax(0))):
+        chosen = []
+        for start, length in zip(torch.tensor([0, *lengths]).cumsum(0).tolist(), lengths):
+            ranked = sorted(range(start, start + length), key=lambda row: -best[row])
+            chosen.append(sorted(ranked[: math.ceil(share * length)]))
+        alone[f"{side}_tokens"] = tokens[torch.tensor([row for rows in chosen for row in rows])]
+        alone[f"{side}_layout"] = vk.SegmentLayout([[len(rows)] for rows in chosen])
+    inputs_of_both = [arguments[name] for name in ("image_tokens", "text_tokens", "logit_scale")]
+    expected = vk.late_interaction_loss(**alone, impl="reference")
+    true = torch.autograd.grad(expected, inputs_of_both)
+    for impl in ("torch", "reference"):
+        loss = vk.late_interaction_loss(**arguments, impl=impl)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(loss, inputs_of_both), true, rtol=1e-11, atol=1e-13)
+
+
+def test_choosing_tokens_holds_no_matrix_of_them(small_tiles):
+    arguments = inputs(images=IMAGES * 4, texts=TEXTS * 4)
+    sides = [
+        reference.Side.of(arguments[f"{side}_tokens"].detach(), arguments[f"{side}_layout"]) for side in ("image", "text")
+    ]
+    with LargestTensor() as largest:
+        reference.keep_salient(*sides, 0.25, torch_kernels.salience)
+    assert largest.numel <= max(side.tokens.numel() for side in sides)
 
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -194,8 +229,8 @@ class LargestTensor(TorchDispatchMode):
 def raw_arguments(arguments, gradient=True):
     images, texts = arguments["image_layout"], arguments["text_layout"]
     tensors = [arguments[name].detach() for name in ("image_tokens", "text_tokens", "logit_scale")]
-    bounds = (*reference.sample_bounds(images), *reference.sample_bounds(texts))
-    longest = (images.max_seqlen, texts.max_seqlen)
+    sides = [reference.Side.of(*side) for side in zip(tensors, (images, texts))]
+    bounds, longest = [b for side in sides for b in (side.starts, side.lengths)], [side.longest for side in sides]
     return *tensors, *bounds, *longest, arguments["similarity"], 0.1, "", None, "mean", "gather", gradient
 
 
@@ -291,6 +326,8 @@ EMPTY = {"tokens": torch.zeros(0, 3), "layout": vk.SegmentLayout(torch.zeros(0, 
         ({"image_layout": vk.SegmentLayout([[0], [5]])}, "image_layout must give every sample a token, sample 0 has none"),
         ({"similarity": "mean"}, "similarity must be \"mean_max\" or \"max\", got 'mean'"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"token_share": 0.0}, r"token_share must be in \(0, 1\], got 0.0"),
+        ({"token_share": 1.5}, r"token_share must be in \(0, 1\], got 1.5"),
         (
             {f"{side}_{kind}": value for side in ("image", "text") for kind, value in EMPTY.items()},
             "a batch must hold at least one pair, got N = 0 on one process",

@@ -50,7 +50,8 @@ def quick_compiler(monkeypatch):
 def timed(op, name, dtype, device):
     spec = SPECS[op]
     benchmark = run.benchmarks_of(dataclasses.replace(spec, benchmarks={name: ROWS[op](SHRINK)[name]}), "cuda")[name]
-    here = run.Run(device, 0.0, Path("unused"), roofs=dict.fromkeys((torch.float32, torch.bfloat16), Roof(flops=1e12, bytes=1e11)))
+    roofs = dict.fromkeys((torch.float32, torch.bfloat16), Roof(flops=1e12, bytes=1e11))
+    here = run.Run(device, 0.0, Path("unused"), roofs=roofs)
     return benchmark, run.timed(spec, name, benchmark, dtype, here)
 
 

@@ -157,8 +157,12 @@ def _refuse_what_differs(
             raise ValueError(f"ranks hold {held} rows: pass rank_counts when they differ")
         raise ValueError(f"rank_counts must be {held} on every rank, the rows they have, got {list(rows.counts)}")
     if any(digest != of_options for digest in of_all_options):
-        mine = ", ".join(f"{name} = {value}" for name, value in options.items())
+        mine = ", ".join(f"{name} = {_shown(value)}" for name, value in options.items())
         raise ValueError(f"all ranks must call with the same options, rank {rows.rank} has {mine}")
+
+
+def _shown(value: object) -> str:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else repr(value).replace("'", '"')
 
 
 def gather_rows(own: Tensor, rows: Rows) -> Tensor:

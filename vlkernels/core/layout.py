@@ -102,6 +102,33 @@ class SegmentLayout:
         return layout
 
     @classmethod
+    def slots(cls, lengths: Tensor, rows: int, *, max_seqlen: int) -> SegmentLayout:
+        """The segments of sample b one behind the other from row ``b * rows`` on: room for samples that grow, as in a cache.
+
+        ``lengths`` is int32 ``[B, S]`` on any device, and stays there; ``max_seqlen``, at most ``rows``, bounds their sums.
+        """
+        checks.check_integer("lengths", lengths)
+        checks.check_shape("lengths", lengths, "[B, S]", (None, None))
+        if max_seqlen > rows:
+            raise ValueError(f"max_seqlen must be at most rows = {rows}, got {max_seqlen}")
+        num_samples, num_segments = lengths.shape
+        layout_checks.check_tokens(num_samples * rows)
+        lengths = lengths.to(torch.int32).contiguous()
+        first = torch.arange(num_samples, dtype=torch.int32, device=lengths.device)
+        layout = cls.__new__(cls)
+        layout._set(
+            starts=first[:, None] * rows + lengths.cumsum(1, dtype=torch.int32) - lengths,
+            lengths=lengths,
+            sample_ids=first,
+            num_tokens=num_samples * rows,
+            max_seqlen=max_seqlen,
+            max_segment_lengths=(max_seqlen,) * num_segments,
+            segment_totals=(num_samples * max_seqlen,) * num_segments,
+            rows_per_sample=rows,
+        )
+        return layout
+
+    @classmethod
     def joined(cls, parts: Sequence[SegmentLayout | int]) -> SegmentLayout:
         """Samples that consist of the segments of several layouts, one behind the other; ``n``: a segment of n tokens.
 

@@ -33,8 +33,12 @@ def check_features(image_features: Tensor, text_features: Tensor, labels: Tensor
 def locate_pairs(
     own: Tensor, group: ProcessGroup | None, rank_counts: Sequence[int] | None, **options: object
 ) -> Rows:
-    """Where this rank's pairs lie in the concatenated batch, which holds one at least; a rank may have none."""
-    rows = locate_rows(own, group, rank_counts, **options)
+    """Where this rank's pairs lie in the concatenated batch, which holds one at least; a rank may have none.
+
+    Of a tensor among the options, which has rows of its own, all ranks must have one of the same dtype or none.
+    """
+    alike = {name: value.dtype if isinstance(value, Tensor) else value for name, value in options.items()}
+    rows = locate_rows(own, group, rank_counts, **alike)
     if rows.total == 0:
         raise ValueError(f"a batch must hold at least one pair, got N = 0 on {'every rank' if group else 'one process'}")
     return rows

@@ -1,4 +1,6 @@
-"""Large products in float32 on a CPU: by the compiled kernel where it was measured to be faster than PyTorch's own."""
+"""Products of matrices: large ones in float32 on a CPU by the compiled kernel where it was measured to be faster than PyTorch's
+own, and those of a definition in the dtype of their factors, whatever autocast says.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,12 @@ FEWEST_ROWS, FEWEST_PRODUCTS = 512, 1 << 26
 _multiply_into = library.define(
     "multiply_into(Tensor(a!) out, Tensor left, Tensor right, bool add) -> ()", fake=lambda out, left, right, add: None
 )
+
+
+def outside_autocast(like: Tensor) -> torch.autocast:
+    """Autocast would take a definition's products in a half type; inside the block it does not."""
+    kind = "cuda" if like.is_meta else like.device.type  # meta tensors stand for a device's
+    return torch.autocast(kind, enabled=False)
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, locate_rows
+from vlkernels.core.pairs import of_all_ranks
 from vlkernels.ops.contrastive_loss import contrastive_loss
 from vlkernels.ops.linear_cross_entropy import linear_cross_entropy
 from vlkernels.ops.sigmoid_loss import sigmoid_loss
@@ -78,6 +79,35 @@ class ClipLoss(nn.Module):
             loss = loss + 0 * logit_bias.reshape(())  # it takes part in the graph, as every parameter must under DDP
         return {"contrastive_loss": loss} if output_dict else loss
 
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits per image and per text, stored whole, for whoever wants to look at them: the loss needs none."""
+        queries = every = image_features, text_features
+        group = _group(self.rank, self.world_size)
+        if group is not None:
+            rows = locate_rows(image_features, group, None)
+            every = tuple(self._gather(features, rows) for features in queries)
+            queries = queries if self.local_loss else every
+        bias = 0.0 if logit_bias is None else logit_bias
+        per_image = logit_scale * queries[0] @ every[1].T + bias
+        return per_image, logit_scale * queries[1] @ every[0].T + bias
+
+    def get_ground_truth(self, device: torch.device | str, num_logits: int) -> Tensor:
+        """The column of every row's partner among the logits."""
+        first = num_logits * self.rank if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
+
+    def _gather(self, features: Tensor, rows: Rows) -> Tensor:
+        """Of all ranks; without ``gather_with_grad`` constants, of which a rank's own rows are none where they are queries."""
+        if self.gather_with_grad:
+            return _Gathered.apply(features, rows)
+        return gather_rows(features, rows) if self.local_loss else of_all_ranks(features, rows, "sum")
+
 
 class SigLipLoss(nn.Module):
     """``open_clip.SigLipLoss``: a rank's value is its images' share of the sigmoid loss, over the number of its own pairs.
@@ -123,6 +153,23 @@ class SigLipLoss(nn.Module):
                 if rank != self.rank:
                     loss = loss + self._loss(image_features, texts, logit_scale, logit_bias, negative_only=True)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """Logits of these images and texts, stored whole, for whoever wants to look at them: the loss needs none."""
+        return logit_scale * image_features @ text_features.T + (0.0 if logit_bias is None else logit_bias)
+
+    def get_ground_truth(
+        self, device: torch.device | str, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """``[num_logits, num_logits]``: 1 for partners, unless ``negative_only``, and -1 for others."""
+        labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)
 
     def _loss(
         self,

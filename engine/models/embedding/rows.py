@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 class Rows:
     """What the rows of one segment, of all samples, are the sum of.
 
-    Embedders give them by methods that are no module's forward: under ZeRO-3 a table is empty again behind the forward
-    of its own module, and would be so when the rows are made.
+    Embedders give them by methods that are no module's forward, called inside that of a `RowMaker`: under ZeRO-3 a table
+    is there, in both directions, for the module in whose forward it is first looked at, if that gives a tensor.
     """
 
     tables: tuple[Tensor, ...]
@@ -50,8 +50,9 @@ class RowMaker(nn.Module):
         self.streams = [next(streams) for _ in range(segments)]
         self.impl = impl
 
-    def forward(self, parts: Sequence[Rows], layout: vk.SegmentLayout, rng: vk.Rng | None) -> Tensor:
-        """`[layout.num_tokens, D]`; one part for every segment of the layout, in its order."""
+    def forward(self, embed: Callable[[], Sequence[Rows]], layout: vk.SegmentLayout, rng: vk.Rng | None) -> Tensor:
+        """`[layout.num_tokens, D]`; `embed()` gives one part for every segment of the layout, in its order."""
+        parts = embed()
         if len(parts) == 1:
             return self._one(parts[0], layout, rng, self.streams[0])
         if all(part.norm is not None and part.offset is None for part in parts):

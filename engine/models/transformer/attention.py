@@ -58,7 +58,8 @@ class SelfAttention(Attention):
         self.query_key_value = QueryKeyValue(stack, impl)
 
     def forward(self, x: Tensor, context: Context, _: None = None) -> Tensor:
-        attend = self._attend if context.selected is None else self._attend_from_selected
+        alone = context.selected is None and context.extension is None
+        attend = self._attend if alone else self._attend_elsewhere
         options = {"mask": context.mask, "bias": context.bias, **self.options(context)}
         return self.output(attend(x, context, options).flatten(1))
 
@@ -66,10 +67,17 @@ class SelfAttention(Attention):
         qkv = self.query_key_value(x).unflatten(1, (3, self.heads, -1))
         return vk.attention_qkvpacked(qkv, layout=context.layout, **options)
 
-    def _attend_from_selected(self, x: Tensor, context: Context, options: dict[str, Any]) -> Tensor:
-        query, key_value = self.query_key_value(x, context.selected)
+    def _attend_elsewhere(self, x: Tensor, context: Context, options: dict[str, Any]) -> Tensor:
+        """Where the keys are not the rows that ask: of selected rows, or beside those of earlier tokens."""
+        projected = self.query_key_value(x, context.selected)
+        parts = x.shape[1], 2 * x.shape[1]
+        query, key_value = projected.split(parts, dim=1) if context.selected is None else projected
         query, key_value = query.unflatten(1, (self.heads, -1)), key_value.unflatten(1, (2, self.heads, -1))
-        streams = {"layout": context.selected.layout, "kv_layout": context.layout}
+        asking = context.layout if context.selected is None else context.selected.layout
+        keys, slots = context.layout, None
+        if (extension := context.extension) is not None:
+            key_value, keys, slots = extension.write(context.layer, key_value), extension.layout, extension.slots
+        streams = {"layout": asking, "kv_layout": keys, "kv_index": slots}
         return vk.attention(query, key_value[:, 0], key_value[:, 1], **streams, **options)
 
 

@@ -37,8 +37,7 @@ class DeferredBiasLinear(Linear):
 
 
 class QueryKeyValue(Linear):
-    """The three projections of self-attention in one map: `[T, 3 D]`, or, where only some rows ask, their
-    queries `[M, D]` beside the keys and values `[T, 2 D]` of all."""
+    """The three projections of self-attention in one map."""
 
     def __init__(self, stack: Stack, impl: str):
         super().__init__(stack.width, 3 * stack.width, impl, bias=stack.biases != "none")
@@ -46,7 +45,8 @@ class QueryKeyValue(Linear):
         if not self.biases_keys:
             self.bias = nn.Parameter(torch.zeros(2 * stack.width))
 
-    def forward(self, x: Tensor, selected: SelectedRows | None = None) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, x: Tensor, selected: SelectedRows | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """`[T, 3 D]`, or, where only some rows ask, their queries `[M, D]` beside the keys and values `[T, 2 D]` of all."""
         bias = self._bias()
         if selected is None:
             return vk.linear(x, self.weight, bias, impl=self.impl)

@@ -27,13 +27,12 @@ class Distances(nn.Module):
         """The tables; copies, because under ZeRO-3 a parameter is empty outside the module that owns it."""
         return tuple(table.clone() for table in self.tables)
 
-    def coordinates(self, layout: vk.SegmentLayout, boxes: Tensor | None) -> Tensor:
-        """int32 `[num_tokens, C]`."""
-        position = layout.token_position()
+    def coordinates(self, position: Tensor, boxes: Tensor | None) -> Tensor:
+        """int32 `[num_tokens, C]` of tokens at these positions of their segments."""
         if len(self.buckets) == 1:
             return position[:, None]
         if boxes is None:
-            raise ValueError("a stack with relative_box needs the boxes of its tokens")
+            raise ValueError("a stack with relative_box needs the boxes of its tokens, and keeps none of earlier ones")
         return torch.stack((position, boxes[:, LEFT], boxes[:, BOTTOM]), dim=1)
 
     def bias(

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.models.transformer.attention import Sublayer
 from engine.models.transformer.block import Block, GroupedBlock, PlainBlock
+from engine.models.transformer.cache import Extension, KeyValueCache
 from engine.models.transformer.maps import Norm, norm_of
 from engine.models.transformer.relative_bias import Distances
 from engine.models.transformer.tokens import Context, SelectedRows, Source, Tokens
@@ -61,6 +62,12 @@ class PackedTransformer(nn.Module):
         self.activation_checkpointing = False
         self.impl = impl
 
+    def new_cache(self, *, slots: int, capacity: int, segments: int, like: Tensor) -> KeyValueCache:
+        """For decoding with this stack; see `KeyValueCache`."""
+        attention = self.blocks[0].self_attention
+        shape = self.layers, attention.heads, attention.output.in_features // attention.heads
+        return KeyValueCache(shape, slots=slots, capacity=capacity, segments=segments, like=like)
+
     def project_source(self, source: Tensor) -> list[Tensor]:
         """Keys and values of every cross layer: done once per source, whoever reads them."""
         return [block.cross_attention.project(source) for block in self._cross_blocks()]
@@ -74,17 +81,19 @@ class PackedTransformer(nn.Module):
         boxes: Tensor | None = None,
         source: Source | None = None,
         selected: SelectedRows | None = None,
+        extension: Extension | None = None,
     ) -> Tokens:
         """States of all tokens, or of the `selected` ones, which are the same without dropout: the last block
         then computes nothing but their keys and values for the others.
 
-        `boxes` `[num_tokens, 4]` (x0, y0, x1, y1) are what a bias by boxes reads.
+        `boxes` `[num_tokens, 4]` (x0, y0, x1, y1) are what a bias by boxes reads. With an `extension` of a cache the
+        tokens go on from those before them.
         """
         x, residual = tokens.hidden, tokens.hidden
         if self.pre_norm:
             x = self.blocks[0].self_attention.norm(x, impl=self.impl)
         reads = {} if source is None else dict(zip(self._cross_blocks(), source.keys_values, strict=True))
-        contexts = self._contexts(Context(tokens.layout, rng, mask), boxes, selected)
+        contexts = self._contexts(Context(tokens.layout, rng, mask, extension=extension), boxes, selected)
         for block, exit_norm, context in zip(self._applied(), self._exit_norms(), contexts, strict=True):
             read = (source, reads[block]) if block in reads else None
             x, residual = self._run(block, x, residual, exit_norm, context, read)
@@ -102,18 +111,30 @@ class PackedTransformer(nn.Module):
 
     def _contexts(self, context: Context, boxes: Tensor | None, selected: SelectedRows | None) -> list[Context]:
         """What the sub-layers of every layer share."""
-        tables, coordinates = None, None
-        if self.distances is not None:
-            tables, coordinates = self.distances(), self.distances.coordinates(context.layout, boxes)
-            context = replace(context, bias=self.distances.bias(tables, coordinates))
         contexts = [context] * self.layers
-        if self.shared:
-            contexts = [replace(context, stream_offset=layer * self.sites) for layer in range(self.layers)]
+        if self.shared or context.extension is not None:
+            contexts = [
+                replace(context, layer=layer, stream_offset=layer * self.sites if self.shared else 0)
+                for layer in range(self.layers)
+            ]
         if selected is not None:
             contexts[-1] = replace(contexts[-1], selected=selected, mask=selected.rows_of(context.mask))
-            if tables is not None:
-                own = vk.take_rows(coordinates, selected.index, impl=self.impl)
-                contexts[-1] = replace(contexts[-1], bias=self.distances.bias(tables, own, coordinates))
+        return contexts if self.distances is None else self._biased(contexts, boxes)
+
+    def _biased(self, contexts: list[Context], boxes: Tensor | None) -> list[Context]:
+        """The same with the relative bias, of which only selected rows need another."""
+        first, last, distances = contexts[0], contexts[-1], self.distances
+        tables, extension = distances(), first.extension
+        position = first.layout.token_position() if extension is None else extension.in_segment
+        queries, keys = distances.coordinates(position, boxes), None
+        if extension is not None:
+            keys = distances.coordinates(extension.layout.token_position(), None)
+        bias = distances.bias(tables, queries, keys)
+        contexts = [replace(context, bias=bias) for context in contexts]
+        if last.selected is not None:
+            asking = vk.take_rows(queries, last.selected.index, impl=self.impl)
+            own = distances.bias(tables, asking, queries if keys is None else keys)
+            contexts[-1] = replace(last, bias=own)
         return contexts
 
     def _run(self, block: Block, *arguments: object) -> tuple[Tensor, Tensor]:

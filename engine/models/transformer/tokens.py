@@ -10,6 +10,8 @@ import torch
 import vlkernels as vk
 from torch import Tensor
 
+from engine.models.transformer.cache import Extension
+
 
 class Tokens(NamedTuple):
     """A packed stream: `hidden` `[num_tokens, D]` and where each sample's segments lie in it.
@@ -88,6 +90,10 @@ class Context:
     bias: vk.RelativeBias | None = None
     selected: SelectedRows | None = None
     """In the last block of a pass: the only rows that need go on from its self-attention. Mask and bias are then theirs."""
+    extension: Extension | None = None
+    """Keys and values of earlier tokens, which the pass goes on from and adds its own to."""
+    layer: int = 0
+    """Which storage of the extension is this layer's."""
     stream_offset: int = 0
     """Added to the constants of dropout sites: what tells the applications of a shared block apart."""
 

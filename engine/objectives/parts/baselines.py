@@ -72,6 +72,16 @@ class Unigrams:
         return int(self.counts.sum())
 
     @property
+    def largest_share(self) -> float:
+        """Accuracy of always naming the most frequent word."""
+        return self.counts.max().item() / self.count
+
+    @property
     def entropy(self) -> float:
         """Cross-entropy of the words under their own frequencies, in nats."""
         return -torch.xlogy(self.counts, self.counts / self.count).sum().item() / self.count
+
+
+def binary_entropy(share: Tensor) -> Tensor:
+    """Cross-entropy of answers of which this share is yes, under that share."""
+    return -torch.xlogy(share, share) - torch.xlogy(1 - share, 1 - share)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from engine.corruption.image_tokens import choose_regions, keep_patches, positions_of_one_code
-from engine.data.plan import Purpose, generator
+from engine.data.plan.order import Purpose, generator
 
 
 def test_regions_are_masked_by_their_share_and_one_at_least():

@@ -5,7 +5,7 @@ import pytest
 
 from engine.corruption.words import corrupt, starts_word
 from engine.data import train_tokenizer
-from engine.data.plan import Purpose, generator
+from engine.data.plan.order import Purpose, generator
 
 TOKENIZER = train_tokenizer(
     ["a quick brown fox jumps over the lazy dog again and again"] * 3, "wordpiece", 80, True

@@ -8,7 +8,7 @@ import lz4.frame
 import msgpack
 import numpy as np
 
-from engine.data.tokenization import train_tokenizer
+from engine.data.tokenization.training import train_tokenizer
 
 FEATURES, CLASSES = 2048, 1601
 

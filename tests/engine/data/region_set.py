@@ -6,7 +6,7 @@ from random_pairs import UNITER
 from engine import sections
 from engine.config import Config
 from engine.data import TrainingSet, TrainingSets, train_tokenizer
-from engine.data.records import Detections, ExampleIndex, FaultLedger, Record, RecordFault, Texts
+from engine.data.records.record import Detections, ExampleIndex, FaultLedger, Record, RecordFault, Texts
 from engine.objectives import Objectives
 from engine.objectives.masked_language import MaskedLanguage
 from engine.objectives.masked_region_classes import MaskedRegionClasses

@@ -12,14 +12,14 @@ from tokenizers import Tokenizer as Model
 from tokenizers import models, pre_tokenizers
 
 import engine
+from engine.build import build_model
 from engine.config import Config
 from engine.data import Tokenizer
 from engine.evaluation import describe, evaluate
-from engine.objectives.parts.gallery import encode_gallery
 from engine.export import export, rebuild
-from engine.build import build_model
 from engine.objectives import PretrainingModule
 from engine.objectives.matching import logits_of_pairs, matching_accuracy, matching_logits
+from engine.objectives.parts.gallery import encode_gallery
 from engine.sections import Data, Evaluation, Train
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *(f"w{n}" for n in range(33)), "red", "blue"]

@@ -95,3 +95,8 @@ def gradients_everywhere():
         yield
     finally:
         torch.no_grad = kept
+
+
+def named(ours: nn.Module, theirs: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """As "ours" and as "encoder", the names that the pieces of a stack are asked for by."""
+    return nn.ModuleDict({"ours": ours}), nn.ModuleDict({"encoder": theirs})

@@ -127,5 +127,5 @@ def test_cells_are_rows_of_the_pooled_map():
     maps = F.adaptive_avg_pool2d(embedder.backbone(image.values), (2, 3))
     expected = torch.stack([maps[b, :, r, c] for b in range(2) for r in range(2) for c in range(3)])
     expected = F.linear(expected, embedder.projection.weight, embedder.projection.bias)
-    found = RowMaker(0.0, 1, itertools.count(), "auto")(embedder.rows(image, layout), layout, None)
+    found = RowMaker(0.0, 1, itertools.count(), "auto")(lambda: embedder.rows(image, layout), layout, None)
     torch.testing.assert_close(found, expected)

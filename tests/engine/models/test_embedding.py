@@ -36,7 +36,7 @@ def image_embedder(**options):
 
 
 def made(parts: list[Rows], layout: vk.SegmentLayout) -> torch.Tensor:
-    return RowMaker(0.0, len(parts), itertools.count(), "auto")(parts, layout, None)
+    return RowMaker(0.0, len(parts), itertools.count(), "auto")(lambda: parts, layout, None)
 
 
 def norm(x: torch.Tensor, module: nn.LayerNorm) -> torch.Tensor:
@@ -222,7 +222,7 @@ def test_dropout_belongs_to_the_sample_and_to_the_segment(normed):
 
     def rows(layout: vk.SegmentLayout) -> torch.Tensor:
         part = text.rows(IDS, TEXT)
-        return maker([part, part], layout, rng)
+        return maker(lambda: [part, part], layout, rng)
 
     first = rows(layout)
     assert torch.equal(first, rows(layout))

@@ -13,6 +13,7 @@ from stack_parity import (
     copy_weights,
     gradients_everywhere,
     layout_of,
+    named,
     padded_rows,
     ragged,
     redraw,
@@ -43,7 +44,7 @@ def t5_stack(decoder=False, gated=False, **options):
         softmax_scale=1.0, relative_position=Distances(8, 6, bidirectional=not decoder), **options,
     )  # fmt: skip
     ours = PackedTransformer(stack, itertools.count(), source_width=WIDTH if decoder else None).double()
-    return ours, redraw(theirs), t5.stack(LAYERS, decoder=decoder, gated=gated)
+    return ours, redraw(theirs), t5.stack("ours", "encoder", LAYERS, decoder=decoder, gated=gated)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -51,17 +52,17 @@ def t5_stack(decoder=False, gated=False, **options):
 def test_t5_encoder(gated, recompute):
     ours, theirs, names = t5_stack(gated=gated)
     ours.activation_checkpointing = recompute
-    pieces = copy_weights(ours, theirs, names)
+    pieces = copy_weights(*named(ours, theirs), names)
     hidden = padded_rows(len(LENGTHS), max(LENGTHS), WIDTH)
     with InDouble():
         expected = theirs(inputs_embeds=hidden, attention_mask=visible().long()).last_hidden_state
     states = ours(Tokens(ragged(hidden), layout_of()))
-    compare(ours, theirs, pieces, states.hidden, ragged(expected))
+    compare(*named(ours, theirs), pieces, states.hidden, ragged(expected))
 
 
 def test_t5_decoder():
     ours, theirs, names = t5_stack(decoder=True)
-    pieces = copy_weights(ours, theirs, names)
+    pieces = copy_weights(*named(ours, theirs), names)
     hidden = padded_rows(len(LENGTHS), max(LENGTHS), WIDTH)
     read = padded_rows(len(LENGTHS), max(SOURCE_LENGTHS), WIDTH).requires_grad_()
     with InDouble():
@@ -71,7 +72,7 @@ def test_t5_decoder():
     own = ragged(read.detach(), SOURCE_LENGTHS).requires_grad_()
     source = Source(ours.project_source(own), layout_of(SOURCE_LENGTHS))
     states = ours(Tokens(ragged(hidden), layout_of()), mask=vk.SegmentMask.causal(), source=source)
-    compare(ours, theirs, pieces, states.hidden, ragged(expected))
+    compare(*named(ours, theirs), pieces, states.hidden, ragged(expected))
     torch.testing.assert_close(own.grad, ragged(read.grad, SOURCE_LENGTHS), rtol=1e-9, atol=1e-9)
 
 
@@ -90,7 +91,7 @@ def test_layoutlmv2_encoder():
         relative_box=Distances(12, 60),
     )  # fmt: skip
     ours = PackedTransformer(stack, itertools.count()).double()
-    pieces = copy_weights(ours, theirs, layoutlmv2.stack(LAYERS))
+    pieces = copy_weights(*named(ours, theirs), layoutlmv2.stack("ours", "encoder", LAYERS))
 
     regions, longest = 2, max(LENGTHS) + 2
     hidden = padded_rows(len(LENGTHS), longest, WIDTH)
@@ -101,4 +102,4 @@ def test_layoutlmv2_encoder():
         expected = theirs(hidden, ~own_rows[:, None, None], bbox=boxes, position_ids=position).last_hidden_state
     layout = vk.SegmentLayout([[n, regions] for n in LENGTHS])
     states = ours(Tokens(hidden[own_rows], layout), boxes=boxes[own_rows].int())
-    compare(ours, theirs, pieces, states.hidden, expected[own_rows])
+    compare(*named(ours, theirs), pieces, states.hidden, expected[own_rows])

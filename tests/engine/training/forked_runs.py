@@ -13,7 +13,7 @@ import sys
 import torch
 
 from engine import pretrain
-from engine.data.builtin import scene_glyphs
+from engine.data.builtin.picture_sets import scene_glyphs
 from engine.training import zero
 
 LATE = (

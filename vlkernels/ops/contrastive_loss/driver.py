@@ -14,7 +14,7 @@ from torch import Tensor
 from vlkernels.core import collectives, pairs
 from vlkernels.core.collectives import Rows
 from vlkernels.core.exchange import Block, form_gradients, make_side, meetings
-from vlkernels.ops.contrastive_loss.reference import gather_keys
+from vlkernels.ops.contrastive_loss.reference import gather_keys, queue_length
 
 Pair = tuple[Tensor, Tensor]
 
@@ -80,9 +80,9 @@ def contrastive_loss(
     """(loss, gradients of image_features, text_features and logit_scale), gradients empty when not wanted."""
     options = {
         "exchange": exchange,
-        "gradient": gradient,
-        "keys": image_keys is not None,
-        "labels": None if labels is None else labels.dtype,
+        "requires_grad": gradient,
+        "labels": labels,
+        "rows in the queue": queue_length(image_features, image_keys),
         "distillation": distillation,
         "label_smoothing": label_smoothing,
     }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlkernels.core import pairs
 from vlkernels.core.collectives import ProcessGroup, Rows, gather_rows, scale_gradient
+from vlkernels.core.products import outside_autocast
 
 
 def contrastive_loss(
@@ -26,7 +27,9 @@ def contrastive_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference")
+    shares = {"distillation": distillation, "label_smoothing": label_smoothing}
+    options = {"labels": labels, "rows in the queue": queue_length(image_features, image_keys)} | shares
+    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference", **options)
     images = _all_ranks(image_features, rows, rank_reduction)
     texts = _all_ranks(text_features, rows, rank_reduction)
     scale = _scale(logit_scale, images, rows, rank_reduction)
@@ -51,6 +54,10 @@ def contrastive_loss(
     return losses / (2 * rows.total)
 
 
+def queue_length(features: Tensor, keys: Tensor | None) -> int | None:
+    return None if keys is None else len(keys) - len(features)
+
+
 def gather_keys(keys: Tensor, rows: Rows) -> Tensor:
     """The keys of the whole batch: every rank's own rows in rank order, then the queue all ranks share."""
     own = rows.counts[rows.rank]
@@ -58,7 +65,8 @@ def gather_keys(keys: Tensor, rows: Rows) -> Tensor:
 
 
 def _logits(queries: Tensor, keys: Tensor, scale: Tensor) -> Tensor:
-    products = (scale * queries) @ keys.T
+    with outside_autocast(queries):
+        products = (scale * queries) @ keys.T
     return products.to(torch.promote_types(products.dtype, torch.float32))
 
 

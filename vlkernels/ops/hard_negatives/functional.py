@@ -68,8 +68,7 @@ def hard_negatives(
     one uniform draw.
     Memory: O(N D), and two tiles of a million logits or, with "triton", 2^22 weights of blocks a few times; never waits for
     the device.
-    Errors: ``ValueError`` for shapes, dtypes, counts that differ, and for a batch without a pair. On CUDA PyTorch's
-        ``RuntimeError`` under ``torch.use_deterministic_algorithms(True)``: it has no ``cumsum`` for that mode.
+    Errors: ``ValueError`` for shapes, dtypes, counts that differ, and for a batch without a pair.
     Source: Li et al. 2021 (ALBEF).
     """
     _check(image_features, text_features, logit_scale, labels, sample_ids)

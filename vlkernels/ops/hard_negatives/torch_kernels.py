@@ -17,6 +17,7 @@ from vlkernels.ops.hard_negatives.reference import (
     admissible,
     finite_max,
     pick,
+    running_sums,
     sample_ids_or_rows,
     wide,
 )
@@ -44,7 +45,7 @@ def hard_negatives(
     draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(text of every image, image of every text) as rows of the concatenated batch, -1 for no negative."""
-    rows = locate_pairs(image_features, collectives.named_group(group), rank_counts)
+    rows = locate_pairs(image_features, collectives.named_group(group), rank_counts, labels=labels)
     all_labels = None if labels is None else collectives.gather_rows(labels, rows)
     ids = sample_ids_or_rows(sample_ids, rows, image_features.device)
 
@@ -72,7 +73,7 @@ def _draw(queries: Tensor, keys: Tensor, own: Tensor, labels: Tensor | None, dra
     block_weights = torch.exp(block_lse - largest)
     total = block_weights.sum(1)
     block = pick(block_weights, draws * total)
-    before = block_weights.cumsum(1).gather(1, block[:, None]) - block_weights.gather(1, block[:, None])
+    before = (running_sums(block_weights) - block_weights).gather(1, block[:, None])
     candidates = block[:, None] * BLOCK + torch.arange(BLOCK, device=keys.device)
     inside = candidates.clamp_max(len(keys) - 1)
     logits = torch.bmm(wide(keys[inside]), queries[:, :, None]).squeeze(2)

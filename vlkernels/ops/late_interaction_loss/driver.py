@@ -91,8 +91,9 @@ def late_interaction_loss(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of image_tokens, text_tokens and logit_scale), gradients empty when not wanted."""
-    options = {"exchange": exchange, "gradient": gradient, "tokens": (image_tokens.dtype, image_tokens.shape[1])}
-    rows = pairs.locate_pairs(image_lengths, collectives.named_group(group), rank_counts, **options)
+    kind = {"tokens": image_tokens, "D": image_tokens.shape[1]}
+    options = {"exchange": exchange, "requires_grad": gradient, "similarity": similarity, "label_smoothing": label_smoothing}
+    rows = pairs.locate_pairs(image_lengths, collectives.named_group(group), rank_counts, **kind, **options)
     scale = logit_scale.reshape(()).to(pairs.wide(image_tokens))
     meet = _Meeting(
         gather_bounds(len(image_tokens), image_starts, image_lengths, longest_image, rows),

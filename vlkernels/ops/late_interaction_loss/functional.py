@@ -37,6 +37,7 @@ def late_interaction_loss(
     text_layout: SegmentLayout,
     similarity: str = "mean_max",
     label_smoothing: float = 0.0,
+    token_share: float = 1.0,
     group: ProcessGroup | None = None,
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
@@ -71,6 +72,9 @@ def late_interaction_loss(
         similarity: ``"mean_max"`` (FILIP), or ``"max"``: A and B are the largest product of any two tokens
             (BLIP-2's contrastive loss, whose texts have one token each: the largest over the queries).
         label_smoothing: e in [0, 1): targets become ``(1 - e) targets + e / N``.
+        token_share: in (0, 1]: the share of each sample's tokens, rounded up, that takes part and is sent to other ranks
+            (FILIP: 0.25): those with the largest product with any token of the other side on this rank. They are chosen
+            before anything is exchanged and without a gradient, so below 1 the loss changes with the number of ranks.
         group: process group; every rank passes its own samples. Collectives run in the forward alone. A group
             of its own (``torch.distributed.new_group()``) keeps them out of the way of the parameters'.
         rank_counts: N, the samples, of every rank, known to all; without it all must be equal, which the
@@ -101,7 +105,7 @@ def late_interaction_loss(
     Source: Yao et al. 2021 (FILIP); Li et al. 2023 (BLIP-2).
     """
     _check(image_tokens, text_tokens, logit_scale, image_layout, text_layout)
-    _check_options(similarity, label_smoothing)
+    _check_options(similarity, label_smoothing, token_share)
     collectives.check_group(image_layout.num_samples, group, rank_counts)
     collectives.check_rank_reduction(rank_reduction)
     check_exchange(exchange)
@@ -118,13 +122,17 @@ def late_interaction_loss(
             text_layout=text_layout,
             similarity=similarity,
             label_smoothing=label_smoothing,
+            token_share=token_share,
             group=group,
             rank_counts=rank_counts,
             rank_reduction=rank_reduction,
         )
-    differentiated = (image_tokens, text_tokens, pairs.as_tensor(logit_scale, image_tokens))
-    bounds = (*reference.sample_bounds(image_layout), *reference.sample_bounds(text_layout))
-    longest = (image_layout.max_seqlen, text_layout.max_seqlen)
+    images, texts = reference.Side.of(image_tokens, image_layout), reference.Side.of(text_tokens, text_layout)
+    if token_share < 1:
+        images, texts = reference.keep_salient(images, texts, token_share, torch_kernels.salience)
+    differentiated = (images.tokens, texts.tokens, pairs.as_tensor(logit_scale, image_tokens))
+    bounds = (images.starts, images.lengths, texts.starts, texts.lengths)
+    longest = (images.longest, texts.longest)
     counts = None if rank_counts is None else list(rank_counts)
     over_ranks = (collectives.group_name(group), counts, rank_reduction, exchange)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in differentiated)
@@ -177,10 +185,12 @@ def _check_no_sample_is_empty(name: str, layout: SegmentLayout) -> None:
         raise ValueError(f"{name} must give every sample a token, sample {int((~filled).nonzero()[0])} has none")
 
 
-def _check_options(similarity: str, label_smoothing: float) -> None:
+def _check_options(similarity: str, label_smoothing: float, token_share: float) -> None:
     if similarity not in torch_kernels.SIMILARITIES:
         raise ValueError(f'similarity must be "mean_max" or "max", got {similarity!r}')
     checks.check_probability("label_smoothing", label_smoothing)
+    if not 0 < token_share <= 1:
+        raise ValueError(f"token_share must be in (0, 1], got {token_share}")
 
 
 def _fake(image_tokens: Tensor, text_tokens: Tensor, logit_scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -125,6 +125,8 @@ CASES = (
     Case("taken, scale a number", _taken),
     Case("smoothed", lambda fill: _ragged(fill, 20, 12, images=6, texts=6, label_smoothing=0.1)),
     Case("queries", _queries),
+    Case("salient tokens", lambda fill: _ragged(fill, 20, 12, images=9, texts=6, token_share=0.4)),
+    Case("salient tokens, segments, padded", lambda fill: _in_segments(fill, token_share=0.3, logit_scale=_scale(fill, 8.0))),
 )
 
 

@@ -14,12 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlkernels.core.products import multiply
+from vlkernels.core import pairs
+from vlkernels.core.products import multiply, outside_autocast
 from vlkernels.ops.late_interaction_loss import driver
 from vlkernels.ops.late_interaction_loss.driver import Samples, Targets
+from vlkernels.ops.late_interaction_loss.reference import Side
 from vlkernels.ops.late_interaction_loss.tiles import Tiles, place_dtype
 
 TILE = 1024  # tokens, padding included, of each side
+
+
+def salience(images: Side, texts: Side) -> tuple[Tensor, Tensor]:
+    """``reference.salience`` over tiles."""
+    sides, dtype = (images, texts), pairs.wide(images.tokens)
+    here = [side.held() for side in sides]
+    spans = [[slice(start, start + TILE) for start in range(0, len(side.tokens), TILE)] for side in sides]
+    maxima: tuple[dict[int, list[Tensor]], ...] = ({}, {})  # of every block of a side, over those of the other
+    with outside_autocast(images.tokens):
+        for i, j in product(*spans):
+            tile = images.tokens[i].to(dtype) @ texts.tokens[j].to(dtype).T
+            tile = torch.where(here[0][i, None] & here[1][j], tile, -torch.inf)
+            maxima[0].setdefault(i.start, []).append(tile.amax(1))
+            maxima[1].setdefault(j.start, []).append(tile.amax(0))
+    of_images, of_texts = (torch.cat([torch.stack(parts).amax(0) for parts in side.values()]) for side in maxima)
+    return of_images, of_texts
 
 
 class TorchArithmetic:

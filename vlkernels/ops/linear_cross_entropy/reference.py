@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlkernels.core.products import outside_autocast
+
 Teacher = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -41,5 +43,6 @@ def linear_cross_entropy(
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    logits = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+    with outside_autocast(hidden):
+        logits = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlkernels.core.layout import SegmentLayout
+from vlkernels.core.products import outside_autocast
 
 SMALLEST_NORM = 1e-5
 SMALLEST_SHARE = 1e-35  # of a pair in the plan: one that underflowed could never be taken up again (MATH.md)
@@ -40,8 +41,7 @@ def cosine_costs(
     """``[B, M, N]``: one minus the cosine of every text token (row) and image token (column) of a sample."""
     images = _unit(padded_rows(image_tokens, image_layout, image_segment))
     texts = _unit(padded_rows(text_tokens, text_layout, text_segment))
-    kind = "cuda" if texts.is_meta else texts.device.type  # meta tensors stand for a device's
-    with torch.autocast(kind, enabled=False):  # which would take the product in a half type
+    with outside_autocast(texts):
         return 1 - texts @ images.transpose(1, 2)
 
 

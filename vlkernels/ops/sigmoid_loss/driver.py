@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from vlkernels.core import collectives, pairs
@@ -22,8 +23,8 @@ class Tiles(Protocol):
     ) -> None:
         """Add what the blocks' pairs give to those tensors that are there, with g the derivatives of losses by logits.
 
-        ``sums``: losses, g times products (the scale's gradient), g (the bias's); the latter two only beside gradients of
-        features. ``toward_image``: g texts. ``toward_text``: g^T images.
+        ``sums``, float64: losses, g times products (the scale's gradient), g (the bias's); the latter two only beside
+        gradients of features. ``toward_image``: g texts. ``toward_text``: g^T images.
         """
 
 
@@ -44,18 +45,18 @@ def sigmoid_loss(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, gradients of features, logit_scale and logit_bias), gradients empty when not wanted."""
-    options = {"exchange": exchange, "gradient": gradient, "labels": None if labels is None else labels.dtype}
+    options = {"exchange": exchange, "requires_grad": gradient, "labels": labels}
     rows = pairs.locate_pairs(image_features, collectives.named_group(group), rank_counts, **options)
     scale, bias = (number.reshape(()).to(pairs.wide(image_features)) for number in (logit_scale, logit_bias))
     every_label = None if labels is None else collectives.gather_rows(labels, rows)
     tiles = make_tiles(scale, bias, every_label)
     images, texts = (make_side(exchange, features, rows) for features in (image_features, text_features))
-    sums = scale.new_zeros(3)
+    sums = scale.new_zeros(3, dtype=torch.float64)  # terms of both signs all but cancel in the gradient of the scale
     mean = 1 / rows.total
     if not gradient:
         for image_block, text_block in meetings(images, texts):
             tiles.meet(image_block, text_block, sums, None, None)
-        loss = collectives.sum_over_ranks(sums[0], rows) * mean
+        loss = collectives.sum_over_ranks(sums[0].to(scale.dtype), rows) * mean
         return loss, *(loss.new_empty(0) for _ in range(4))
 
     def meet(image_block: Block, text_block: Block, toward_image: Tensor | None, toward_text: Tensor | None) -> None:
@@ -64,8 +65,9 @@ def sigmoid_loss(
 
     toward_image, toward_text = form_gradients(images, texts, scale.dtype, meet)
     factor = mean * pairs.gradient_factor(rows, rank_reduction)
-    of_scale, of_bias = (total * factor for total in sums[1:])  # outputs of an op share no memory
-    loss = collectives.sum_over_ranks(sums[0].clone(), rows) * mean
+    loss = collectives.sum_over_ranks(sums[0].to(scale.dtype), rows) * mean
     of_features = scale * factor
-    of_numbers = of_scale.reshape(logit_scale.shape), of_bias.reshape(logit_bias.shape)
+    of_numbers = (
+        (total * factor).to(scale.dtype).reshape(number.shape) for total, number in zip(sums[1:], (logit_scale, logit_bias))
+    )
     return loss, toward_image.mul_(of_features), toward_text.mul_(of_features), *of_numbers

@@ -9,23 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlkernels.core import collectives, dispatch, library, pairs, similarity
+from vlkernels.core import collectives, dispatch, library, native, pairs, similarity
 from vlkernels.core.collectives import ProcessGroup
-from vlkernels.core.dispatch import Implementation
+from vlkernels.core.dispatch import Facts, Implementation
 from vlkernels.core.exchange import check_exchange
 from vlkernels.core.triton_runtime import TritonImplementation
 from vlkernels.ops.sigmoid_loss import driver, reference, torch_kernels
 from vlkernels.ops.sigmoid_loss.gpu import tiles
 
+
+def _computes_in_float32(facts: Facts) -> str | None:
+    return "it computes in float32, the features are float64" if facts["dtype"] == torch.float64 else None
+
+
 IMPLEMENTATIONS = (
     TritonImplementation(supports=similarity.refusal),
+    Implementation(
+        "cpp", devices=("cpu",), available=partial(native.missing, "weigh_pairs"), supports=_computes_in_float32
+    ),
     Implementation("torch"),
     Implementation("reference"),
 )
 
 # Below so many pairs a CPU is faster with the whole matrix: tiles cost more than they save.
 # In a group tiles serve always: ranks of unequal size would else choose unequally and wait for each other.
-FEW_PAIRS = {torch.float64: 2**20, torch.float32: 2**20, torch.bfloat16: 2**24, torch.float16: 2**10}
+FEW_PAIRS = {torch.float64: 2**20, torch.float32: 2**18, torch.bfloat16: 2**24, torch.float16: 2**10}
 
 
 def sigmoid_loss(
@@ -64,7 +72,7 @@ def sigmoid_loss(
         rank_reduction: "mean" (DDP, ZeRO) or "sum": how parameter gradients are reduced over ranks afterwards.
         exchange: "gather": every rank holds the features of all; or "ring": the texts travel from rank to rank while others
             are in use, so a rank holds a few blocks, and sends more bytes. The value is the same. The reference gathers.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs). With a group it is that of one process
@@ -75,7 +83,8 @@ def sigmoid_loss(
     Numerics: similarities, losses and the gradients of scale and bias are float32 (float64 for float64), also for half
     types; products of bfloat16 gradients multiply in bfloat16 and accumulate over tiles in float32. The reference, which
     "auto" takes for few pairs on a CPU, rounds the similarities of half types to their dtype, as PyTorch.
-    Memory: O(N D), in a ring with the N of a rank, and 3 tiles of 1024 x 1024 (13 MB) or, "triton", at most 32 MB.
+    Memory: O(N D), in a ring with the N of a rank, and a tile of 2048 x 2048 (17 MB), three with "torch", or, "triton", at
+    most 32 MB.
     Gradients are computed in the forward, when anything requires them.
     Errors: ``ValueError`` for shapes, dtypes, counts that differ, and for a batch without a pair.
     Source: Zhai et al. 2023 (SigLIP).
@@ -117,7 +126,11 @@ _forward = library.define(
     "str group, SymInt[]? rank_counts, str rank_reduction, str exchange, bool gradient, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake,
-    kernels={"triton": partial(driver.sigmoid_loss, tiles.Tiles), "torch": torch_kernels.sigmoid_loss},
+    kernels={
+        "triton": partial(driver.sigmoid_loss, tiles.Tiles),
+        "cpp": torch_kernels.compiled_sigmoid_loss,
+        "torch": torch_kernels.sigmoid_loss,
+    },
 )
 
 _loss = library.differentiable(_forward, setup_context=pairs.keep_gradients, backward=pairs.scale_gradients)

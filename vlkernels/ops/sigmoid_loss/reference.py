@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlkernels.core import pairs
 from vlkernels.core.collectives import ProcessGroup, gather_rows
+from vlkernels.core.products import outside_autocast
 
 
 def sigmoid_loss(
@@ -23,12 +24,13 @@ def sigmoid_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference")
+    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference", labels=labels)
     images = pairs.of_all_ranks(image_features, rows, rank_reduction)
     texts = pairs.of_all_ranks(text_features, rows, rank_reduction)
     scale = pairs.held_by_all_ranks(logit_scale, images, rows, rank_reduction)
     bias = pairs.held_by_all_ranks(logit_bias, images, rows, rank_reduction)
-    products = (scale * images) @ texts.T
+    with outside_autocast(images):
+        products = (scale * images) @ texts.T
     logits = products.to(pairs.wide(products)) + bias
     if labels is None:
         positive = torch.eye(rows.total, dtype=torch.bool, device=logits.device)

@@ -80,8 +80,7 @@ def triplet_loss(
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradients of image_features and text_features), gradients empty when not wanted."""
-    of_labels = None if labels is None else labels.dtype
-    options = {"exchange": exchange, "gradient": gradient, "labels": of_labels, "hardest": hardest}
+    options = {"exchange": exchange, "requires_grad": gradient, "labels": labels, "hardest": hardest, "margin": margin}
     rows = pairs.locate_pairs(image_features, collectives.named_group(group), rank_counts, **options)
     own = image_features, text_features
     partners = collectives.gather_rows(_similarities_of_partners(*own), rows)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlkernels.core import pairs
 from vlkernels.core.collectives import ProcessGroup, gather_rows
+from vlkernels.core.products import outside_autocast
 
 
 def triplet_loss(
@@ -22,10 +23,12 @@ def triplet_loss(
     rank_counts: Sequence[int] | None = None,
     rank_reduction: str = "mean",
 ) -> Tensor:
-    rows = pairs.locate_pairs(image_features, group, rank_counts, impl="reference")
+    options = {"impl": "reference", "labels": labels, "hardest": hardest, "margin": margin}
+    rows = pairs.locate_pairs(image_features, group, rank_counts, **options)
     images = pairs.of_all_ranks(image_features, rows, rank_reduction)
     texts = pairs.of_all_ranks(text_features, rows, rank_reduction)
-    products = images @ texts.T
+    with outside_autocast(images):
+        products = images @ texts.T
     similarities = products.to(pairs.wide(products))
     if labels is None:
         positive = torch.eye(rows.total, dtype=torch.bool, device=products.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vlkernels.core import triton_runtime
 from vlkernels.core.similarity import rows_of, tile_sizes
 from vlkernels.core.triton_runtime import Launch
-from vlkernels.ops.hard_negatives.reference import finite_max, pick
+from vlkernels.ops.hard_negatives.reference import finite_max, pick, running_sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_BLOCKS = 2**22  # weights of blocks that are held at once: 16 MB
@@ -59,7 +59,7 @@ def _draw_span(span: Span, draws: Tensor, blocks: int, architecture: int) -> Ten
     block_lse = torch.empty(len(span.queries), blocks, dtype=torch.float32, device=draws.device)
     block_launch(span, block_lse, architecture).run()
     weights = torch.exp(block_lse - finite_max(block_lse))
-    cumulative, total = weights.cumsum(1), weights.sum(1)
+    cumulative, total = running_sums(weights), weights.sum(1)
     block = pick(weights, draws * total)[:, None]
     before, weight = (cumulative - weights).gather(1, block), weights.gather(1, block)
     threshold = (draws * total)[:, None].sub(before).div(weight)

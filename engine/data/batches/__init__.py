@@ -1,0 +1,1 @@
+"""From records to the batches of a training step."""

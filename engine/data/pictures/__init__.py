@@ -1,0 +1,1 @@
+"""Pictures to arrays: resizing, cropping, augmentation, the cut into patches."""

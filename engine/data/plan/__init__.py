@@ -1,0 +1,1 @@
+"""Which examples a run reads, in which order, with which random choices: pure functions of the seed."""

@@ -1,0 +1,1 @@
+"""Text to ids: tokenizers, loaded or trained."""

@@ -1,0 +1,77 @@
+"""A decoder restores a text of which an encoder reads what noise has left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from engine.batch import Batch, Sample, Words
+from engine.corruption.denoising import corrupt_spans, prefix_length
+from engine.corruption.restoration import infill
+from engine.models.transformer import Tokens
+from engine.objectives.parts.objective import Draw
+from engine.objectives.parts.writing import NextWords, WritingObjective
+from engine.sections import require, require_positive, require_share
+
+READ, BEGUN = "denoising_read", "denoising_begun"
+"""Views: what the encoder reads, and what the decoder goes on with."""
+START = 0
+"""What T5's decoder begins with: padding."""
+
+
+@dataclass
+class Denoising(WritingObjective):
+    """A decoder writes a text beside a spoilt one that it reads (T5, BART, SimVLM)."""
+
+    roles: ClassVar[tuple[str, ...]] = ("decoder", "text or joint")
+
+    noise: Literal["spans", "infilling", "prefix"] = "spans"
+    """spans: each becomes a sentinel, and the decoder writes them all (T5); infilling: each becomes one mask, and the
+    decoder writes the whole text (BART); prefix: the decoder goes on where the encoder stops (SimVLM)."""
+    probability: float = 0.15
+    """Share of tokens that spans and infilling take (T5: 0.15, BART: 0.3)."""
+    mean_span: float = 3.0
+    """Mean length of a span: in tokens (spans) or words (infilling)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_share("objectives.denoising.probability", self.probability)
+        require_positive(self, "objectives.denoising", "probability", "mean_span")
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        source, readers = config.model.decoder.source, ("text", "joint", "fusion")
+        named = f"objectives.denoising needs one of {', '.join(readers)} as model.decoder.source, got {source}"
+        require(source in readers, named)
+
+    def prepare(self, sample: Sample, draw: Draw) -> None:
+        start, read, targets = self._spoilt(sample.text, draw)
+        sample.views[READ] = _words(read)
+        sample.views[BEGUN] = _words(np.concatenate(([start], targets[:-1])))
+        sample.views[self.name] = NextWords.of_sample(targets)
+
+    def _spoilt(self, text: Words, draw: Draw) -> tuple[int, np.ndarray, np.ndarray]:
+        """The id that the decoder begins with, what the encoder reads, what the decoder writes."""
+        tokenizer, random, end = draw.tokenizer, draw.random, draw.tokenizer.sep_id
+        if self.noise == "infilling":
+            masked = infill(text.ids, text.words, tokenizer.mask_id, self.probability, random, self.mean_span)
+            return end, masked, text.ids
+        inner = text.ids[text.words >= 0]
+        require(len(inner) > 1, f"a text of {len(inner)} tokens, denoising needs two")
+        if self.noise == "prefix":
+            read = prefix_length(len(inner), random)
+            return tokenizer.cls_id, inner[:read], np.append(inner[read:], end)
+        return START, *corrupt_spans(inner, tokenizer.sentinel_ids, end, random, self.probability, self.mean_span)
+
+    def writer(self, model: Any) -> str:
+        return "decoder"
+
+    def written(self, model: Any, batch: Batch) -> tuple[Tokens, int]:
+        read = model.decoder_states(batch, BEGUN, source_view=READ)
+        return read, read.layout.num_segments - 1
+
+
+def _words(ids: np.ndarray) -> Words:
+    return Words(ids, np.full(len(ids), -1))

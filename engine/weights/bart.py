@@ -1,0 +1,28 @@
+"""BART's stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from engine.weights.pieces import Piece, linear
+
+
+def stack(ours: str, theirs: str, layers: int, *, decoder: bool) -> Iterator[Piece]:
+    """A post-norm `PackedTransformer` of the tensors of `BartEncoder` or `BartDecoder`, without their embeddings."""
+    for layer in range(layers):
+        yield from _block(f"{ours}.blocks.{layer}", f"{theirs}.layers.{layer}", decoder)
+
+
+def _block(ours: str, theirs: str, decoder: bool) -> Iterator[Piece]:
+    own, cross = f"{theirs}.self_attn", f"{theirs}.encoder_attn"
+    yield from linear(f"{ours}.self_attention.query_key_value", *(f"{own}.{part}_proj" for part in "qkv"))
+    yield from linear(f"{ours}.self_attention.output", f"{own}.out_proj")
+    yield from linear(f"{ours}.self_attention.norm", f"{theirs}.self_attn_layer_norm")
+    if decoder:
+        yield from linear(f"{ours}.cross_attention.query", f"{cross}.q_proj")
+        yield from linear(f"{ours}.cross_attention.key_value", f"{cross}.k_proj", f"{cross}.v_proj")
+        yield from linear(f"{ours}.cross_attention.output", f"{cross}.out_proj")
+        yield from linear(f"{ours}.cross_attention.norm", f"{theirs}.encoder_attn_layer_norm")
+    yield from linear(f"{ours}.feed_forward.inner", f"{theirs}.fc1")
+    yield from linear(f"{ours}.feed_forward.output", f"{theirs}.fc2")
+    yield from linear(f"{ours}.feed_forward.norm", f"{theirs}.final_layer_norm")
