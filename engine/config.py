@@ -35,6 +35,7 @@ TINY = {
     "data.image_size": 32,
     "tokenizer.vocab_size": 512,
     "data.max_records": 256,
+    "data.max_caption_tokens": 64,
     "data.workers": 0,
     "train.global_batch": 12,
     "train.buckets.tokens": 256,

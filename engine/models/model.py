@@ -55,6 +55,8 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         self.negatives_stream = next(streams)
         self.heads = nn.ModuleDict()
         self.teacher: MomentumCopy | None = None
+        self.read_whole: dict[str, str] = {}
+        """Views of which an objective, by its name, reads every state: one pass then serves those that read some."""
         sharing.share(self, options)
         initialize(self, options.initializer_range, options.initialization)
 
@@ -288,7 +290,8 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         rows = masked.places.rows(layout, segment)
         selected = SelectedRows.of(rows, masked.places.samples, layout, segment)
         read = {"joint": self.joint_states, "fusion": self.fused_states, "text": self.text_states}[role]
-        if getattr(self.last_stack, "mask", "full") in ("full", "separate"):
+        read_whole = self.read_whole.get(view) in batch.views
+        if getattr(self.last_stack, "mask", "full") in ("full", "separate") and not read_whole:
             return read(batch, view, selected)
         # Rows of a causal segment are told by their position among all of it.
         return Tokens(vk.take_rows(read(batch, view).hidden, rows, impl=self.impl), selected.layout)
