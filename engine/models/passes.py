@@ -60,10 +60,6 @@ class SharedPasses:
         finally:
             self._passes = None
 
-    def _known(self, batch: Batch, name: str) -> Any | None:
-        """What a pass has given, if it has run."""
-        return None if self._passes is None else self._passes.get((id(batch), name))
-
     def _once(self, batch: Batch, name: str, compute: Callable[[], T]) -> T:
         if self._passes is None:
             return compute()

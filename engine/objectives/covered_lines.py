@@ -44,6 +44,7 @@ class CoveredLines(Objective):
 
     roles: ClassVar[tuple[str, ...]] = ("joint",)
     beside: ClassVar[tuple[str, ...]] = (WORDS,)
+    reads_whole: ClassVar[str | None] = WORDS
 
     probability: float = 0.15
     """Share of lines that are covered."""

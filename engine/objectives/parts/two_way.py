@@ -14,12 +14,13 @@ from engine.objectives.parts.held_out import Figures, HeldOut, require_some
 from engine.objectives.parts.normalization import normalizer
 from engine.objectives.parts.objective import Losses, Objective, Report
 from engine.objectives.parts.pooled import pooled_head, pooled_states
-from engine.objectives.parts.words_view import view_of_words
+from engine.objectives.parts.words_view import WORDS, view_of_words
 
 @dataclass
 class TwoWayObjective(Objective):
     """The view of its name is the label, 0 or 1."""
 
+    reads_whole: ClassVar[str | None] = WORDS
     what: ClassVar[str]
     """The samples, as a message names them."""
 
