@@ -11,12 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+from engine.training.zero import zero_sizes
+
 PARAMETER_BYTES = {"fp32": 4, "bf16": 2}
-REDUCE_BUCKET = 500_000_000  # DeepSpeed's defaults, in elements
-PERSISTENT_UP_TO = 100_000
-REUSE_DISTANCE = 1_000_000_000
+ALL_REDUCED_AT_ONCE = 500_000_000  # elements, by DeepSpeed where it has no bucket of its own
 FLAT_ALIGNMENT = 2  # elements of each rank
 
 
@@ -77,7 +78,7 @@ class Run:
     loss_samples: int | None = None  # of a rank in one loss of the whole step; the reading ahead that this takes is left out
     activation_bytes: int | None = None  # given, instead of estimated
     checkpointing: bool = False
-    reuse_distance: int = REUSE_DISTANCE
+    reuse_distance: int | None = None  # of stage 3; None: the engine's choice
 
     def __post_init__(self) -> None:
         if self.stage not in range(4):
@@ -102,6 +103,12 @@ class Run:
         """Elements of each trained parameter by group of the optimizer, in the order in which they are laid flat."""
         groups = [[w.numel for w in self.trained if w.matrix is matrix] for matrix in (True, False)]
         return [group for group in groups if group]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Of DeepSpeed's buffers, in elements."""
+        chosen = zero_sizes(total(self.weights), total(self.trained))
+        return chosen if self.reuse_distance is None else chosen | {"stage3_max_reuse_distance": self.reuse_distance}
 
     @property
     def element(self) -> int:
@@ -162,12 +169,13 @@ def _sharded_states(run: Run, rank: int) -> tuple[int, int, int]:
     """A share of every parameter; small ones are beside that whole on every one of several ranks."""
     share = sum(math.ceil(w.numel / run.ranks) for w in run.trained)
     frozen = sum(math.ceil(w.numel / run.ranks) for w in run.weights if not w.trained)
-    whole = sum(padded(w.numel, run.ranks) for w in run.weights if persistent(w) and run.ranks > 1)
+    whole = sum(padded(w.numel, run.ranks) for w in run.weights if persistent(run, w) and run.ranks > 1)
     return run.element * (share + frozen + whole), 4 * share, 12 * share
 
 
-def persistent(weight: Weight) -> bool:
-    return weight.numel <= PERSISTENT_UP_TO
+def persistent(run: Run, weight: Weight) -> bool:
+    """Whether stage 3 keeps it whole."""
+    return weight.numel <= run.sizes["stage3_param_persistence_threshold"]
 
 
 def memory(run: Run, given: Assumptions = Assumptions(), rank: int = 0) -> dict[str, int]:
@@ -181,12 +189,13 @@ def memory(run: Run, given: Assumptions = Assumptions(), rank: int = 0) -> dict[
 
 
 def _gathered_bytes(run: Run) -> int:
-    """Under stage 3 a parameter stays whole until its backward if that comes soon enough."""
+    """Under stage 3 a parameter stays whole until its backward if that comes soon enough; some are gathered ahead."""
     if run.stage < 3 or run.ranks == 1:
         return 0
     sizes = [(padded(w.numel, run.ranks), w.trained and times == 1) for w, times in _gathers(run)]
     passing = max((size for size, kept in sizes if not kept), default=0)
-    return run.element * (sum(size for size, kept in sizes if kept) + passing)
+    ahead = run.sizes["stage3_prefetch_bucket_size"]
+    return run.element * (sum(size for size, kept in sizes if kept) + passing + ahead)
 
 
 def _gathers(run: Run) -> list[tuple[Weight, int]]:
@@ -196,15 +205,15 @@ def _gathers(run: Run) -> list[tuple[Weight, int]]:
     """
     found, between = [], 0
     for weight in reversed(run.weights):
-        if not persistent(weight):
-            found.append((weight, 2 if weight.trained and between >= run.reuse_distance else 1))
+        if not persistent(run, weight):
+            found.append((weight, 2 if weight.trained and between >= run.sizes["stage3_max_reuse_distance"] else 1))
         between += weight.numel * (1 + weight.trained)
     return found
 
 
 def _bucket_bytes(run: Run) -> int:
-    whole = run.stage >= 2 or (run.stage == 1 and run.dtype == "fp32")  # allocated in full, however small the model
-    return run.element * (REDUCE_BUCKET if whole else min(REDUCE_BUCKET, total(run.trained)))
+    whole = run.stage >= 2 or (run.stage == 1 and run.dtype == "fp32")  # allocated in full
+    return run.element * (run.sizes["reduce_bucket_size"] if whole else min(ALL_REDUCED_AT_ONCE, total(run.trained)))
 
 
 def activations(run: Run, given: Assumptions = Assumptions()) -> int:
@@ -268,7 +277,7 @@ def _flat_wire(run: Run) -> dict[str, int]:
 def _sharded_wire(run: Run) -> dict[str, int]:
     """Shares are gathered in every micro-step, those of small parameters after the update; gradients are scattered."""
     used = sum(times * math.ceil(w.numel / run.ranks) for w, times in _gathers(run))
-    after = sum(math.ceil(w.numel / run.ranks) for w in run.weights if persistent(w))
+    after = sum(math.ceil(w.numel / run.ranks) for w in run.weights if persistent(run, w))
     scattered = sum(math.ceil(w.numel / run.ranks) for w in run.trained)
     others = run.ranks - 1
     return {

@@ -42,7 +42,7 @@ from engine.training import zero
 from engine.training.checkpoint import Checkpoints, Progress
 from engine.training.command_line import one_line_errors, parse
 from engine.training.loop import Trainer, TrainingStopped
-from engine.training.optimizer import LearningRate, make_optimizer
+from engine.training.optimizer import LearningRate, freeze, make_optimizer
 from engine.training.run_folder import CHECKPOINTS, has_checkpoint, open_run
 from engine.training.telemetry import Telemetry
 
@@ -115,6 +115,9 @@ def build_engine(
     for line in ranks.main_first(lambda: load_initial_weights(config, model)) if new else ():
         if ranks.is_main:
             print(line, flush=True)
+    if model.teacher is not None:
+        model.teacher.begin()
+    freeze(config.optimizer.freeze, model.named_parameters())
     optimizer = make_optimizer(config.optimizer, model.named_parameters(), ranks.device)
     learning_rate = LearningRate(config, optimizer)
     module = PretrainingModule(model, config.objectives.active)

@@ -10,7 +10,7 @@ from engine.sections.inputs import ImageInput, TextInput
 from engine.sections.model import Distances, Stack
 from engine.sections.roles import DecoderStack, FusionStack, GeneratorStack, ImageStack, JointStack, Model, TextStack
 from engine.sections.system import System
-from engine.sections.training import Buckets, Evaluation, Optimizer, Schedule, Train, Zero
+from engine.sections.training import Buckets, Evaluation, Optimizer, Rule, Schedule, Train, Zero
 
 __all__ = [
     "Buckets",
@@ -27,6 +27,7 @@ __all__ = [
     "Model",
     "Optimizer",
     "Regions",
+    "Rule",
     "Schedule",
     "Stack",
     "System",

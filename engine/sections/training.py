@@ -9,6 +9,20 @@ from engine.sections.checks import require, require_not_negative, require_positi
 
 
 @dataclass
+class Rule:
+    """What some parameters do otherwise than the rest (null: as the rest)."""
+
+    kind: str | None = None
+    """adamw or sgd."""
+    lr: float | None = None
+    """Peak learning rate."""
+    weight_decay: float | None = None
+    """Decoupled weight decay; vectors have none."""
+    momentum: float | None = None
+    """Momentum of sgd."""
+
+
+@dataclass
 class Optimizer:
     """The update rule. ZeRO hands it flat partitions, so only elementwise rules are exact."""
 
@@ -26,36 +40,75 @@ class Optimizer:
     """Momentum of sgd."""
     clip: float = 1.0
     """Largest norm of the whole gradient (0: no clipping)."""
+    rules: dict[str, Rule] = field(default_factory=dict)
+    """Other rules by prefix of the parameter name, such as {image.backbone: {kind: sgd, lr: 0.01}}; the longest prefix
+    wins."""
     lr_multipliers: dict[str, float] = field(default_factory=dict)
     """Learning-rate factor by prefix of the parameter name; the longest prefix wins."""
+    freeze: list[str] = field(default_factory=list)
+    """Prefixes of the names of parameters that are not trained: they have no gradients and no optimizer states."""
 
     def __post_init__(self) -> None:
-        layerwise = self.kind.lower() in ("lamb", "lars", "adafactor")
-        why = "needs whole parameters but ZeRO gives it flat partitions" if layerwise else "is not known"
-        require(self.kind in ("adamw", "sgd"), f"optimizer.kind {self.kind!r} {why}: use adamw or sgd")
+        require_elementwise("optimizer.kind", self.kind)
         require_positive(self, "optimizer", "lr", "eps")
         require_not_negative(self, "optimizer", "weight_decay", "clip")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
             require_share(f"optimizer.{name}", value)
+        for prefix, rule in self.rules.items():
+            self._check_rule(f"optimizer.rules.{prefix}", rule)
         for prefix, factor in self.lr_multipliers.items():
             require(factor >= 0, f"optimizer.lr_multipliers.{prefix} must not be negative, got {factor}")
+
+    def _check_rule(self, where: str, rule: Rule) -> None:
+        require_elementwise(f"{where}.kind", rule.kind or self.kind)
+        require_positive(rule, where, "lr")
+        require(
+            rule.weight_decay is None or rule.weight_decay >= 0,
+            f"{where}.weight_decay must not be negative, got {rule.weight_decay}",
+        )
+        require_share(f"{where}.momentum", rule.momentum or 0.0)
+
+
+def require_elementwise(name: str, kind: str) -> None:
+    """Refuse a rule that ZeRO would make wrong, or that is not known."""
+    layerwise = kind.lower() in ("lamb", "lars", "adafactor")
+    why = "needs whole parameters but ZeRO gives it flat partitions" if layerwise else "is not known"
+    require(kind in ("adamw", "sgd"), f"{name} {kind!r} {why}: use adamw or sgd")
 
 
 @dataclass
 class Schedule:
     """The learning rate over the steps of the run."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    kind: Literal["cosine", "linear", "constant", "step", "epoch", "rsqrt"] = "cosine"
+    """Shape of the decay after the warm-up: cosine and linear to the end; step, by a factor at some points (VSE++, SOHO);
+    epoch, by a factor after every epoch (BLIP); rsqrt, with the inverse square root of the step (T5)."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly to its peak."""
     min_lr_ratio: float = 0.0
-    """Share of the peak that is left at the end."""
+    """Share of the peak that is left at the end, at least."""
+    factor: float = 0.1
+    """What step and epoch multiply the learning rate by."""
+    decay_at: tuple[float, ...] = ()
+    """Where step does so, as shares of the run: [0.5] is after 15 of 30 epochs."""
+    epochs: int = 1
+    """Into how many epochs of equal length epoch cuts the run."""
+    flat_steps: int = 10_000
+    """The first step at which rsqrt falls: the learning rate of step n is sqrt(flat_steps / n) of its peak."""
 
     def __post_init__(self) -> None:
         require_not_negative(self, "schedule", "warmup_steps")
+        require_positive(self, "schedule", "factor", "epochs", "flat_steps")
         ratio = self.min_lr_ratio
         require(0 <= ratio <= 1, f"schedule.min_lr_ratio must be in [0, 1], got {ratio}")
+        require(
+            list(self.decay_at) == sorted(share for share in self.decay_at if 0 < share < 1),
+            f"schedule.decay_at must rise and lie between 0 and 1, got {list(self.decay_at)}",
+        )
+        require(
+            bool(self.decay_at) == (self.kind == "step"),
+            f"schedule.decay_at and schedule.kind step need each other, got {list(self.decay_at)} with kind {self.kind}",
+        )
 
 
 @dataclass

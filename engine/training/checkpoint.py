@@ -1,6 +1,6 @@
 """Checkpoints that are either whole or ignored.
 
-A checkpoint is a folder `step_00000100`: DeepSpeed's shards, one file of random states per rank, and last a
+A checkpoint is a folder `step_00000100`: DeepSpeed's shards, one file per rank of random states and averages, and last a
 manifest with the size and digest of every file. `latest` is replaced in one step after that. A process killed
 at any moment leaves a folder without a manifest, or one that does not verify: the one before it is loaded.
 """
@@ -23,7 +23,7 @@ from engine.training.generators import generator_states, restore_generators
 from engine.training.zero import Engine, Ranks
 
 MANIFEST = "manifest.json"
-RESTORED = ("kind", "betas", "eps", "weight_decay", "momentum", "lr_multipliers")
+RESTORED = ("kind", "betas", "eps", "weight_decay", "momentum", "lr_multipliers", "freeze")
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Checkpoints:
             target.mkdir(parents=True)
         self.ranks.barrier()
         engine.save(str(self.folder), tag)
-        torch.save(random_state(self.ranks, rng), target / f"rank_{self.ranks.rank}.pt")
+        own = {**random_state(self.ranks, rng), "averages": engine.averages.masters}
+        torch.save(own, target / f"rank_{self.ranks.rank}.pt")
         self.ranks.barrier()
         files = self._describe(target)
         if self.ranks.is_main:
@@ -86,8 +87,9 @@ class Checkpoints:
         """Restore what `newest` found."""
         path = checkpoint.path
         engine.load(str(path.parent), path.name)
-        state = torch.load(path / f"rank_{self.ranks.rank}.pt", weights_only=True)
+        state = torch.load(path / f"rank_{self.ranks.rank}.pt", map_location="cpu", weights_only=True)
         restore_random_state(state, self.ranks, rng)
+        engine.averages.masters = [[piece.to(self.ranks.device) for piece in part] for part in state["averages"]]
         return checkpoint.progress
 
     def _folders(self, folder: Path | None = None) -> list[Path]:
@@ -143,6 +145,7 @@ def identity(config: Config, world: int) -> dict[str, Any]:
         "objectives": list(config.objectives.active),
         # a checkpoint brings its own: DeepSpeed restores the groups of parameters with all they hold
         **{f"optimizer.{name}": getattr(config.optimizer, name) for name in RESTORED},
+        "optimizer.rules": {prefix: asdict(rule) for prefix, rule in config.optimizer.rules.items()},
         "precision": config.precision,
         "zero.stage": config.zero.stage,
         "the number of processes": world,

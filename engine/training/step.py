@@ -61,7 +61,8 @@ class StepResult:
 def run_window(
     engine: Engine, window: list[Batch], counts: dict[str, int], ranks: Ranks, rng: vk.Rng
 ) -> StepResult:
-    """Forward and backward of every micro-batch, then the update; before them all, the losses over the whole window.
+    """Forward and backward of every micro-batch, then the update, and what follows it; before them all, the losses over
+    the whole window.
 
     `rng` advances once: sample ids count through the whole window, so draws do not depend on how it is cut.
     """
@@ -77,6 +78,7 @@ def run_window(
         applied = engine.step()
         for name, value in {"loss": loss, **losses, **report}.items():
             values[name] = values.get(name, 0) + value.detach().float() / len(window)
+    engine.after_step(applied)
     rng.advance()
     return StepResult(applied, values)
 

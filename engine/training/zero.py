@@ -23,7 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.config import Config
+from engine.models.states import FollowsSteps
 from engine.models.transformer import Block
+from engine.training.averages import Averages
 from engine.training.host_memory import keep_large_blocks
 from engine.training.network import choose_interface, deadline
 
@@ -162,15 +164,30 @@ def require_launch_variables() -> None:
 # ---- the engine
 
 
-def deepspeed_config(config: Config, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: a pure function of ours, with every default that bites written out."""
+def zero_sizes(parameters: int, trained: int) -> dict[str, int]:
+    """Buffers of ZeRO in elements, in proportion to a model of so many parameters.
+
+    DeepSpeed's defaults are for models of billions. A smaller one gets a gradient bucket of 1 GB, allocated whole, and
+    under stage 3 keeps every parameter from the forward to the backward, and all its small ones always.
+    """
+    return {
+        "reduce_bucket_size": min(max(trained // 8, 2**24), trained, 500_000_000),
+        "stage3_prefetch_bucket_size": min(parameters // 16, 50_000_000),
+        "stage3_param_persistence_threshold": min(parameters // 64, 100_000),
+        "stage3_max_reuse_distance": min(parameters // 8, 1_000_000_000),
+        "stage3_max_live_parameters": min(parameters // 4, 1_000_000_000),
+    }
+
+
+def deepspeed_config(config: Config, world: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """DeepSpeed's configuration: a pure function of ours and of `zero_sizes`, with every default that bites written out."""
     return {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.micro_batch(world),
         "gradient_accumulation_steps": config.micro_steps(world),
         # left out, DeepSpeed clips at 1.0; stage 0 is clipped beside its guard, see `_guard_plain_gradients`
         "gradient_clipping": config.optimizer.clip if config.zero.stage > 0 else 0.0,
-        "zero_optimization": {"stage": config.zero.stage},
+        "zero_optimization": {"stage": config.zero.stage, **sizes},
         "zero_allow_untested_optimizer": True,  # SGD
         "bf16": {"enabled": config.precision == "bf16"},
         # left out, half gradients are summed over micro-steps in half precision
@@ -193,13 +210,17 @@ class Engine:
         self.gradient_norm: float | None = None
         self._skeleton = empty_copy(module) if self.stage == 3 else None
         self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        sizes = zero_sizes(self.num_parameters, trained)
         with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints tables of memory use
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module.to(ranks.device),
                 optimizer=optimizer,
-                config=deepspeed_config(config, ranks.world),
+                config=deepspeed_config(config, ranks.world, sizes),
                 dist_init_required=False,
             )
+        self.averages = Averages(self.module, pieces_on_this_rank)
+        self._followers = [part for part in self.module.modules() if isinstance(part, FollowsSteps)]
 
     @property
     def module(self) -> nn.Module:
@@ -237,6 +258,13 @@ class Engine:
         if self.stage > 0:
             self.gradient_norm = float(self.deepspeed.get_global_grad_norm())
         return self.deepspeed.was_step_applied() and usable
+
+    def after_step(self, applied: bool) -> None:
+        """Let momentum copies, queues and codebooks follow the step that the last `step` ended."""
+        for part in self._followers:
+            part.after_step(applied)
+        if applied:
+            self.averages.follow()  # buffers too: after the statistics of batch norms
 
     def _guard_plain_gradients(self) -> bool:
         """Give ZeRO-0 the guard that the other stages have: a gradient that is not finite changes no weight.
@@ -308,6 +336,15 @@ def refuse_scalar_parameters(module: nn.Module) -> None:
     scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise ValueError(f"ZeRO cannot hold 0-d parameters, give them the shape (1,): {', '.join(scalars)}")
+
+
+def pieces_on_this_rank(parameter: nn.Parameter) -> list[Tensor]:
+    """What this rank holds of a parameter between two steps: under ZeRO-3 its shard and, of a small one, all of it too."""
+    shard: Tensor | None = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return [parameter.data]
+    whole = parameter.data if parameter.ds_persist else shard
+    return [shard.data] if whole.data_ptr() == shard.data_ptr() else [shard.data, whole]
 
 
 def empty_copy(module: nn.Module) -> nn.Module:

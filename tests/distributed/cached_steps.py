@@ -62,14 +62,12 @@ def configuration(stage: int, micro_batch: int, precision: str) -> Config:
     )
 
 
-def partition_everything(config: Config, world: int) -> dict:
-    """DeepSpeed's configuration with parameters of any size cut up by ZeRO-3, which leaves small ones whole."""
-    described = _deepspeed_config(config, world)
-    options = {"stage3_param_persistence_threshold": 0} if config.zero.stage == 3 else {}
-    return {**described, "zero_optimization": {**described["zero_optimization"], **options}}
+def partition_everything(parameters: int, trained: int) -> dict:
+    """DeepSpeed's sizes with parameters of any size cut up by ZeRO-3, which leaves small ones whole."""
+    return {**_zero_sizes(parameters, trained), "stage3_param_persistence_threshold": 0}
 
 
-_deepspeed_config = zero.deepspeed_config
+_zero_sizes = zero.zero_sizes
 
 
 def zero_engine(stage: int, micro_batch: int, precision: str = "fp32") -> tuple[zero.Engine, zero.Ranks]:
@@ -77,7 +75,7 @@ def zero_engine(stage: int, micro_batch: int, precision: str = "fp32") -> tuple[
     ranks = zero.join(config)
     module = training_module(recompute=True)
     rule = make_optimizer(config.optimizer, module.model.named_parameters(), ranks.device)
-    with patch.object(zero, "deepspeed_config", partition_everything):
+    with patch.object(zero, "zero_sizes", partition_everything):
         return zero.Engine(config, module, rule, ranks), ranks
 
 

@@ -23,26 +23,25 @@ from launch import free_port
 from standin import small_config
 from torch import Tensor, nn
 
-from benchmarks.scaling import PERSISTENT_UP_TO, REUSE_DISTANCE, Part, Weight, all_reduce_bytes
-from engine.config import Config
+from benchmarks.scaling import Part, Weight, all_reduce_bytes
 from engine.sections import Optimizer
 from engine.training import zero
 from engine.training.optimizer import make_optimizer
 
 WORLDS = (1, 2, 4)
 SAMPLES, WIDTH, LOSS_WIDTH, STEPS = 3, 331, 5, 3
-Case = tuple[int, str, int, str, int]  # stage, dtype, micro-steps, exchange, stage 3's reuse distance
+Case = tuple[int, str, int, str, int | None]  # stage, dtype, micro-steps, exchange, stage 3's reuse distance if not the engine's
 CASES: list[Case] = [
-    (0, "fp32", 2, "gather", REUSE_DISTANCE),
-    (1, "fp32", 1, "ring", REUSE_DISTANCE),
-    (1, "bf16", 2, "gather", REUSE_DISTANCE),
-    (2, "fp32", 2, "gather", REUSE_DISTANCE),
-    (2, "bf16", 2, "ring", REUSE_DISTANCE),
-    (3, "fp32", 1, "gather", REUSE_DISTANCE),
-    (3, "bf16", 2, "ring", REUSE_DISTANCE),
-    (3, "fp32", 2, "ring", 2 * WIDTH**2),  # far enough that the first matrix is gathered again for its backward
+    (0, "fp32", 2, "gather", None),
+    (1, "fp32", 1, "ring", None),
+    (1, "bf16", 2, "gather", None),
+    (2, "fp32", 2, "gather", None),
+    (2, "bf16", 2, "ring", None),
+    (3, "fp32", 1, "gather", None),
+    (3, "bf16", 2, "ring", None),
+    (3, "fp32", 2, "ring", 2 * WIDTH**2),  # far enough that the first matrix alone is gathered again for its backward
+    (3, "fp32", 1, "gather", 10**9),  # too far
 ]
-assert WIDTH**2 > PERSISTENT_UP_TO > WIDTH
 
 
 class Towers(nn.Module):
@@ -63,8 +62,9 @@ class Towers(nn.Module):
         with torch.no_grad():
             taught = self.teacher(x)
         hidden = hidden + taught
+        image, text = self.image(hidden), self.text(hidden)  # parameters are gathered for and ahead of them
         with wire.of_loss():
-            return vk.contrastive_loss(self.image(hidden), self.text(hidden), self.scale.float(), **over_ranks)
+            return vk.contrastive_loss(image, text, self.scale.float(), **over_ranks)
 
 
 UNFORESEEN = ("reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all_single", "all_to_all", "gather", "scatter")
@@ -127,17 +127,10 @@ def run_of(case: Case, ranks: int, model: ModuleType) -> Any:
     return model.Run(parts, stage, ranks, dtype, SAMPLES, micro_steps, reuse_distance=reuse, **loss)
 
 
-def with_reuse_distance(elements: int) -> Callable[..., dict]:
-    """The engine's configuration; another distance than DeepSpeed's own asks that nothing is gathered ahead either."""
-    made = zero.deepspeed_config
-
-    def make(config: Config, world: int) -> dict:
-        found = made(config, world)
-        if elements != REUSE_DISTANCE:
-            found["zero_optimization"] |= {"stage3_max_reuse_distance": elements, "stage3_prefetch_bucket_size": 0}
-        return found
-
-    return make
+def with_reuse_distance(elements: int | None) -> Callable[..., dict]:
+    """The engine's sizes, or with another distance."""
+    made = zero.zero_sizes
+    return lambda *counts: made(*counts) | ({} if elements is None else {"stage3_max_reuse_distance": elements})
 
 
 def measured(case: Case, wire: Wire) -> dict[str, dict[str, int]]:
@@ -149,7 +142,7 @@ def measured(case: Case, wire: Wire) -> dict[str, dict[str, int]]:
     config = small_config(stage, accumulation=micro_steps, global_batch=batch, precision=dtype, optimizer=optimizer)
     module = Towers()
     rule = make_optimizer(optimizer, module.named_parameters(), ranks.device)
-    with mock.patch.object(zero, "deepspeed_config", with_reuse_distance(reuse)):
+    with mock.patch.object(zero, "zero_sizes", with_reuse_distance(reuse)):
         engine = zero.Engine(config, module, rule, ranks)
     group = dist.new_group() if ranks.world > 1 else None
     over_ranks = {"group": group, "exchange": exchange, "impl": "torch"}

@@ -1,20 +1,24 @@
 """The stand-in model under each ZeRO stage, and the same in plain PyTorch."""
 
+from dataclasses import replace
+
 import torch
 from standin import StandInModule, small_config, stream
 
 from engine.config import Config
-from engine.sections import Optimizer
+from engine.sections import Optimizer, Rule
 from engine.training import zero
-from engine.training.optimizer import make_optimizer
+from engine.training.optimizer import freeze, make_optimizer
 from engine.training.step import agree, normalizers, run_window
 
 STEPS = 6
 SGD = Optimizer(kind="sgd", lr=0.02, weight_decay=0.0, clip=0.0)
 ADAMW = Optimizer(kind="adamw", lr=0.02, eps=1e-3, weight_decay=0.1, clip=0.5)  # eps far above rounding
+MIXED = replace(ADAMW, rules={"trunk": Rule(kind="sgd", momentum=0.9)}, freeze=["branch", "norm"])
 KINDS = {
     "accumulated": {"optimizer": SGD, "accumulation": 2, "alternate": False},
     "alternating": {"optimizer": SGD, "accumulation": 1, "alternate": True},
+    "a rule per group and a frozen part": {"optimizer": MIXED, "accumulation": 2, "alternate": False},
     "alternating, with moments and decay": {"optimizer": ADAMW, "accumulation": 2, "alternate": True},
 }
 
@@ -26,6 +30,7 @@ def plain_curve(optimizer: Optimizer, alternate: bool) -> list[dict]:
     """
     config = small_config(optimizer=optimizer)
     module = StandInModule()
+    freeze(optimizer.freeze, module.model.named_parameters())
     rule = make_optimizer(optimizer, module.model.named_parameters(), torch.device("cpu"))
     points = []
     windows = stream(config, alternate=alternate)
@@ -64,6 +69,7 @@ def zero_curve(stage: int, optimizer: Optimizer, alternate: bool, accumulation: 
 
 def small_engine(config: Config, ranks: zero.Ranks) -> zero.Engine:
     module = StandInModule()
+    freeze(config.optimizer.freeze, module.model.named_parameters())
     rule = make_optimizer(config.optimizer, module.model.named_parameters(), ranks.device)
     return zero.Engine(config, module, rule, ranks)
 

@@ -24,8 +24,8 @@ MUTANTS = {
     "one moment of shares": ("12 * share", "8 * share"),
     "gradients of a partition alone": ("gradients = 4 * sum(touched)", "pass"),
     "frozen parameters forgotten": ("run.element * (sum(flat) + frozen)", "run.element * sum(flat)"),
-    "nothing gathered again": ("between >= run.reuse_distance", "False"),
-    "small parameters gathered as others": ("return weight.numel <= PERSISTENT_UP_TO", "return False"),
+    "nothing gathered again": ('between >= run.sizes["stage3_max_reuse_distance"]', "False"),
+    "small parameters gathered as others": ('return weight.numel <= run.sizes["stage3_param_persistence_threshold"]', "return False"),
     "a ring that takes one trip": ("others * block * (2 * run.element + 4)", "others * block * (run.element + 4)"),
     "numbers of rows forgotten": ("+ 8 * run.pairs)", ")"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import vlkernels as vk
@@ -12,9 +13,12 @@ from torch import Tensor
 from engine.models.transformer.cache import Extension
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A packed stream: `hidden` `[num_tokens, D]` and where each sample's segments lie in it."""
+class Tokens(NamedTuple):
+    """A packed stream: `hidden` `[num_tokens, D]` and where each sample's segments lie in it.
+
+    A tuple, because ZeRO-3 looks for the tensors of a module's output in tuples alone: there it hangs the hook that
+    puts the module's parameters together again for its backward.
+    """
 
     hidden: Tensor
     layout: vk.SegmentLayout

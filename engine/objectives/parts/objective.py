@@ -72,6 +72,11 @@ class Objective:
             cls.head = cls.name
 
     @property
+    def taught_by(self) -> tuple[str, ...]:
+        """Modules of the model whose momentum copies it learns from, as far as the model has them."""
+        return ()
+
+    @property
     def replaced_images(self) -> float:
         """Share of the samples that show the image of another one."""
         return 0.0

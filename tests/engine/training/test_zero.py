@@ -178,11 +178,22 @@ def test_ranks_agree():
 
 def test_the_configuration_is_a_pure_function_with_clipping_written_out():
     config = small_config(2, global_batch=16, accumulation=2, optimizer=Optimizer(clip=0.0))
-    described = zero.deepspeed_config(config, world=4)
-    assert described == zero.deepspeed_config(config, world=4)
+    sizes = zero.zero_sizes(parameters=1000, trained=900)
+    described = zero.deepspeed_config(config, 4, sizes)
+    assert described == zero.deepspeed_config(config, 4, sizes)
     assert described["gradient_clipping"] == 0.0
     assert described["train_micro_batch_size_per_gpu"] == 2 and described["gradient_accumulation_steps"] == 2
     json.dumps(described)
+
+
+def test_sizes_follow_the_model():
+    """A tiny model is cut up as a large one is, and a large one has DeepSpeed's own sizes."""
+    tiny, large = zero.zero_sizes(64_000, 8_000), zero.zero_sizes(70 * 10**9, 70 * 10**9)
+    assert tiny["stage3_param_persistence_threshold"] == 1000 and tiny["stage3_max_reuse_distance"] == 8_000
+    assert tiny["reduce_bucket_size"] == 8_000, "nothing is allocated for what has no gradient"
+    assert large["stage3_param_persistence_threshold"] == 100_000 and large["reduce_bucket_size"] == 500_000_000
+    base = zero.zero_sizes(418_000_000, 209_000_000)
+    assert base["reduce_bucket_size"] == 209_000_000 // 8 < large["reduce_bucket_size"] // 10
 
 
 def test_deepspeed_alone_clips():
@@ -266,7 +277,7 @@ def test_the_first_bf16_update_has_the_size_of_the_learning_rate(stage):
 
 
 def test_bf16_accumulates_gradients_in_fp32():
-    config = zero.deepspeed_config(small_config(1, precision="bf16"), world=1)
+    config = zero.deepspeed_config(small_config(1, precision="bf16"), 1, zero.zero_sizes(10, 10))
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
