@@ -211,6 +211,8 @@ class Batch(OnDevice):
     predicts."""
     normalizers: dict[str, Tensor] = field(default_factory=dict)
     """Factor on each local sum, by the name of its count; filled by the trainer."""
+    progress: float = 1.0
+    """Share of the run's steps that lie behind; filled by the trainer. What rises over a run has risen where none does."""
     faults: list[str] = field(default_factory=list)
     """Name and reason of every broken record met while the batch was made."""
 

@@ -36,7 +36,6 @@ from engine.evaluation import describe, evaluate
 from engine.evaluation.zero_shot import find_classes
 from engine.export import export
 from engine.initial_weights import load_initial_weights
-from engine.models.momentum import begin_copies
 from engine.objectives import PretrainingModule
 from engine.sections import require
 from engine.training import zero
@@ -116,7 +115,8 @@ def build_engine(
     for line in ranks.main_first(lambda: load_initial_weights(config, model)) if new else ():
         if ranks.is_main:
             print(line, flush=True)
-    begin_copies(model)
+    if model.teacher is not None:
+        model.teacher.begin()
     freeze(config.optimizer.freeze, model.named_parameters())
     optimizer = make_optimizer(config.optimizer, model.named_parameters(), ranks.device)
     learning_rate = LearningRate(config, optimizer)

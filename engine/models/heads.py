@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import vlkernels as vk
 from torch import Tensor, nn
@@ -32,9 +34,10 @@ class MaskedLanguageHead(HeadTransform):
         super().__init__(width, table_width, activation, eps, impl)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
-    def loss(self, hidden: Tensor, targets: Tensor, table: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Sum of the cross-entropies, in nats; the logits `[M, V]` are never stored."""
-        options = {"label_smoothing": label_smoothing, "reduction": "sum", "impl": self.impl}
+    def loss(self, hidden: Tensor, targets: Tensor, table: Tensor, label_smoothing: float = 0.0, **teacher: Any) -> Tensor:
+        """Sum of the cross-entropies, in nats; the logits `[M, V]` are never stored. `teacher` and its share,
+        `distillation`, are as of `vk.linear_cross_entropy`."""
+        options = {"label_smoothing": label_smoothing, "reduction": "sum", "impl": self.impl, **teacher}
         return vk.linear_cross_entropy(self(hidden), table, targets, bias=self.bias, **options)
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import vlkernels as vk
@@ -15,6 +17,7 @@ from engine.batch import IMAGE, Batch, MaskedRegions, MaskedWords, Text
 from engine.models import sharing
 from engine.models.features import FeatureHead
 from engine.models.initialization import initialize
+from engine.models.momentum import MomentumCopy
 from engine.models.passes import SharedPasses, drawn_as
 from engine.models.roles import Decoder, Fusion, ImageTower, Joint, TextTower
 from engine.models.transformer import PackedTransformer, SelectedRows, Source, Tokens
@@ -51,6 +54,9 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor([math.log(options.logit_scale_init)]))
         self.negatives_stream = next(streams)
         self.heads = nn.ModuleDict()
+        self.teacher: MomentumCopy | None = None
+        self.read_whole: dict[str, str] = {}
+        """Views of which an objective, by its name, reads every state: one pass then serves those that read some."""
         sharing.share(self, options)
         initialize(self, options.initializer_range, options.initialization)
 
@@ -58,6 +64,24 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         """Initialise and keep a head."""
         initialize(head, self.options.initializer_range, self.options.initialization)
         self.heads[name] = head
+
+    def add_teacher(self, parts: Collection[str]) -> None:
+        """Keep a momentum copy of these modules, such as `image` or `heads.masked_language`: a model of its own, without
+        the others. None is made of nothing."""
+        if not parts:
+            return
+        taught = copy.copy(self)
+        kept = {name: part if name in parts else None for name, part in self._modules.items()}
+        heads = {name: head for name, head in self.heads.items() if f"heads.{name}" in parts}
+        taught._modules, taught._parameters = {**kept, "heads": nn.ModuleDict(heads)}, {}
+        self.teacher = MomentumCopy(taught, self.options.momentum)
+
+    @contextlib.contextmanager
+    def passes_shared(self) -> Iterator[None]:
+        """Those of the momentum copy too."""
+        of_teacher = contextlib.nullcontext() if self.teacher is None else self.teacher.module.passes_shared()
+        with super().passes_shared(), of_teacher:
+            yield
 
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Recompute every block in the backward instead of keeping its activations."""
@@ -266,7 +290,8 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         rows = masked.places.rows(layout, segment)
         selected = SelectedRows.of(rows, masked.places.samples, layout, segment)
         read = {"joint": self.joint_states, "fusion": self.fused_states, "text": self.text_states}[role]
-        if getattr(self.last_stack, "mask", "full") in ("full", "separate"):
+        read_whole = self.read_whole.get(view) in batch.views
+        if getattr(self.last_stack, "mask", "full") in ("full", "separate") and not read_whole:
             return read(batch, view, selected)
         # Rows of a causal segment are told by their position among all of it.
         return Tokens(vk.take_rows(read(batch, view).hidden, rows, impl=self.impl), selected.layout)

@@ -58,13 +58,6 @@ class MomentumCopy(nn.Module):
             own.copy_(followed)
 
 
-def begin_copies(model: nn.Module) -> None:
-    """Let all copies that move begin where their sources stand."""
-    for part in model.modules():
-        if isinstance(part, MomentumCopy) and part.momentum < 1:
-            part.begin()
-
-
 class FeatureQueue(nn.Module):
     """The newest `length` features of earlier steps, the same on all ranks: more negatives than a batch has.
 

@@ -16,6 +16,7 @@ from engine.models.heads import MaskedLanguageHead
 from engine.objectives.parts.baselines import Unigrams
 from engine.objectives.parts.held_out import Figures, HeldOut, require_some
 from engine.objectives.parts.normalization import normalizer
+from engine.objectives.parts.momentum import check_distillation, risen
 from engine.objectives.parts.objective import Draw, Losses, Objective, Report
 from engine.objectives.parts.other_images import other_images, with_images
 from engine.sections import require_share
@@ -37,9 +38,18 @@ class MaskedLanguage(Objective):
     when_none: Literal["any", "first"] = "any"
     """Where the draw selects nothing. any: one is drawn, with the fate of all; first: the first token is masked, as
     UNITER does."""
+    distillation: float = 0.0
+    """Share of each target that is what a momentum copy of the model finds (ALBEF: 0.4)."""
+    ramp: float = 0.0
+    """Part of the run over which that share rises from 0 (ALBEF: the first of 30 epochs)."""
 
     def __post_init__(self) -> None:
         require_share("objectives.masked_language.probability", self.probability)
+        check_distillation(self)
+
+    @property
+    def taught_by(self) -> tuple[str, ...]:
+        return ("image", "text", "fusion", "joint", f"heads.{self.head}") if self.distillation else ()
 
     def prepare(self, sample: Sample, draw: Draw) -> None:
         text = sample.text
@@ -53,9 +63,22 @@ class MaskedLanguage(Objective):
         return MaskedLanguageHead(stack.width, width, vocab_size, stack.activation, stack.eps, model.impl)
 
     def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:
-        states, targets = model.masked_states(batch, self.name), batch.views[self.name].targets
-        total = model.heads[self.head].loss(states, targets, model.words)
+        total = self.total(model, batch, risen(self.distillation, self.ramp, batch.progress))
         return {self.name: total * normalizer(batch, self.name)}, {}
+
+    def total(self, model: VisionLanguageModel, batch: Batch, distillation: float) -> Tensor:
+        """Sum over the masked words."""
+        states, targets = model.masked_states(batch, self.name), batch.views[self.name].targets
+        taught = {}
+        if distillation:
+            taught = {"teacher": self._teacher(model.teacher.module, batch), "distillation": distillation}
+        return model.heads[self.head].loss(states, targets, model.words, **taught)
+
+    @torch.no_grad()
+    def _teacher(self, copied: VisionLanguageModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the momentum copy's decoder reads, and its table and bias."""
+        head = copied.heads[self.head]
+        return head(copied.masked_states(batch, self.name)), copied.words, head.bias
 
     def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Found beside the text's own image, and beside another one of the batch; or, without images, beside what the
@@ -71,7 +94,7 @@ class MaskedLanguage(Objective):
             unigrams.add(batch.views[self.name].targets)
             for beside, one in seen.items():
                 with model.passes_shared():
-                    totals["loss" + beside] += self(model, one)[0][self.name].item()
+                    totals["loss" + beside] += self.total(model, one, 0.0).item()
                     totals["accuracy" + beside] += self.found(model, one)
         require_some(unigrams.count, "masked words beside two different images")
         figures = {name: total / unigrams.count for name, total in totals.items()}

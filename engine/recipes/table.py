@@ -36,7 +36,8 @@ def model_of(config: Config) -> VisionLanguageModel:
 
 def num_parameters(model: VisionLanguageModel) -> int:
     """Each tied tensor once; copies that only follow others are not counted."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    copied = 0 if model.teacher is None else sum(parameter.numel() for parameter in model.teacher.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) - copied
 
 
 def describe(name: str) -> str:

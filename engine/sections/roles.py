@@ -189,6 +189,8 @@ class Model:
     """Initial factor on the cosine similarities."""
     logit_scale_max: float = 100.0
     """The factor never grows past this."""
+    momentum: float = 0.995
+    """What a momentum copy keeps of itself at every step, where an objective learns from one (ALBEF, BLIP)."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
     initialization: Literal["normal", "depth_scaled", "clip", "xavier", "t5"] = "normal"
@@ -200,6 +202,7 @@ class Model:
     def __post_init__(self) -> None:
         require(bool(self.roles), "model: at least one role must be given")
         require_positive(self, "model", "projection_dim", "logit_scale_init")
+        require(0 <= self.momentum <= 1, f"model.momentum must be in [0, 1], got {self.momentum}")
         require(
             self.logit_scale_init <= self.logit_scale_max,
             f"model.logit_scale_init must not exceed model.logit_scale_max = {self.logit_scale_max}, "

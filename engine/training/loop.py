@@ -86,6 +86,8 @@ class Trainer:
         """One optimizer step."""
         progress = self.progress
         self.lr = self.learning_rate.set(progress.step)
+        for batch in window:
+            batch.progress = progress.step / self.total_steps
         result = run_window(self.engine, window, agreement.counts, self.ranks, self.rng)
         seconds = time.perf_counter() - started
         self.meter.add(result, agreement, seconds)

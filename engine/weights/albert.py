@@ -1,10 +1,11 @@
-"""ALBERT's one block."""
+"""ALBERT: one block, narrow tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.weights.pieces import Piece, linear
+from engine.weights import bert
+from engine.weights.pieces import Piece, beneath, linear
 
 
 def stack(ours: str, theirs: str) -> Iterator[Piece]:
@@ -17,3 +18,13 @@ def stack(ours: str, theirs: str) -> Iterator[Piece]:
     yield from linear(f"{block}.feed_forward.inner", f"{layer}.ffn")
     yield from linear(f"{block}.feed_forward.output", f"{layer}.ffn_output")
     yield from linear(f"{block}.feed_forward.norm", f"{layer}.full_layer_layer_norm")
+
+
+def pretraining() -> Iterator[Piece]:
+    """`AlbertForPreTraining`."""
+    yield from beneath("text", "albert", bert.embedder("embedder"))
+    yield from linear("text.widening", "albert.encoder.embedding_hidden_mapping_in")
+    yield from stack("text.transformer", "albert.encoder")
+    yield from linear("text.pooling.dense", "albert.pooler")
+    yield from bert.masked_language("predictions.dense", "predictions.LayerNorm", "predictions.bias")
+    yield from linear("heads.sentence_order.classifier", "sop_classifier.classifier")

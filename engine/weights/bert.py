@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.weights.pieces import Piece, linear
+from engine.weights.pieces import Piece, beneath, linear
 
 PAGE = {"x": "x", "y": "y", "heights": "h", "widths": "w"}
 
@@ -52,3 +52,23 @@ def _block(ours: str, theirs: str, crosses: bool) -> Iterator[Piece]:
         }
     for name, sources in maps.items():
         yield from linear(f"{ours}.{name}", *sources)
+
+
+def pretraining(layers: int) -> Iterator[Piece]:
+    """`BertForPreTraining`."""
+    yield from beneath("text", "bert", text_tower(layers))
+    yield from masked_language("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")
+    yield from linear("heads.next_sentence.classifier", "cls.seq_relationship")
+
+
+def roberta_masked_language(layers: int) -> Iterator[Piece]:
+    """`RobertaForMaskedLM`."""
+    yield from beneath("text", "roberta", text_tower(layers, pooler=False))
+    yield from masked_language("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
+
+
+def masked_language(dense: str, norm: str, bias: str, ours: str = "heads.masked_language") -> Iterator[Piece]:
+    """A head of masked words, by their names of its modules."""
+    yield from linear(f"{ours}.transform", dense)
+    yield from linear(f"{ours}.norm", norm)
+    yield Piece(f"{ours}.bias", (bias,))

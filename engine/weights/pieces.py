@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -39,3 +39,9 @@ def linear(ours: str, *theirs: str, biased: bool = True, transposed: bool = Fals
     yield Piece(f"{ours}.weight", tuple(f"{name}.weight" for name in theirs), transposed)
     if biased:
         yield Piece(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs))
+
+
+def beneath(ours: str, theirs: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same of two modules that are parts of larger ones."""
+    for piece in pieces:
+        yield piece._replace(ours=f"{ours}.{piece.ours}", theirs=tuple(f"{theirs}.{name}" for name in piece.theirs))

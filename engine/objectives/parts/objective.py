@@ -56,6 +56,8 @@ class Objective:
     """Whether its batches are for no other objective, because they show something else."""
     needs_soft_labels: ClassVar[bool] = False
     """Whether it reads the detector's distributions over classes."""
+    reads_whole: ClassVar[str | None] = None
+    """A view of another objective that it reads all states of, in batches that have it."""
     head: ClassVar[str]
     """Name of its head in `model.heads`: its own, unless it shares another objective's."""
 
@@ -66,6 +68,11 @@ class Objective:
         cls.name = cls.__module__.rpartition(".")[2]
         if "head" not in vars(cls):
             cls.head = cls.name
+
+    @property
+    def taught_by(self) -> tuple[str, ...]:
+        """Modules of the model whose momentum copies it learns from, as far as the model has them."""
+        return ()
 
     @property
     def replaced_images(self) -> float:
@@ -104,7 +111,10 @@ class Objective:
 
 
 def add_heads(model: Any, objectives: dict[str, Objective]) -> None:
-    """Give the model the heads of these objectives, freshly initialised from torch's generator."""
+    """Give the model the heads of these objectives, freshly initialised from torch's generator, and tell it which
+    passes they share."""
     for objective in objectives.values():
+        if objective.reads_whole is not None:
+            model.read_whole[objective.reads_whole] = objective.name
         if objective.head not in model.heads and (head := objective.build_head(model)) is not None:
             model.add_head(objective.head, head)

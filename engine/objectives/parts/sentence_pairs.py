@@ -25,6 +25,7 @@ class SentencePairObjective(Objective):
     """The data decide which pairs there are; the label is 0 where they are as in their document."""
 
     roles: ClassVar[tuple[str, ...]] = ("joint or text",)
+    reads_whole: ClassVar[str | None] = BESIDE
 
     def check(self, config: Any) -> None:
         super().check(config)

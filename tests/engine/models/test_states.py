@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.models.batch_norm import BatchNorm, FrozenBatchNorm
 from engine.models.codebook import Codebook
-from engine.models.momentum import FeatureQueue, MomentumCopy, begin_copies
+from engine.models.momentum import FeatureQueue, MomentumCopy
 from engine.models.states import FollowsSteps
 from engine.training.averages import Averages
 
@@ -42,7 +42,7 @@ def test_a_copy_stays_in_evaluation_mode_and_shares_the_state_of_the_draws():
     assert copied.module.drop.training is False and copied.module.rng is source.rng
     with torch.no_grad():
         source.map.bias.fill_(7.0)
-    begin_copies(nn.ModuleList([copied]))
+    copied.begin()
     assert torch.equal(copied.module.map.bias, source.map.bias)
 
 

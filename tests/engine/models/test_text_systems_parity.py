@@ -1,0 +1,112 @@
+"""Recipes of text systems, a few layers of theirs, against `transformers` with heads and losses: every parameter redrawn,
+ragged texts, losses and gradients in float64."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from stack_parity import InDouble, compare, copy_weights, redraw
+
+from engine.batch import Batch, Sample, Words
+from engine.build import build_model
+from engine.data import collate
+from engine.data.plan.order import generator
+from engine.objectives import PretrainingModule
+from engine.objectives.parts.objective import Draw
+from engine.recipes import table
+from engine.weights import albert, bert
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB, POSITIONS, LAYERS, CLS, SEP, MASK = 50, 16, 2, 4, 2, 3
+TOKENIZER = SimpleNamespace(cls_id=CLS, sep_id=SEP, mask_id=MASK, ordinary_ids=np.arange(5, VOCAB), vocab_size=VOCAB)
+SIZES = {"width": 24, "layers": LAYERS, "heads": 3, "mlp_width": 40, "max_positions": POSITIONS}
+THEIRS = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": POSITIONS,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+INNER = ((6, 3), (1, 2), (9, 4), (3, 1))
+"""Lengths of the two segments of each text."""
+IGNORED = -100
+
+
+def ours(name: str, **sizes: int | None) -> PretrainingModule:
+    """A recipe with a few layers, in float64 and without dropout."""
+    options = [f"--model.text.{key}={value}" for key, value in {**SIZES, **sizes}.items()]
+    config = table.recipe(name, *options, f"--data.max_caption_tokens={POSITIONS}")
+    model = build_model(config, VOCAB)
+    return PretrainingModule(model, config.objectives.active).double().eval()
+
+
+def texts(types: bool) -> list[Sample]:
+    """[CLS] words [SEP] words [SEP]; the two segments have types where the system knows them."""
+    random, samples = generator(0, 0, 0, 1), []
+    for number, (first, second) in enumerate(INNER):
+        ids, words = random.integers(5, VOCAB, first + second), np.arange(first + second)
+        parts = [(CLS,), ids[:first], (SEP,), ids[first:], (SEP,)], [(-1,), words[:first], (-1,), words[first:], (-1,)]
+        kinds = np.repeat([0, 1], [first + 2, second + 1]) if types else None
+        samples.append(Sample(Words(*map(np.concatenate, parts), kinds), None, number, pair=number % 2))
+    return samples
+
+
+def prepared(module: PretrainingModule, types: bool) -> Batch:
+    samples = texts(types)
+    for number, sample in enumerate(samples):
+        for objective in module.objectives.values():
+            objective.prepare(sample, Draw(TOKENIZER, lambda n=number: generator(n, 0, 0, 2)))
+    return collate(samples, range(len(samples)))
+
+
+def padded(batch: Batch, values: torch.Tensor, fill: int = 0) -> torch.Tensor:
+    lengths = batch.text.layout.lengths[:, 0].tolist()
+    return torch.nn.utils.rnn.pad_sequence(values.split(lengths), batch_first=True, padding_value=fill)
+
+
+def read_by_theirs(batch: Batch, view: str) -> dict[str, torch.Tensor]:
+    """What a view has made of the texts, padded, and its targets."""
+    made, layout = batch.views[view], batch.text.layout
+    labels = torch.full_like(made.ids, IGNORED).index_copy(0, made.places.rows(layout), made.targets)
+    given = {"input_ids": padded(batch, made.ids), "attention_mask": padded(batch, torch.ones_like(made.ids))}
+    if batch.text.types is not None:
+        given["token_type_ids"] = padded(batch, batch.text.types)
+    return given | {"labels": padded(batch, labels, IGNORED)}
+
+
+SYSTEMS = {
+    "bert_base": ("BertForPreTraining", {}, 1e-12, "next_sentence", lambda: bert.pretraining(LAYERS)),
+    "roberta_base": (
+        "RobertaForMaskedLM",
+        {"max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1, "pad_token_id": 1},
+        1e-5,
+        None,
+        lambda: bert.roberta_masked_language(LAYERS),
+    ),
+    "albert_base": ("AlbertForPreTraining", {"embedding_size": 20}, 1e-12, "sentence_order", albert.pretraining),
+}
+OWN = {"albert_base": {"embedding_width": 20}}
+ANSWERS = {"next_sentence": "next_sentence_label", "sentence_order": "sentence_order_label"}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_masked_words_and_pairs_are_those_of_transformers(name):
+    """One reading of the text serves both losses."""
+    public, options, eps, pairs, names = SYSTEMS[name]
+    model_class = getattr(transformers, public)
+    theirs = model_class(model_class.config_class(**THEIRS | options, layer_norm_eps=eps))
+    with InDouble():
+        theirs, module = redraw(theirs).eval(), ours(name, **OWN.get(name, {}))
+        pieces = copy_weights(module.model, theirs, names())
+        batch, passes = prepared(module, types=pairs is not None), []
+        module.model.text.register_forward_hook(lambda *_: passes.append(1))
+        total, losses, _ = module(batch)
+        answers = {} if pairs is None else {ANSWERS[pairs]: batch.views[pairs]}
+        read = theirs(**read_by_theirs(batch, "masked_language"), **answers)
+        assert len(losses) == 1 + len(answers) and len(passes) == 1
+        compare(module.model, theirs, pieces, total, read.loss)
