@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 import vlkernels as vk
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.batch import Batch, Sample
+from engine.batch import Batch, Places, Sample
 from engine.models import VisionLanguageModel
-from engine.models.transformer import Tokens
+from engine.models.transformer import SelectedRows, Tokens
 from engine.objectives.parts.held_out import Figures, HeldOut, require_some
 from engine.objectives.parts.normalization import normalizer, widened
 from engine.objectives.parts.objective import Draw, Losses, Objective, Report
@@ -24,6 +25,8 @@ from engine.sections import require_not_negative, require_share
 
 GALLERY = 100
 """Most pairs for retrieval by the matching head, which reads every caption with every image."""
+WORDS = "random_matching words"
+"""The view that tells words from special tokens."""
 
 
 @dataclass
@@ -42,6 +45,8 @@ class RandomMatching(Objective):
     """Share of pairs whose image is replaced by another one, drawn anew every epoch."""
     alignment: float = 0.1
     """Factor of the alignment loss: optimal-transport distance of own pairs less that of replaced ones (0: none)."""
+    aligned: Literal["all", "words"] = "all"
+    """Which tokens of a text it moves. all: [CLS] and [SEP] too (UNITER); words: none but words (ViLT)."""
 
     def __post_init__(self) -> None:
         require_share("objectives.random_matching.probability", self.probability)
@@ -53,6 +58,8 @@ class RandomMatching(Objective):
 
     def prepare(self, sample: Sample, draw: Draw) -> None:
         sample.views[self.name] = int(sample.own_image)
+        if self.alignment > 0 and self.aligned == "words":
+            sample.views[WORDS] = Places.of_sample(np.flatnonzero(sample.text.words >= 0))
 
     def build_head(self, model: VisionLanguageModel) -> nn.Module:
         return nn.Linear(model.last_stack.width, 2)
@@ -63,7 +70,7 @@ class RandomMatching(Objective):
         losses = {"random_matching": F.cross_entropy(logits, own, reduction="sum") * factor}
         report = {"matching_accuracy": (logits.detach().argmax(1) == own).float().mean()}
         if self.alignment > 0:
-            distance = transport_distance(model, read)
+            distance = transport_distance(model, read, batch.views.get(WORDS))
             signed = (2 * own - 1) * distance
             losses["word_region_alignment"] = self.alignment * signed.sum() * factor
             report["transport_own"] = _mean_where(own == 1, distance.detach())
@@ -122,15 +129,19 @@ def matching_retrieval(model: VisionLanguageModel, gallery: Batch) -> dict[str, 
     return both_ways(scores, scores.T, gallery.labels[:, None] == gallery.labels[None, :])
 
 
-def transport_distance(model: VisionLanguageModel, read: Tokens) -> Tensor:
-    """float32 `[B]`: cost of moving each caption, [CLS] and [SEP] included, to its regions."""
+def transport_distance(model: VisionLanguageModel, read: Tokens, words: Places | None) -> Tensor:
+    """float32 `[B]`: cost of moving each caption, or these tokens of it, to its regions or patches."""
+    moved, segment = read, model.joint.segment("text")
+    if words is not None:
+        chosen = SelectedRows.of(words.rows(read.layout, segment), words.samples, read.layout)
+        moved, segment = Tokens(vk.take_rows(read.hidden, chosen.index, impl=model.impl), chosen.layout), 0
     return vk.optimal_transport(
         read.hidden,
-        read.hidden,
+        moved.hidden,
         image_layout=read.layout,
-        text_layout=read.layout,
+        text_layout=moved.layout,
         image_segment=model.joint.segment("image"),
-        text_segment=model.joint.segment("text"),
+        text_segment=segment,
         impl=model.impl,
     )
 

@@ -82,6 +82,8 @@ class Data:
     """squash: to the square, whatever the aspect; shorter: the shorter side to image_size, then the centre square;
     fit: the shorter side to image_size, the aspect kept (in whole patches, at most model.image.max_grid), so that
     the number of patches varies."""
+    max_patches: int | None = None
+    """Most patches of a training picture: of a larger one so many are drawn (null: all; ViLT: 200)."""
     random_crop: Literal["none", "resized", "translate"] = "none"
     """Of training images. resized: a random part, resized to the square; translate: moved by up to image_size / 16."""
     random_crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -116,7 +118,7 @@ class Data:
     def __post_init__(self) -> None:
         for name in ("source", "held_out", "caption_keys"):
             require(bool(getattr(self, name)), f"data.{name} is empty")
-        require_positive(self, "data", "image_size", "max_image_pixels", "max_records")
+        require_positive(self, "data", "image_size", "max_image_pixels", "max_records", "max_patches")
         require_not_negative(self, "data", "workers", "fault_limit")
         require(min(self.image_std) > 0, f"data.image_std must be positive, got {list(self.image_std)}")
         low, high = self.random_crop_scale

@@ -28,3 +28,16 @@ class Filters(Piece):
 
     def write(self, parameter: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.theirs[0]: parameter.reshape(like[self.theirs[0]].shape)}
+
+
+class Pixels(Piece):
+    """Values of a patch: channel by channel here, pixel by pixel in MAE."""
+
+    CHANNELS = 3
+
+    def read(self, saved: Mapping[str, Tensor]) -> Tensor:
+        found = saved[self.theirs[0]]
+        return found.unflatten(0, (-1, self.CHANNELS)).transpose(0, 1).reshape(found.shape)
+
+    def write(self, parameter: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {self.theirs[0]: parameter.unflatten(0, (self.CHANNELS, -1)).transpose(0, 1).reshape(parameter.shape)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.weights.pieces import Piece, linear
-from engine.weights.reshaped import Filters, Table
+from engine.weights.reshaped import Filters, Pixels, Table
 
 VIT = {
     "self_attention.query_key_value": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
@@ -26,16 +26,27 @@ CLIP = {
 """Sub-layers of a block; SigLIP has CLIP's."""
 
 
-def vit(layers: int, *, pooler: bool) -> Iterator[Piece]:
-    """An image role of `ViTModel`'s tensors."""
+def vit(layers: int, *, pooler: bool, learned_positions: bool = True) -> Iterator[Piece]:
+    """An image role of `ViTModel`'s tensors, or of `ViTMAEModel`'s, whose positions are not learned."""
     yield Table("embedder.class_token", ("embeddings.cls_token",))
-    yield Table("embedder.places.table", ("embeddings.position_embeddings",))
+    if learned_positions:
+        yield Table("embedder.places.table", ("embeddings.position_embeddings",))
     yield Filters("embedder.projection.weight", ("embeddings.patch_embeddings.projection.weight",))
     yield Piece("embedder.projection.bias", ("embeddings.patch_embeddings.projection.bias",))
     yield from stack("transformer", "layers", layers, VIT)
     yield from linear("transformer.final_norm", "layernorm")
     if pooler:
         yield from linear("pooling.dense", "pooler.dense")
+
+
+def mae_decoder(layers: int) -> Iterator[Piece]:
+    """The head of masked patches, of the tensors of `ViTMAEForPreTraining`'s decoder."""
+    yield Table("mask_row", ("mask_token",))
+    yield from linear("narrowing", "decoder_embed")
+    yield from stack("transformer", "decoder_layers", layers, VIT)
+    yield from linear("transformer.final_norm", "decoder_norm")
+    for kind in ("weight", "bias"):
+        yield Pixels(f"pixels.{kind}", (f"decoder_pred.{kind}",))
 
 
 def clip(layers: int) -> Iterator[Piece]:

@@ -27,10 +27,10 @@ class Reader(Protocol):
 
 
 class PatchReader:
-    """Pictures as patches. Every record is an example, with one of its captions."""
+    """Pictures as patches. Every record is an example, with one of its captions, shown with what `pictures` draws."""
 
-    def __init__(self, source: Source, maker: SampleMaker) -> None:
-        self.source, self.maker = source, maker
+    def __init__(self, source: Source, maker: SampleMaker, pictures: RandomPictures | None) -> None:
+        self.source, self.maker, self.pictures = source, maker, pictures
 
     def __len__(self) -> int:
         return len(self.source)
@@ -38,7 +38,25 @@ class PatchReader:
     def read(self, epoch: int, example: int, faults: list[str]) -> Sample:
         record = self.source[example]
         faults += _notes(record)
-        return self.maker(record, epoch, example)
+        if self.pictures is None:
+            return self.maker(record, epoch, example)
+        shown = self._shown(epoch, example, record, faults)
+        own = shown.identity == record.identity
+        record = dataclasses.replace(record, image=shown.image, identity=shown.identity)
+        return self.maker(record, epoch, example, own_image=own)
+
+    def _shown(self, epoch: int, example: int, record: Record, faults: list[str]) -> Record:
+        """The record itself, or the one whose picture is drawn, or another where that one is broken."""
+        image = int(self.pictures.of_epoch(epoch)[example])
+        for attempt in range(MAX_REPLACEMENTS):
+            if image == example:
+                return record
+            try:
+                return self.source[image]
+            except RecordFault as fault:
+                faults.append(str(fault))
+                image = self.pictures.another(epoch, example, attempt)
+        raise _all_broken(record.key, faults)
 
 
 class RegionReader:
@@ -81,9 +99,7 @@ class RegionReader:
                     raise
                 faults.append(str(fault))
                 image = self.pictures.another(epoch, example, attempt)
-        raise DataError(
-            f"{MAX_REPLACEMENTS} pictures drawn for {key} are all broken; the last is {faults[-1]}"
-        )
+        raise _all_broken(key, faults)
 
 
 class DocumentReader:
@@ -146,6 +162,10 @@ def _record(texts: Texts, identity: int, detections: Detections) -> Record:
     return Record(
         texts.key, None, texts.captions, [], identity, texts.notes, detections, token_ids=texts.token_ids
     )
+
+
+def _all_broken(key: str, faults: list[str]) -> DataError:
+    return DataError(f"{MAX_REPLACEMENTS} pictures drawn for {key} are all broken; the last is {faults[-1]}")
 
 
 def _notes(texts: Record | Texts) -> list[str]:

@@ -54,6 +54,7 @@ class SampleMaker:
         self.reads_text = config.model.reads_text
         self.no_picture = tuple(round(255 * mean) for mean in config.data.image_mean)
         """The colour of a picture that is not there: 0 to the model."""
+        self.max_patches = config.data.max_patches if train else None
         self.max_tokens = config.data.max_caption_tokens
         self.fills = config.data.fill_captions
         self.objectives = objectives
@@ -122,6 +123,9 @@ class SampleMaker:
             values = torch.from_numpy(self.transform.pixels(record.image, random))
             return Pixels(values[None], torch.from_numpy(grid_positions(*self.transform.max_grid)))
         values, positions = self.transform(record.image, random)
+        if self.max_patches is not None and len(values) > self.max_patches:
+            kept = np.sort(random.choice(len(values), self.max_patches, replace=False))
+            values, positions = values[kept], positions[kept]
         return Patches(torch.from_numpy(values), torch.from_numpy(positions))
 
 

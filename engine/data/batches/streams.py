@@ -56,7 +56,7 @@ class TaskStream:
         self.reader: Reader
         self.plan: Plan
         if index is None:
-            self.reader = plain_reader(config, data.source, tokenizer, maker)
+            self.reader = plain_reader(config, data.source, tokenizer, maker, data.name)
             self.plan = PairPlan(len(self.reader), config.seed, stream)
             return
         pictures = random_pictures(objectives, index.images, config.seed, stream, data.name)
@@ -82,7 +82,7 @@ class TaskStream:
         )
 
 
-def plain_reader(config: Config, source: Source, tokenizer: Tokenizer, maker: SampleMaker) -> Reader:
+def plain_reader(config: Config, source: Source, tokenizer: Tokenizer, maker: SampleMaker, name: str) -> Reader:
     """Of documents, pages or pictures that are read as they are."""
     data, kind = config.data, kind_of(source)
     if kind == "documents":
@@ -92,7 +92,8 @@ def plain_reader(config: Config, source: Source, tokenizer: Tokenizer, maker: Sa
             DocumentExamples(store, tokenizer, data.documents, limit, short, maker.seed, maker.stream), maker
         )
     if kind == "pictures":
-        return PatchReader(source, maker)
+        images = np.arange(len(source))
+        return PatchReader(source, maker, random_pictures(maker.objectives, images, maker.seed, maker.stream, name))
     moved = data.resize != "squash" or data.random_crop != "none" or data.flip or data.augment != "none"
     if maker.transform is not None and moved:
         raise DataError(
@@ -269,7 +270,7 @@ def held_out_reader(config: Config, source: Source, tokenizer: Tokenizer, task: 
     objectives = [] if task is None else [config.objectives.active[task]]
     maker = SampleMaker(config, tokenizer, train=False, objectives=objectives)
     if config.data.regions is None:
-        return plain_reader(config, source, tokenizer, maker)
+        return plain_reader(config, source, tokenizer, maker, "data.held_out")
     source.check_tokenizer(tokenizer)
     records = np.arange(len(source))
     images = np.asarray([source.image_of(record) for record in records.tolist()])

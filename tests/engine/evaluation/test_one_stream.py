@@ -121,7 +121,7 @@ def test_figures_do_not_depend_on_how_batches_are_cut():
 @torch.no_grad()
 def test_distances_are_means_over_pairs_of_their_kind():
     model, batch = small_one_stream().eval(), region_batch(range(PAIRS))
-    distance, own = transport_distance(model, model.joint_states(batch)), batch.views["random_matching"] == 1
+    distance, own = transport_distance(model, model.joint_states(batch), None), batch.views["random_matching"] == 1
     figures = evaluate(model, read, make_config())["word_region_alignment"]
     assert figures["distance"] == pytest.approx(distance[own].mean().item(), rel=1e-4)
     assert figures["distance_replaced"] == pytest.approx(distance[~own].mean().item(), rel=1e-4)

@@ -132,7 +132,7 @@ def test_compiled_blocks_are_compiled_once(tmp_path, cache, capsys):
         (["--tokenizer.path", "nowhere.json"], "tokenizer file nowhere.json does not exist"),
         (["--optimizer.lr_multipliers.tower", "0.5"], "optimizer.lr_multipliers: no parameter"),
         (["--evaluation.zero_shot", "nowhere"], "evaluation.zero_shot must be a folder with at least two"),
-        (["--model.fusion.width", "16"], "model.fusion.width must be model.text.width = 32"),
+        (["--model.fusion.width", "16"], "model.fusion.width must be model.text.width = 128"),
     ],
 )
 def test_a_mistake_found_later_is_one_line_too(tmp_path, cache, capsys, argv, line):

@@ -22,7 +22,9 @@ from engine.data import (
     training_stream,
 )
 from engine.data.batches.streams import task_streams
+from engine.objectives import Objectives
 from engine.objectives.contrastive import Contrastive
+from engine.objectives.random_matching import RandomMatching
 from tests.engine.data.region_set import CLASSES, TASKS, TOKENIZER, WORDS, RegionSet, region_run, sets_of
 
 
@@ -301,6 +303,35 @@ def test_sets_of_pictures_train_one_objective_per_step(workshop):
         assert batch.views.keys() == {"masked_language"} & {task} and len(batch.counts) == 1 + len(batch.views)
         labels[task].append(tuple(batch.labels.tolist()))
     assert all(len(found) > 10 and len(set(found)) == len(found) for found in labels.values())
+
+
+def test_patches_of_other_pictures(workshop):
+    """About half of the pictures are another's, named so, anew every epoch; so are those held out, the same each time."""
+    pattern = workshop.good_shards(records=30)
+    config = workshop.config(pattern, batch=30)
+    config.objectives = Objectives(random_matching=RandomMatching(aligned="words"))
+    config.data.max_patches = 3
+    sets = load_training_sets(config)
+    tokenizer = make_tokenizer(config, sets)
+    source, shown = sets.sets[0].source, []
+    for (batch,) in islice(training_stream(config, sets, tokenizer, 0, 1, step=0, samples_seen=0), 8):
+        assert batch.image_layout.lengths.max() == 3, "of larger pictures some are drawn"
+        for row in range(30):
+            ids = tuple(batch.text.ids.split(batch.text.layout.lengths[:, 0].tolist())[row].tolist())
+            shown.append((ids, int(batch.labels[row]), int(batch.views["random_matching"][row])))
+        words = batch.views["random_matching words"]
+        assert len(words) == len(batch.text.ids) - 2 * 30 and words.offsets.min() == 1
+    own = {}
+    for record in (source[n] for n in range(30)):
+        for caption in record.captions:
+            own.setdefault(tuple(tokenizer.encode(caption, 64)[0].tolist()), set()).add(record.identity)
+    unique = [(ids, label, mark) for ids, label, mark in shown if len(own.get(ids, ())) == 1]
+    assert len(unique) > 100 and all((label in own[ids]) == bool(mark) for ids, label, mark in unique)
+    share = np.mean([mark for *_, mark in shown])
+    assert abs(share - 0.5) < 4 * 0.5 / np.sqrt(len(shown))
+    first, again = (next(held_out_batches(config, source, tokenizer, 30, "random_matching")) for _ in range(2))
+    assert torch.equal(first.views["random_matching"], again.views["random_matching"])
+    assert 0 < first.views["random_matching"].sum() < 30 and first.image_layout.lengths.max() > 3
 
 
 @pytest.mark.parametrize("task", [None, *TASKS])
