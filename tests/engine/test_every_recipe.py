@@ -41,10 +41,9 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize("name", table.names())
 def test_smallest_size_trains_and_evaluates(name, cache):
     """All losses are finite and every parameter that learns has had a gradient."""
-    options = ["--tiny=true", f"--data.cache={cache}", "--precision=fp32", f"--train.max_steps={STEPS}"]
-    if table.recipe(name).train.buckets is not None:
-        options += ["--train.global_batch=1", "--train.accumulation=1"]
-    config = table.recipe(name, *options)
+    config = table.recipe(name, "--tiny=true", f"--data.cache={cache}", "--precision=fp32", f"--train.max_steps={STEPS}")
+    if config.train.buckets is not None:
+        config.train.global_batch = config.train.accumulation = 1
     torch.manual_seed(config.seed)
     sets, held_out = load_training_sets(config), load_source(config.data, "held_out")
     tokenizer = make_tokenizer(config, sets)
