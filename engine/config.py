@@ -140,11 +140,17 @@ class Config:
             if section is not None:
                 value = getattr(section, name)
                 setattr(section, name, cap if value is None else min(value, cap))
+        self._shrink_backbone()
         self._shrink_micro_batch(batch)
         if self.data.tiny_source is not None:
             self.data.source = self.data.held_out = self.data.tiny_source
             for one in (self.data.sets or {}).values():
                 one.source = self.data.tiny_source
+
+    def _shrink_backbone(self) -> None:
+        picture = self.model.reads_pictures
+        if picture is not None:
+            picture.backbone = "resnet18_fpn" if picture.backbone.endswith("_fpn") else "resnet18"
 
     def _shrink_micro_batch(self, batch: int) -> None:
         """Cut the tiny global batch into as many parts as `batch` was, or the most of them that divide both."""
