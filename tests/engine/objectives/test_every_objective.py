@@ -18,7 +18,7 @@ from engine.data import (
 from engine.data.builtin import folder_sets
 from engine.evaluation import describe, evaluate
 from engine.objectives import Objectives, PretrainingModule, find
-from engine.sections import Data, DecoderStack, ImageStack, Model, TextStack, Tokenizer, Train
+from engine.sections import Data, DecoderStack, ImageStack, JointStack, Model, TextStack, Tokenizer, Train
 
 __all__ = ["shared_cache"]
 
@@ -28,6 +28,7 @@ READER = TextStack(**SIZES, pooling="pooler")
 CAUSAL = TextStack(**SIZES, mask="causal")
 IMAGE = ImageStack(**SIZES)
 TOWERS = {"image": IMAGE, "text": TextStack(**SIZES)}
+QUERIES = JointStack(**SIZES, norm="post", queries=3, source="image", cross_every=2, own_feed_forward=True, pooling="first")
 WRITER = DecoderStack(**SIZES, source="text", shares="words")
 TEXT = {"source": "builtin-text", "held_out": "builtin-text", "max_caption_tokens": 24}
 CASES = {
@@ -46,6 +47,8 @@ CASES = {
     "document_classes": ({"text": READER}, {"source": "builtin-pages", "held_out": "builtin-pages", "image_size": 32}, {"classes": 40}),
     "sigmoid_contrastive": (TOWERS, {}, {}),
     "late_interaction": (TOWERS, {}, {}),
+    "query_contrastive": ({"image": IMAGE, "joint": QUERIES}, {}, {"label_smoothing": 0.1}),
+    "causal_language behind queries": ({"image": IMAGE, "joint": QUERIES}, {}, {"opening": "sentinel"}),
     "triplet": (TOWERS, {}, {}),
 }  # fmt: skip
 
@@ -88,5 +91,5 @@ def test_from_records_to_figures(case, shared_cache, tmp_path, monkeypatch):
 
 
 def test_every_objective_is_looked_at():
-    old = {"contrastive", "matching", "masked_region_features", "masked_region_classes", "random_matching"}
+    old = {"contrastive", "matching", "masked_region_features", "masked_region_classes", "random_matching", "query_matching"}
     assert {case.split(" ")[0] for case in CASES} | old == set(find())
