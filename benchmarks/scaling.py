@@ -57,7 +57,7 @@ class Assumptions:
     inside: float = _assumed(300e9, "bytes that a rank sends in a second to one of its node")
     between: float = _assumed(40e9, "the same to a rank of another node")
     latency: float = _assumed(10e-6, "seconds of each hop of a collective")
-    hidden: tuple[float, ...] = _assumed((0, 0, 0, 0.7), "by stage, share of the products' time that may hide the wire's")
+    hidden: tuple[float, ...] = _assumed((0, 0, 0, 0.7), "by stage, share of the products' time that may hide gradients on the wire")
     layer_bytes: int = _assumed(34, "of activations of a token, layer and column in half precision, without attention's matrix")
     checkpoint_bytes: int = _assumed(2, "the same with checkpointing, which keeps the input of a layer")
 
@@ -189,13 +189,12 @@ def memory(run: Run, given: Assumptions = Assumptions(), rank: int = 0) -> dict[
 
 
 def _gathered_bytes(run: Run) -> int:
-    """Under stage 3 a parameter stays whole until its backward if that comes soon enough; some are gathered ahead."""
+    """Under stage 3 a parameter stays whole until its backward if that comes soon enough."""
     if run.stage < 3 or run.ranks == 1:
         return 0
     sizes = [(padded(w.numel, run.ranks), w.trained and times == 1) for w, times in _gathers(run)]
     passing = max((size for size, kept in sizes if not kept), default=0)
-    ahead = run.sizes["stage3_prefetch_bucket_size"]
-    return run.element * (sum(size for size, kept in sizes if kept) + passing + ahead)
+    return run.element * (sum(size for size, kept in sizes if kept) + passing)
 
 
 def _gathers(run: Run) -> list[tuple[Weight, int]]:
@@ -327,7 +326,8 @@ def flops(run: Run) -> float:
 
 
 def step_time(run: Run, given: Assumptions = Assumptions()) -> StepTime:
-    """The slowest link of a ring paces it, the norm takes a tree; the loss's exchange waits for features: nothing hides it."""
+    """The slowest link of a ring paces it, the norm takes a tree; nothing hides parameters, which are not gathered ahead,
+    nor the loss's exchange, which waits for features."""
     peak = given.peak_bf16 if run.dtype == "bf16" else given.peak_fp32
     compute = flops(run) / (peak * given.mfu)
     link = given.inside if run.ranks <= run.per_node else given.between
@@ -335,7 +335,7 @@ def step_time(run: Run, given: Assumptions = Assumptions()) -> StepTime:
     hops = {kind: run.ranks - 1 for kind in sent} | {"norm": 2 * math.ceil(math.log2(run.ranks))}
     seconds = {kind: nbytes / link + given.latency * hops[kind] if nbytes else 0.0 for kind, nbytes in sent.items()}
     communication = sum(seconds.values())
-    unseen = min(seconds["parameters"] + seconds["gradients"], given.hidden[run.stage] * compute)
+    unseen = min(seconds["gradients"], given.hidden[run.stage] * compute)
     return StepTime(compute, communication, communication - unseen)
 
 

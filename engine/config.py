@@ -47,7 +47,7 @@ TINY = {
     "train.max_steps": 12,
     "train.log_every": 2,
     "train.save_every": 6,
-    "objectives.momentum_contrastive.queue": 48,
+    "objectives.momentum_contrastive.queue": 96,
     "schedule.warmup_steps": 4,
     "schedule.flat_steps": 4,
     "evaluation.gallery": 64,

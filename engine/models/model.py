@@ -36,7 +36,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
 
     def __init__(self, options: Model, vocab_size: int, regions: Regions | None = None, impl: str = "auto"):
         super().__init__()
-        self.options, self.regions, self.impl = options, regions, impl
+        self.options, self.regions, self.impl, self.vocab_size = options, regions, impl, vocab_size
         self.rng = vk.Rng(0)
         streams = itertools.count()
         values = None if regions is None else regions.feature_values
@@ -170,7 +170,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         """States of a text that is written, from the states of another role's pass over `source_view`."""
 
         def read() -> Tokens:
-            text = self.text_of(batch, view)
+            text = self._begun_with(self.options.decoder.first_token, self.text_of(batch, view))
             layout = drawn_as(text.layout, batch, view, stage=2)
             name = self.options.decoder.source
             states = self._states_of(name, batch, source_view) if name is not None else None
@@ -229,7 +229,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             return self.text_states(batch, view)
 
         def embed() -> Tokens:
-            text = self.text_of(batch, view)
+            text = self._begun_with(self.options.fusion.first_token, self.text_of(batch, view))
             return self.text.embed(text, drawn_as(text.layout, batch, view, stage=1), self.rng)
 
         return self._once(batch, f"embedded {view}", embed)
@@ -264,6 +264,13 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             return getattr(self, role)(text, drawn_as(text.layout, batch, view), self.rng, selected)
 
         return self._of_all(batch, f"{role} {view}", selected, read)
+
+    def _begun_with(self, token: int | None, text: Text) -> Text:
+        """The same text with another first token."""
+        if token is None:
+            return text
+        first = text.layout.starts[:, 0].long()
+        return dataclasses.replace(text, ids=text.ids.index_fill(0, first, token % self.vocab_size))
 
     def _of_all(self, batch: Batch, name: str, selected: SelectedRows | None, read: Callable[[], Tokens]) -> Tokens:
         """A pass for whoever asks; one for selected rows is for its caller alone."""

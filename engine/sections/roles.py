@@ -80,9 +80,16 @@ class FusionStack(Stack):
     begins_with: Literal["states", "ids"] = "states"
     """What it goes on with. states: those of the text tower (ALBEF); ids: the text itself, embedded as in the tower,
     whose blocks it shares but for cross-attention (BLIP)."""
+    first_token: int | None = None
+    """The id that stands in place of a text's first token, counted from the end of the vocabulary where negative (BLIP's
+    [ENC]: -1); with ids alone. null: the text's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            self.first_token is None or self.begins_with == "ids",
+            f"model.fusion.first_token needs model.fusion.begins_with ids, got {self.begins_with}",
+        )
         require_positive(self, "model.fusion", "cross_every")
         require_not_negative(self, "model.fusion", "cross_from")
 
@@ -156,6 +163,8 @@ class DecoderStack(TextInput, Stack):
     """The first block with cross-attention."""
     cross_every: int = 1
     """Every how many blocks have it from there on."""
+    first_token: int | None = None
+    """The id that stands in place of a text's first token; as of model.fusion (BLIP's [DEC]: -2)."""
     shares: Literal["nothing", "words", "all_but_attention"] = "nothing"
     """What it has in common with the text role. words: their table (T5, BART); all_but_attention: the embedder and the
     blocks but for self-attention, and with a fusion role its cross-attention (BLIP)."""

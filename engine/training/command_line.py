@@ -104,6 +104,10 @@ class Parser(ArgumentParser):
             options += [f"{path}.{name}" for name in vars(section())]
         raise ValueError(explain(message, options))
 
+    def format_help(self) -> str:
+        self.epilog = describe_optional_sections()  # here, because finding the explanations takes a second
+        return super().format_help()
+
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Keeps the lines of the text behind the options."""
@@ -115,7 +119,6 @@ def make_parser() -> Parser:
     parser = Parser(
         prog=f"deepspeed engine/{PROGRAM}.py",
         description="Pretrain a vision-language model as a recipe describes it.",
-        epilog=describe_optional_sections(),
         formatter_class=HelpFormatter,
         print_config=None,
     )

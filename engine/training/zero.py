@@ -172,7 +172,8 @@ def zero_sizes(parameters: int, trained: int) -> dict[str, int]:
     """
     return {
         "reduce_bucket_size": min(max(trained // 8, 2**24), trained, 500_000_000),
-        "stage3_prefetch_bucket_size": min(parameters // 16, 50_000_000),
+        # A parameter that another module than its own reads, as heads read the word table, is empty while it is on its way.
+        "stage3_prefetch_bucket_size": 0,
         "stage3_param_persistence_threshold": min(parameters // 64, 100_000),
         "stage3_max_reuse_distance": min(parameters // 8, 1_000_000_000),
         "stage3_max_live_parameters": min(parameters // 4, 1_000_000_000),

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from shared_cache import shared_cache
 
 from engine.build import build_model
 from engine.data import load_source, load_training_sets, make_tokenizer, held_out_batches, training_stream
 from engine.evaluation import describe, evaluate
 from engine.objectives import PretrainingModule
 from engine.recipes import table
+
+__all__ = ["shared_cache"]
 
 STEPS = 30
 
@@ -32,19 +35,12 @@ def test_blocks_name_parts_and_counts():
     assert "112,936,839 = 112,938,887 of the release - 2,048" in block and "12 x 768, 12 heads, post-norm" in block
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Built-in sets are written once."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.mark.parametrize("name", table.names())
-def test_smallest_size_trains_and_evaluates(name, cache):
+def test_smallest_size_trains_and_evaluates(name, shared_cache):
     """All losses are finite and every parameter that learns has had a gradient."""
-    options = ["--tiny=true", f"--data.cache={cache}", "--precision=fp32", f"--train.max_steps={STEPS}"]
-    if table.recipe(name).train.buckets is not None:
-        options += ["--train.global_batch=1", "--train.accumulation=1"]
-    config = table.recipe(name, *options)
+    config = table.recipe(name, "--tiny=true", f"--data.cache={shared_cache}", "--precision=fp32", f"--train.max_steps={STEPS}")
+    if config.train.buckets is not None:
+        config.train.global_batch = config.train.accumulation = 1
     torch.manual_seed(config.seed)
     sets, held_out = load_training_sets(config), load_source(config.data, "held_out")
     tokenizer = make_tokenizer(config, sets)

@@ -45,7 +45,7 @@ def encode_gallery(model: VisionLanguageModel, batches: Iterable[Batch]) -> Gall
     for batch in batches:
         with model.passes_shared():
             images.append(model.image_states(batch))
-            texts.append(model.text_states(batch))
+            texts.append(model.text_states(batch) if model.fusion is None else model.before_fusion(batch))
             image_features.append(model.image_features(batch))
             text_features.append(model.text_features(batch))
         labels.append(batch.labels)

@@ -15,7 +15,7 @@ from engine.data.plan.order import generator
 from engine.objectives import PretrainingModule
 from engine.objectives.parts.objective import Draw
 from engine.recipes import table
-from engine.weights import albert, bert
+from engine.weights import albert, bert, electra
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,10 +37,10 @@ INNER = ((6, 3), (1, 2), (9, 4), (3, 1))
 IGNORED = -100
 
 
-def ours(name: str, **sizes: int | None) -> PretrainingModule:
+def ours(name: str, *own: str, **sizes: int | None) -> PretrainingModule:
     """A recipe with a few layers, in float64 and without dropout."""
     options = [f"--model.text.{key}={value}" for key, value in {**SIZES, **sizes}.items()]
-    config = table.recipe(name, *options, f"--data.max_caption_tokens={POSITIONS}")
+    config = table.recipe(name, *options, *own, f"--data.max_caption_tokens={POSITIONS}")
     model = build_model(config, VOCAB)
     return PretrainingModule(model, config.objectives.active).double().eval()
 
@@ -110,3 +110,34 @@ def test_masked_words_and_pairs_are_those_of_transformers(name):
         read = theirs(**read_by_theirs(batch, "masked_language"), **answers)
         assert len(losses) == 1 + len(answers) and len(passes) == 1
         compare(module.model, theirs, pieces, total, read.loss)
+
+
+def test_generator_and_discriminator_are_electras():
+    """Two models with one embedder; theirs judges the guesses that ours has drawn."""
+    options = THEIRS | {"embedding_size": 20, "layer_norm_eps": 1e-12}
+    with InDouble():
+        judge = transformers.ElectraForPreTraining(transformers.ElectraConfig(**options))
+        small = transformers.ElectraConfig(**options | {"hidden_size": 12, "intermediate_size": 28})
+        guesser = transformers.ElectraForMaskedLM(small)
+        guesser.electra.embeddings = judge.electra.embeddings
+        guesser.generator_lm_head.weight = judge.electra.embeddings.word_embeddings.weight
+        theirs = redraw(torch.nn.ModuleDict({"judge": judge, "guesser": guesser}))
+        sizes = {"layers": LAYERS, "width": 12, "heads": 3, "mlp_width": 28, "embedding_width": 20, "max_positions": POSITIONS}
+        own = [f"--model.generator.{key}={value}" for key, value in sizes.items()]
+        module = ours("electra_small", *own, embedding_width=20)
+        names = [*beneath_theirs("judge", electra.discriminator(LAYERS)), *beneath_theirs("guesser", electra.generator(LAYERS))]
+        pieces = copy_weights(module.model, theirs, [one for one in names if not one.ours.startswith("generator.embedder")])
+        batch, objective = prepared(module, types=True), module.objectives["replaced_tokens"]
+        total, losses, report = module(batch)
+        _, ids = objective.guesses(module.model, batch)
+        assert 0 < report["replaced_share"] < 0.5
+        read = read_by_theirs(batch, "replaced_tokens")
+        guessed = guesser(**read)
+        replaced = padded(batch, (ids != batch.text.ids).double())
+        judged = judge(**read | {"input_ids": padded(batch, ids), "labels": replaced})
+        torch.testing.assert_close(losses["generated_words"], guessed.loss)
+        compare(module.model, theirs, pieces, total, guessed.loss + 50 * judged.loss)
+
+
+def beneath_theirs(name: str, pieces) -> list:
+    return [piece._replace(theirs=tuple(f"{name}.{one}" for one in piece.theirs)) for piece in pieces]

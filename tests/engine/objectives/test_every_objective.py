@@ -18,13 +18,24 @@ from engine.data import (
 from engine.data.builtin import folder_sets
 from engine.evaluation import describe, evaluate
 from engine.objectives import Objectives, PretrainingModule, find
-from engine.sections import Data, DecoderStack, ImageStack, JointStack, Model, TextStack, Tokenizer, Train
+from engine.sections import (
+    Data,
+    DecoderStack,
+    GeneratorStack,
+    ImageStack,
+    JointStack,
+    Model,
+    TextStack,
+    Tokenizer,
+    Train,
+)
 
 __all__ = ["shared_cache"]
 
 SIZES = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 64}
 ROLES = {"image": None, "text": None, "fusion": None}
 READER = TextStack(**SIZES, pooling="pooler")
+GENERATOR = GeneratorStack(**SIZES | {"layers": 1})
 CAUSAL = TextStack(**SIZES, mask="causal")
 IMAGE = ImageStack(**SIZES)
 TOWERS = {"image": IMAGE, "text": TextStack(**SIZES)}
@@ -36,6 +47,7 @@ CASES = {
     "sentence_order": ({"text": READER}, {**TEXT, "documents": "sentence_order"}, {}),
     "span_boundary": ({"text": READER}, TEXT, {}),
     "masked_language": ({"text": READER}, TEXT, {}),
+    "replaced_tokens": ({"text": READER, "generator": GENERATOR}, TEXT, {}),
     "causal_language": ({"text": CAUSAL}, {**TEXT, "documents": "blocks"}, {"label_smoothing": 0.1}),
     "causal_language of images": (
         {"image": IMAGE, "decoder": DecoderStack(**SIZES, source="image")}, {}, {"output": "transform"},

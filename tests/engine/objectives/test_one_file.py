@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shared_cache import shared_cache
+
 import engine
+
+__all__ = ["shared_cache"]
 
 TOY = '''
 """Pull the features of partners together."""
@@ -59,12 +63,13 @@ def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
 
 
-def test_an_objective_is_one_file_and_one_line_of_a_recipe(tmp_path):
+def test_an_objective_is_one_file_and_one_line_of_a_recipe(tmp_path, shared_cache):
     shutil.copytree(Path(engine.__file__).parent, tmp_path / "engine", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "engine/objectives/pull.py").write_text(TOY)
     (tmp_path / "toy.yaml").write_text(RECIPE)
     assert "--objectives.pull.margin\n        What is left of it. (default: 0.5)" in run(tmp_path, "--help").stdout
-    trained = run(tmp_path, "--tiny=true", "--device=cpu", "--train.max_steps=2", "--zero.stage=0")
+    where = ["--device=cpu", f"--data.cache={shared_cache}"]
+    trained = run(tmp_path, *where, "--tiny=true", "--train.max_steps=2", "--zero.stage=0")
     assert trained.returncode == 0, trained.stderr[-2000:]
     assert "pull: loss" in trained.stdout
     weights = (tmp_path / "runs/toy/model.safetensors").read_bytes()
