@@ -74,6 +74,17 @@ def _insert(ids: np.ndarray, count: int, mask_id: int, random: np.random.Generat
     return result
 
 
+def sentences_of(ids: np.ndarray, words: np.ndarray, full_stop: int | None) -> np.ndarray:
+    """int [T]: the sentence of each token, specials -1. The first of some full stops in a row ends one.
+
+    >>> sentences_of(np.asarray([1, 8, 5, 5, 9, 5, 2]), np.asarray([-1, 0, 1, 2, 3, 4, -1]), 5).tolist()
+    [-1, 0, 0, 1, 1, 1, -1]
+    """
+    stops = (ids == full_stop) & (words >= 0)
+    ends = stops & ~np.roll(stops, 1)
+    return np.where(words >= 0, np.cumsum(ends) - ends, -1)
+
+
 def permute_sentences(sentences: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """int [T]: where each token is taken from. `sentences`: the sentence of each, ascending; specials (-1) stay.
 

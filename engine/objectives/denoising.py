@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.batch import Batch, Sample, Words
 from engine.corruption.denoising import corrupt_spans, prefix_length
-from engine.corruption.restoration import infill
+from engine.corruption.restoration import delete_tokens, infill, mask_tokens, permute_sentences, rotate, sentences_of
 from engine.models.transformer import Tokens
 from engine.objectives.parts.objective import Draw
 from engine.objectives.parts.writing import NextWords, WritingObjective
@@ -27,18 +27,27 @@ class Denoising(WritingObjective):
 
     roles: ClassVar[tuple[str, ...]] = ("decoder", "text or joint")
 
-    noise: Literal["spans", "infilling", "prefix"] = "spans"
+    noise: Literal["spans", "infilling", "masking", "deletion", "none", "prefix"] = "spans"
     """spans: each becomes a sentinel, and the decoder writes them all (T5); infilling: each becomes one mask, and the
-    decoder writes the whole text (BART); prefix: the decoder goes on where the encoder stops (SimVLM)."""
+    decoder writes the whole text (BART), as it does where tokens become masks (masking), are gone (deletion) or all there
+    (none); prefix: the decoder goes on where the encoder stops (SimVLM)."""
     probability: float = 0.15
-    """Share of tokens that spans and infilling take (T5: 0.15, BART: 0.3)."""
+    """Share of tokens that noise takes (T5: 0.15, BART: 0.3)."""
     mean_span: float = 3.0
     """Mean length of a span: in tokens (spans) or words (infilling)."""
+    permute: bool = False
+    """Of a text that is written whole: its sentences are read in another order. They end at a full stop (BART)."""
+    rotate: bool = False
+    """Of a text that is written whole: it is read from some token on, and its beginning behind its end (BART)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_share("objectives.denoising.probability", self.probability)
         require_positive(self, "objectives.denoising", "probability", "mean_span")
+        require(
+            self.noise not in ("spans", "prefix") or not (self.permute or self.rotate),
+            f"objectives.denoising.permute and rotate are for a text that is written whole, got noise {self.noise}",
+        )
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -55,15 +64,29 @@ class Denoising(WritingObjective):
     def _spoilt(self, text: Words, draw: Draw) -> tuple[int, np.ndarray, np.ndarray]:
         """The id that the decoder begins with, what the encoder reads, what the decoder writes."""
         tokenizer, random, end = draw.tokenizer, draw.random, draw.tokenizer.sep_id
-        if self.noise == "infilling":
-            masked = infill(text.ids, text.words, tokenizer.mask_id, self.probability, random, self.mean_span)
-            return end, masked, text.ids
+        if self.noise not in ("spans", "prefix"):
+            return end, self._noisy(text, draw), text.ids
         inner = text.ids[text.words >= 0]
         require(len(inner) > 1, f"a text of {len(inner)} tokens, denoising needs two")
         if self.noise == "prefix":
             read = prefix_length(len(inner), random)
             return tokenizer.cls_id, inner[:read], np.append(inner[read:], end)
         return START, *corrupt_spans(inner, tokenizer.sentinel_ids, end, random, self.probability, self.mean_span)
+
+    def _noisy(self, text: Words, draw: Draw) -> np.ndarray:
+        """BART's noises, in its order."""
+        random, mask_id, ids, words = draw.random, draw.tokenizer.mask_id, text.ids, text.words
+        if self.permute:
+            order = permute_sentences(sentences_of(ids, words, draw.tokenizer.full_stop_id), random)
+            ids, words = ids[order], words[order]
+        if self.rotate:
+            order = rotate(words, random)
+            ids, words = ids[order], words[order]
+        if self.noise == "infilling":
+            return infill(ids, words, mask_id, self.probability, random, self.mean_span)
+        if self.noise == "masking":
+            return mask_tokens(ids, words, mask_id, self.probability, random)
+        return ids if self.noise == "none" else delete_tokens(ids, words, self.probability, random)
 
     def writer(self, model: Any) -> str:
         return "decoder"

@@ -1,10 +1,16 @@
-"""BART's stacks."""
+"""BART's stacks and tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from engine.weights.pieces import Piece, linear
+
+
+def embedder(ours: str, theirs: str) -> Iterator[Piece]:
+    """A `TextEmbedder` of the tables of `BartEncoder` or `BartDecoder`, but for the words, which both share."""
+    yield Piece(f"{ours}.positions", (f"{theirs}.embed_positions.weight",))
+    yield from linear(f"{ours}.norm", f"{theirs}.layernorm_embedding")
 
 
 def stack(ours: str, theirs: str, layers: int, *, decoder: bool) -> Iterator[Piece]:

@@ -37,6 +37,7 @@ class Tokenizer:
         self.ordinary_ids = np.flatnonzero(ordinary)
         named = [model.token_to_id(sentinel(number)) for number in range(self.vocab_size)]
         self.sentinel_ids = np.asarray([one for one in named if one is not None], dtype=np.int64)
+        self.full_stop_id = model.token_to_id(".")
         # with the word before
         self.goes_on = np.asarray([piece.startswith(CONTINUATION) for piece in pieces])
 

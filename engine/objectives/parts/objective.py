@@ -24,6 +24,8 @@ class Tokens(Vocabulary, Protocol):
 
     cls_id: int
     sep_id: int
+    full_stop_id: int | None
+    """Of a token that is a full stop and no more."""
     vocab_size: int
 
 

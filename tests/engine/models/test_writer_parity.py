@@ -20,13 +20,15 @@ from engine.models import VisionLanguageModel
 from engine.objectives.denoising import BEGUN, READ
 from engine.objectives.parts.objective import Draw
 from engine.recipes import table
-from engine.weights import gpt2
+from engine.weights import bart, gpt2, t5
 from engine.weights.pieces import Piece
 
 transformers = pytest.importorskip("transformers")
 
 WIDTH, LAYERS, HEADS, INNER, POSITIONS, VOCAB = 24, 2, 3, 96, 32, 50
 IGNORED = -100
+LOUDER = 1e3
+"""Gradients behind a saturated softmax are small beside the absolute tolerance."""
 LENGTHS = (14, 5, 23, 9)
 
 
@@ -37,6 +39,7 @@ class Tokens:
     cls_id: int = 2
     sep_id: int = 3
     mask_id: int = 4
+    full_stop_id: int = 5
     vocab_size: int = VOCAB
     sentinel_ids: np.ndarray = dataclasses.field(default_factory=lambda: np.arange(40, VOCAB))
 
@@ -74,16 +77,49 @@ def of_text(batch: Batch) -> dict[str, Tensor]:
     return {"input_ids": labels.clamp(min=0), "attention_mask": (labels >= 0).long(), "labels": labels}
 
 
+def of_encoder_and_decoder(batch: Batch) -> dict[str, Tensor]:
+    """As an encoder with a decoder is called."""
+    read, begun = batch.views[READ], batch.views[BEGUN]
+    lengths = begun.layout.lengths[:, 0]
+    ids = padded(read.ids, read.layout.lengths[:, 0], IGNORED)
+    return {
+        "input_ids": ids.clamp(min=0),
+        "attention_mask": (ids >= 0).long(),
+        "decoder_input_ids": padded(begun.ids, lengths),
+        "labels": padded(batch.views["denoising"].targets, lengths, IGNORED),
+    }
+
+
 def gpt_pieces(pre_norm: bool) -> Iterator[Piece]:
     yield from gpt2.embedder("text.embedder", "transformer", pre_norm=pre_norm)
     yield from gpt2.stack("text.transformer", "transformer", LAYERS, pre_norm=pre_norm)
 
 
+def t5_pieces() -> Iterator[Piece]:
+    yield Piece("text.embedder.words", ("shared.weight",))
+    for ours, theirs in (("text", "encoder"), ("decoder", "decoder")):
+        yield from t5.stack(f"{ours}.transformer", theirs, LAYERS, decoder=ours == "decoder", gated=False)
+
+
+def bart_pieces() -> Iterator[Piece]:
+    yield Piece("text.embedder.words", ("model.shared.weight",))
+    for ours, theirs in (("text", "model.encoder"), ("decoder", "model.decoder")):
+        yield from bart.embedder(f"{ours}.embedder", theirs)
+        yield from bart.stack(f"{ours}.transformer", theirs, LAYERS, decoder=ours == "decoder")
+
+
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 GPT = NO_DROPOUT | {"vocab_size": VOCAB, "n_positions": POSITIONS, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS}
+T5 = {"vocab_size": VOCAB, "d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": INNER, "num_layers": LAYERS, "num_heads": HEADS}
+BART = {"vocab_size": VOCAB, "d_model": WIDTH, "max_position_embeddings": POSITIONS, "dropout": 0.0, "use_cache": False}
+BART |= {f"{part}_{name}": value for part in ("encoder", "decoder")
+         for name, value in (("layers", LAYERS), ("attention_heads", HEADS), ("ffn_dim", INNER))}  # fmt: skip
+T5 |= {"dropout_rate": 0.0, "use_cache": False}
 SYSTEMS: dict[str, tuple[str, dict, Callable, Callable]] = {
     "gpt2": ("GPT2LMHeadModel", GPT | {"n_inner": INNER}, functools.partial(gpt_pieces, pre_norm=True), of_text),
     "gpt": ("OpenAIGPTLMHeadModel", GPT, functools.partial(gpt_pieces, pre_norm=False), of_text),
+    "bart_base": ("BartForConditionalGeneration", BART, bart_pieces, of_encoder_and_decoder),
+    "t5_base": ("T5ForConditionalGeneration", T5, t5_pieces, of_encoder_and_decoder),
 }
 
 
@@ -95,8 +131,8 @@ def compare(ours: VisionLanguageModel, theirs: nn.Module, pieces: list[Piece], c
     with InDouble():
         expected = theirs(**call(batch)).loss
     torch.testing.assert_close(losses[name], expected, **TOLERANCE)
-    losses[name].backward()
-    expected.backward()
+    (LOUDER * losses[name]).backward()
+    (LOUDER * expected).backward()
     parameters = dict(ours.named_parameters())
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for piece in pieces:

@@ -1,5 +1,6 @@
 """Losses worked out by hand, and what objectives prepare."""
 
+import itertools
 from math import log
 from types import SimpleNamespace
 
@@ -31,8 +32,9 @@ from engine.sections import JointStack, Model, TextStack
 
 CLS, SEP, MASK, FIRST_SENTINEL = 1, 2, 3, 30
 TOKENIZER = SimpleNamespace(
-    cls_id=CLS, sep_id=SEP, mask_id=MASK, ordinary_ids=np.arange(4, 30), sentinel_ids=np.arange(30, 40), vocab_size=40
-)
+    cls_id=CLS, sep_id=SEP, mask_id=MASK, ordinary_ids=np.arange(4, 30), sentinel_ids=np.arange(30, 40), vocab_size=40,
+    full_stop_id=29,
+)  # fmt: skip
 SIZES = {"width": 16, "layers": 2, "heads": 2, "mlp_width": 24}
 
 
@@ -172,6 +174,45 @@ def test_infilling_writes_the_whole_text():
     read, begun, written = parts(sample)
     assert written == sample.text.ids.tolist() and begun == [SEP, *written[:-1]]
     assert MASK in read and 14 <= sum(token in read for token in range(4, 24)) < 20
+
+
+def noisy(seed: int, *inner: int, **options) -> list[int]:
+    """What is read of a text that is written whole."""
+    sample = Sample(text(*inner), None, 0)
+    Denoising(**options).prepare(sample, draw(seed))
+    read, begun, written = parts(sample)
+    assert written == [CLS, *inner, SEP] == sample.text.ids.tolist() and begun == [SEP, *written[:-1]]
+    return read
+
+
+STOP = 29
+
+
+def test_sentences_are_read_in_any_order():
+    pieces = [5, 6, STOP], [7, STOP], [STOP, 8, 9]  # a stop behind a stop begins the next
+    found = {tuple(noisy(seed, 5, 6, STOP, 7, STOP, STOP, 8, 9, noise="none", permute=True)) for seed in range(40)}
+    orders = {(CLS, *sum(order, []), SEP) for order in itertools.permutations(pieces)}
+    assert found == orders and len(orders) == 6
+
+
+def test_a_text_is_read_from_some_token_on():
+    found = {tuple(noisy(seed, 5, 6, 7, noise="none", rotate=True)) for seed in range(20)}
+    assert found == {(CLS, *order, SEP) for order in ((5, 6, 7), (6, 7, 5), (7, 5, 6))}
+
+
+def test_tokens_become_masks_or_are_gone():
+    inner = list(range(4, 28))
+    read = noisy(3, *inner, noise="masking", probability=0.4)
+    hidden = [place for place, token in enumerate(read) if token == MASK]
+    assert 4 <= len(hidden) <= 16 and [old for old, new in zip([CLS, *inner, SEP], read, strict=True) if new != MASK] == (
+        noisy(3, *inner, noise="deletion", probability=0.4)
+    )
+
+
+@pytest.mark.parametrize("noise", ["spans", "prefix"])
+def test_what_is_not_written_whole_keeps_its_order(noise):
+    with pytest.raises(ValueError, match=f"written whole, got noise {noise}"):
+        Denoising(noise=noise, permute=True)
 
 
 def test_the_decoder_goes_on_behind_the_prefix():
