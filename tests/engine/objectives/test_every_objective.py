@@ -103,5 +103,6 @@ def test_from_records_to_figures(case, shared_cache, tmp_path, monkeypatch):
 
 
 def test_every_objective_is_looked_at():
-    old = {"contrastive", "matching", "masked_region_features", "masked_region_classes", "random_matching", "query_matching"}
-    assert {case.split(" ")[0] for case in CASES} | old == set(find())
+    by_recipes = {"contrastive", "matching", "masked_region_features", "masked_region_classes", "random_matching"}
+    by_recipes |= {"query_matching", "momentum_contrastive", "masked_patches"}
+    assert {case.split(" ")[0] for case in CASES} | by_recipes == set(find())
