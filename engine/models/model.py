@@ -170,7 +170,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         """States of a text that is written, from the states of another role's pass over `source_view`."""
 
         def read() -> Tokens:
-            text = self._begun_with(self.options.decoder.first_token, self.text_of(batch, view))
+            text = self.begun_with(self.options.decoder.first_token, self.text_of(batch, view))
             layout = drawn_as(text.layout, batch, view, stage=2)
             name = self.options.decoder.source
             states = self._states_of(name, batch, source_view) if name is not None else None
@@ -229,7 +229,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             return self.text_states(batch, view)
 
         def embed() -> Tokens:
-            text = self._begun_with(self.options.fusion.first_token, self.text_of(batch, view))
+            text = self.begun_with(self.options.fusion.first_token, self.text_of(batch, view))
             return self.text.embed(text, drawn_as(text.layout, batch, view, stage=1), self.rng)
 
         return self._once(batch, f"embedded {view}", embed)
@@ -265,7 +265,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
 
         return self._of_all(batch, f"{role} {view}", selected, read)
 
-    def _begun_with(self, token: int | None, text: Text) -> Text:
+    def begun_with(self, token: int | None, text: Text) -> Text:
         """The same text with another first token."""
         if token is None:
             return text

@@ -59,7 +59,8 @@ def read(module: PlainModel, pairs: PaddedPairs):
 
 def masked_words(module: PlainModel, pairs: PaddedPairs, image: torch.Tensor) -> torch.Tensor:
     source = module.fusion["transformer"].project_source(image)
-    fused = module.fusion["transformer"](module.encode_text(pairs.masked_ids, pairs.see_words), pairs.see_words, source, pairs.see_patches)
+    masked = module.encode_text(pairs.masked_ids, pairs.see_words)
+    fused = module.fusion["transformer"](masked, pairs.see_words, source, pairs.see_patches)
     return module.heads["masked_language"](fused[pairs.samples, pairs.offsets], module.text.embedder.words)
 
 
