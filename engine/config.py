@@ -30,6 +30,7 @@ TINY = {
     **{f"model.{stack}.{name}": cap for stack in ("image", "text", "fusion", "joint", "decoder", "generator")
        for name, cap in (("width", 32), ("layers", 2), ("heads", 2), ("mlp_width", 64))},
     "model.projection_dim": 32,
+    "model.momentum": 0.9,
     "model.image.patch_size": 8,
     "model.joint.image.patch_size": 8,
     "objectives.masked_patches.width": 32,
@@ -140,11 +141,17 @@ class Config:
             if section is not None:
                 value = getattr(section, name)
                 setattr(section, name, cap if value is None else min(value, cap))
+        self._shrink_backbone()
         self._shrink_micro_batch(batch)
         if self.data.tiny_source is not None:
             self.data.source = self.data.held_out = self.data.tiny_source
             for one in (self.data.sets or {}).values():
                 one.source = self.data.tiny_source
+
+    def _shrink_backbone(self) -> None:
+        picture = self.model.reads_pictures
+        if picture is not None:
+            picture.backbone = "resnet18_fpn" if picture.backbone.endswith("_fpn") else "resnet18"
 
     def _shrink_micro_batch(self, batch: int) -> None:
         """Cut the tiny global batch into as many parts as `batch` was, or the most of them that divide both."""

@@ -28,6 +28,13 @@ def cover_lines(lines: np.ndarray, probability: float, random: np.random.Generat
     return covered[members]
 
 
+def boxes_of_lines(boxes: np.ndarray, lines: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """int32 [n, 4]: around the tokens of every line of which `chosen` says so."""
+    members = [boxes[lines == line] for line in np.unique(lines[chosen])]
+    around = [(*own[:, :2].min(0), *own[:, 2:].max(0)) for own in members]
+    return np.asarray(around, dtype=np.int32).reshape(-1, 4)
+
+
 def alignment_labels(
     lines: np.ndarray, covered: np.ndarray, masked: np.ndarray, own_picture: bool
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from engine.objectives.parts.normalization import normalizer
 from engine.objectives.parts.momentum import check_distillation, risen
 from engine.objectives.parts.objective import Draw, Losses, Objective, Report
 from engine.objectives.parts.other_images import other_images, with_images
-from engine.sections import require_share
+from engine.objectives.parts.pages import blank_boxes, require_pixels
+from engine.sections import require, require_share
 
 
 @dataclass
@@ -38,6 +39,8 @@ class MaskedLanguage(Objective):
     when_none: Literal["any", "first"] = "any"
     """Where the draw selects nothing. any: one is drawn, with the fate of all; first: the first token is masked, as
     UNITER does."""
+    blank_words: bool = False
+    """Blank the selected words in the picture of their page too (LayoutLMv2)."""
     distillation: float = 0.0
     """Share of each target that is what a momentum copy of the model finds (ALBEF: 0.4)."""
     ramp: float = 0.0
@@ -51,10 +54,18 @@ class MaskedLanguage(Objective):
     def taught_by(self) -> tuple[str, ...]:
         return ("image", "text", "fusion", "joint", f"heads.{self.head}") if self.distillation else ()
 
+    def check(self, config: Any) -> None:
+        super().check(config)
+        if self.blank_words:
+            require_pixels(config, "objectives.masked_language.blank_words")
+
     def prepare(self, sample: Sample, draw: Draw) -> None:
         text = sample.text
         how = (self.probability, self.whole_word, draw.random, self.when_none)
         ids, selected = corrupt(text.ids, text.words, draw.tokenizer, *how)
+        if self.blank_words:
+            require(text.boxes is not None, "a text without boxes, objectives.masked_language.blank_words needs pages")
+            blank_boxes(sample, text.boxes[selected])
         targets = torch.from_numpy(text.ids[selected])
         sample.views[self.name] = MaskedWords(torch.from_numpy(ids), Places.of_sample(selected), targets)
 

@@ -69,8 +69,8 @@ class ImageInput:
     box_values: Literal[5, 7] = 7
     """Numbers of a region's box. 7: corners, sides, area, with a norm for features and one for boxes (UNITER); 5:
     corners and area, added as they are (ViLBERT)."""
-    backbone: Literal["resnet18", "resnet50", "resnet101", "resnext101_fpn"] = "resnet50"
-    """Of a grid. resnext101_fpn: the finest level of a feature pyramid over a ResNeXt-101 32x8d (LayoutLMv2)."""
+    backbone: Literal["resnet18", "resnet50", "resnet101", "resnet18_fpn", "resnext101_fpn"] = "resnet50"
+    """Of a grid. fpn: the finest level of a feature pyramid; resnext101_fpn: over a ResNeXt-101 32x8d (LayoutLMv2)."""
 
     def check_input(self, where: str, width: int) -> None:
         """Refuse what does not fit a stream of this width."""

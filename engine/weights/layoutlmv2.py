@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.weights import bert
 from engine.weights.pieces import Piece, linear
 
 TABLES = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
@@ -23,3 +24,15 @@ def stack(ours: str, theirs: str, layers: int) -> Iterator[Piece]:
         yield from linear(f"{block}.feed_forward.inner", f"{source}.intermediate.dense")
         yield from linear(f"{block}.feed_forward.output", f"{source}.output.dense")
         yield from linear(f"{block}.feed_forward.norm", f"{source}.output.LayerNorm")
+
+
+def joint(layers: int, *, picture_type: bool = False) -> Iterator[Piece]:
+    """A joint role of `LayoutLMv2Model`'s tensors but for the backbone's. With `picture_type` the row that LayoutXLM adds
+    to the tokens of a picture is the last one of our table of types."""
+    types = ("embeddings.token_type_embeddings.weight", *(["visual_segment_embedding"] if picture_type else []))
+    for piece in bert.embedder("text", page=True):
+        yield piece._replace(theirs=types) if piece.ours == "text.types" else piece
+    yield from linear("image.projection", "visual_proj")
+    yield from linear("image.norm", "visual_LayerNorm")
+    yield from stack("transformer", "encoder", layers)
+    yield from linear("pooling.dense", "pooler.dense")

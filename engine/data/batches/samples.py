@@ -57,7 +57,7 @@ class SampleMaker:
         self.max_patches = config.data.max_patches if train else None
         self.max_tokens = config.data.max_caption_tokens
         self.fills = config.data.fill_captions
-        self.objectives = objectives
+        self.objectives = sorted(objectives, key=lambda one: bool(one.beside))  # those that look at others' views last
         self.needs_soft_labels = any(objective.needs_soft_labels for objective in objectives)
 
     def __call__(

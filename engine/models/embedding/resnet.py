@@ -136,6 +136,10 @@ def _shortened(downsample: nn.Sequential | None, x: Tensor) -> Tensor:
     return x if downsample is None else downsample(x)
 
 
+def _resnet18_fpn(norm: MakeNorm = FrozenBatchNorm) -> FinestPyramidLevel:
+    return FinestPyramidLevel(ResNet(Basic, (2, 2, 2, 2), norm))
+
+
 def _resnext101_fpn(norm: MakeNorm = FrozenBatchNorm) -> FinestPyramidLevel:
     return FinestPyramidLevel(ResNet(Bottleneck, (3, 4, 23, 3), norm, groups=32, group_width=8))
 
@@ -144,5 +148,6 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet18": functools.partial(ResNet, Basic, (2, 2, 2, 2)),
     "resnet50": functools.partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "resnet101": functools.partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet18_fpn": _resnet18_fpn,
     "resnext101_fpn": _resnext101_fpn,
 }

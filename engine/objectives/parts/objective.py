@@ -56,6 +56,8 @@ class Objective:
     """Sections of `model` it reads; "fusion or joint" asks for one of the two."""
     alone: ClassVar[bool] = False
     """Whether its batches are for no other objective, because they show something else."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Objectives whose views its `prepare` looks at, where a sample has them."""
     needs_soft_labels: ClassVar[bool] = False
     """Whether it reads the detector's distributions over classes."""
     reads_whole: ClassVar[str | None] = None

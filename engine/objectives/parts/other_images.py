@@ -8,7 +8,7 @@ import torch
 import vlkernels as vk
 from torch import Tensor
 
-from engine.batch import IMAGE, TEXT, Batch
+from engine.batch import IMAGE, TEXT, Batch, Patches, Pixels, Regions
 
 
 def other_images(labels: Tensor) -> Tensor | None:
@@ -27,6 +27,12 @@ def with_images(batch: Batch, index: Tensor) -> Batch:
     """Caption `i`, its corruption too, beside the image of pair `index[i]`."""
     lengths = torch.stack((batch.layout.lengths[:, TEXT], batch.layout.lengths[index, IMAGE]), dim=1).cpu()
     rows = batch.image_layout.take_positions(index)[: int(lengths[:, IMAGE].sum())].long()
-    image = {name: values[rows] for name, values in vars(batch.image).items()}
     layout = vk.SegmentLayout(lengths, sample_ids=batch.layout.sample_ids.cpu()).to(index.device)
-    return dataclasses.replace(batch, layout=layout, image=type(batch.image)(**image))
+    return dataclasses.replace(batch, layout=layout, image=_taken(batch.image, index, rows))
+
+
+def _taken(image: Patches | Regions | Pixels, pictures: Tensor, rows: Tensor) -> Patches | Regions | Pixels:
+    """These pictures, of which the rows are the tokens."""
+    if isinstance(image, Pixels):
+        return Pixels(image.values[pictures], image.positions[rows])
+    return type(image)(**{name: values[rows] for name, values in vars(image).items()})

@@ -22,6 +22,7 @@ from engine.sections import (
     Data,
     DecoderStack,
     GeneratorStack,
+    ImageInput,
     ImageStack,
     JointStack,
     Model,
@@ -42,6 +43,8 @@ TOWERS = {"image": IMAGE, "text": TextStack(**SIZES)}
 QUERIES = JointStack(**SIZES, norm="post", queries=3, source="image", cross_every=2, own_feed_forward=True, pooling="first")
 WRITER = DecoderStack(**SIZES, source="text", shares="words")
 TEXT = {"source": "builtin-text", "held_out": "builtin-text", "max_caption_tokens": 24}
+PAGES = JointStack(**SIZES, page="concat", image=ImageInput(kind="grid", backbone="resnet18_fpn", positions="text"))
+PAGE_DATA = {"source": "builtin-pages", "held_out": "builtin-pages", "image_size": 32}
 CASES = {
     "next_sentence": ({"text": READER}, {**TEXT, "documents": "next_sentence"}, {}),
     "sentence_order": ({"text": READER}, {**TEXT, "documents": "sentence_order"}, {}),
@@ -56,7 +59,9 @@ CASES = {
     "denoising of words": ({"text": READER, "decoder": WRITER}, TEXT, {"noise": "infilling", "probability": 0.3}),
     "denoising behind a prefix": ({"text": READER, "decoder": WRITER}, TEXT, {"noise": "prefix"}),
     "classification": ({"image": IMAGE}, {"source": "builtin-glyph-classes", "held_out": "builtin-glyph-classes"}, {"classes": 40}),
-    "document_classes": ({"text": READER}, {"source": "builtin-pages", "held_out": "builtin-pages", "image_size": 32}, {"classes": 40}),
+    "document_classes": ({"text": READER}, PAGE_DATA, {"classes": 40}),
+    "covered_lines": ({"joint": PAGES}, PAGE_DATA, {}),
+    "page_matching": ({"joint": PAGES}, PAGE_DATA, {}),
     "sigmoid_contrastive": (TOWERS, {}, {}),
     "late_interaction": (TOWERS, {}, {}),
     "query_contrastive": ({"image": IMAGE, "joint": QUERIES}, {}, {"label_smoothing": 0.1}),
@@ -81,7 +86,7 @@ def config_of(case: str, cache: str) -> Config:
 def test_from_records_to_figures(case, shared_cache, tmp_path, monkeypatch):
     for split in ("train", "held_out"):
         monkeypatch.setitem(folder_sets.NUM_PAGES, split, 24)
-    config = config_of(case, str(tmp_path if case == "document_classes" else shared_cache))
+    config = config_of(case, str(tmp_path if CASES[case][1] is PAGE_DATA else shared_cache))
     ((name, objective),) = config.objectives.active.items()
     sets = load_training_sets(config)
     tokenizer = make_tokenizer(config, sets)
