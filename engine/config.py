@@ -30,6 +30,7 @@ TINY = {
     **{f"model.{stack}.{name}": cap for stack in ("image", "text", "fusion", "joint", "decoder", "generator")
        for name, cap in (("width", 32), ("layers", 2), ("heads", 2), ("mlp_width", 64))},
     "model.projection_dim": 32,
+    "model.momentum": 0.9,
     "model.image.patch_size": 8,
     "model.joint.image.patch_size": 8,
     "objectives.masked_patches.width": 32,
