@@ -77,7 +77,7 @@ class Config:
     """Type of weights and activations; the optimizer always keeps fp32 weights."""
     init_from: dict[str, str] = field(default_factory=dict)
     """Weights a new run begins with: folders as `transformers` saves them, by part of the model, such as
-    {joint: bert-base-cased}."""
+    {joint: bert-base-cased}, or {teacher: bert-base-uncased} of a distillation."""
     impl: Literal["auto", "reference", "torch", "cpp", "triton", "cuda", "flash"] = "auto"
     """Implementation every vlkernels op is asked for."""
     data: Data = field(default_factory=Data)

@@ -69,14 +69,8 @@ class Matching(Objective):
         hard_texts, hard_images = draw_negatives(model, batch, group, self.hardness)
         texts, images = pair_up(model, batch, hard_texts.clamp(min=0), hard_images.clamp(min=0), group)
         logits = widened(matching_logits(model, model.fuse(texts, images)))
-        own = torch.ones_like(hard_texts)
-        targets = torch.cat((own, torch.zeros_like(hard_texts), torch.zeros_like(hard_images)))
-        # A batch of one label has no negatives (-1): what stands in their place counts for nothing.
-        drawn = torch.cat((own, hard_texts, hard_images)) >= 0
-        each = F.cross_entropy(logits, targets.long(), reduction="none").masked_fill(~drawn, 0)
-        right = (logits.detach().argmax(1) == targets) & drawn
-        report = {"matching_accuracy": right.sum() / drawn.sum()}
-        return {"matching": each.sum() / len(ORDER) * normalizer(batch, "pairs")}, report
+        total, accuracy = loss_of_pairs(logits, hard_texts, hard_images)
+        return {"matching": total * normalizer(batch, "pairs")}, {"matching_accuracy": accuracy}
 
     def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Right pairs told from wrong ones; and recall where the head has re-ranked the best by contrastive score."""
@@ -99,6 +93,17 @@ class MatchingHead(nn.Module):
     def forward(self, hidden: Tensor, layout: vk.SegmentLayout) -> Tensor:
         first = vk.take_rows(hidden, layout.starts[:, 0], impl=self.impl)
         return self.classifier(first)
+
+
+def loss_of_pairs(logits: Tensor, hard_texts: Tensor, hard_images: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum over samples, accuracy) of the logits `[3 B, 2]` of pairs in `ORDER`."""
+    own = torch.ones_like(hard_texts)
+    targets = torch.cat((own, torch.zeros_like(hard_texts), torch.zeros_like(hard_images)))
+    # A batch of one label has no negatives (-1): what stands in their place counts for nothing.
+    drawn = torch.cat((own, hard_texts, hard_images)) >= 0
+    each = F.cross_entropy(logits, targets.long(), reduction="none").masked_fill(~drawn, 0)
+    right = (logits.detach().argmax(1) == targets) & drawn
+    return each.sum() / len(ORDER), right.sum() / drawn.sum()
 
 
 def matching_logits(model: VisionLanguageModel, fused: Tokens) -> Tensor:

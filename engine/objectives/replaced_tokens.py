@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.batch import Batch, MaskedWords, OnDevice, Places, Sample
+from engine.batch import Batch, MaskedWords, Places, Sample
 from engine.corruption.words import corrupt, masked
 from engine.models.heads import MaskedLanguageHead
 from engine.models.passes import drawn_as
 from engine.models.transformer import ACTIVATIONS, SelectedRows
+from engine.objectives.parts.all_tokens import AllTokens
 from engine.objectives.parts.baselines import ClassPrior, Unigrams
 from engine.objectives.parts.held_out import Figures, HeldOut, require_some
 from engine.objectives.parts.normalization import normalizer, widened
@@ -33,17 +34,6 @@ class HiddenWords(MaskedWords):
 
     draws: Tensor
     """int64 [M], evenly in [0, 2^31): whole numbers keep all their digits in every precision."""
-
-
-@dataclass
-class AllTokens(OnDevice):
-    """The texts as they were, of which every token is judged."""
-
-    ids: Tensor
-    """int64 [T]."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from engine.data import load_source, load_training_sets, make_tokenizer, held_ou
 from engine.evaluation import describe, evaluate
 from engine.objectives import PretrainingModule
 from engine.recipes import table
+from engine.training.optimizer import freeze
 
 __all__ = ["shared_cache"]
 
@@ -28,6 +29,18 @@ def test_a_wrong_count_is_told():
     parameters = table.num_parameters(table.model_of(config))
     assert not config.system.agrees(parameters + 1)
     assert " NOT " in table.count(config, parameters + 1)
+
+
+@pytest.mark.parametrize("name, learning", [("blip2_stage1", 186_705_470), ("blip2_stage2", 107_133_696)])
+def test_blip2_trains_queries_and_what_stands_around_them(name, learning):
+    """Neither tower nor language model learns, but for the norm behind the tower."""
+    config = table.recipe(name)
+    model = table.model_of(config)
+    freeze(config.optimizer.freeze, model.named_parameters())
+    learns = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in learns if n.startswith("image.")} == {f"image.transformer.final_norm.{w}" for w in ("weight", "bias")}
+    assert {n for n in learns if n.startswith("decoder.")} <= {"decoder.prefix.weight", "decoder.prefix.bias"}
+    assert sum(learns.values()) == learning
 
 
 def test_blocks_name_parts_and_counts():

@@ -200,7 +200,7 @@ def test_folders_that_are_no_bert(tmp_path):
     with pytest.raises(ValueError, match="has no encoder.layer.1.output.dense.bias"):
         load_initial_weights(config_from(tmp_path), model)
     config.init_from = {"text": str(tmp_path)}
-    with pytest.raises(ValueError, match="the part must be joint, got text"):
+    with pytest.raises(ValueError, match="the part must be joint or teacher, got text"):
         load_initial_weights(config, model)
 
 

@@ -12,10 +12,12 @@ from engine.batch import Batch, Sample, Words
 from engine.build import build_model
 from engine.data import collate
 from engine.data.plan.order import generator
+from engine.initial_weights import load_initial_weights
 from engine.objectives import PretrainingModule
 from engine.objectives.parts.objective import Draw
 from engine.recipes import table
-from engine.weights import albert, bert, electra
+from engine.weights import albert, bert, distilbert, electra
+from engine.weights.pieces import beneath
 
 transformers = pytest.importorskip("transformers")
 
@@ -35,6 +37,7 @@ THEIRS = {
 INNER = ((6, 3), (1, 2), (9, 4), (3, 1))
 """Lengths of the two segments of each text."""
 IGNORED = -100
+BERT_HEAD = [f"cls.predictions.{name}" for name in ("transform.dense", "transform.LayerNorm", "bias")]
 
 
 def ours(name: str, *own: str, **sizes: int | None) -> PretrainingModule:
@@ -141,3 +144,52 @@ def test_generator_and_discriminator_are_electras():
 
 def beneath_theirs(name: str, pieces) -> list:
     return [piece._replace(theirs=tuple(f"{name}.{one}" for one in piece.theirs)) for piece in pieces]
+
+
+def test_a_student_and_its_teacher_are_those_of_transformers():
+    """The three losses by their definitions, over the logits of both of theirs."""
+    small = {"vocab_size": VOCAB, "dim": 24, "n_layers": LAYERS, "n_heads": 3, "hidden_dim": 40, "dropout": 0.0}
+    config = transformers.DistilBertConfig(**small, max_position_embeddings=POSITIONS, attention_dropout=0.0)
+    options = THEIRS | {"num_hidden_layers": 2 * LAYERS, "layer_norm_eps": 1e-12}
+    with InDouble():
+        theirs = redraw(transformers.DistilBertForMaskedLM(config))
+        teacher = redraw(transformers.BertForMaskedLM(transformers.BertConfig(**options)), seed=8).eval()
+        module = ours("distilbert")
+        head = module.model.heads["distillation"]
+        with torch.no_grad():
+            saved = dict(teacher.named_parameters())
+            for piece in [
+                *beneath("text", "bert", bert.text_tower(2 * LAYERS, pooler=False)),
+                *bert.masked_language(*BERT_HEAD, "words"),
+            ]:
+                head.teacher.get_parameter(piece.ours).copy_(piece.read(saved))
+        kept, head.teacher = head.teacher, torch.nn.Identity()
+        pieces = copy_weights(module.model, theirs, distilbert.masked_language(LAYERS, "heads.distillation.words"))
+        head.teacher = kept
+        batch = prepared(module, types=False)
+        total, losses, _ = module(batch)
+        read = read_by_theirs(batch, "distillation")
+        shown = read["attention_mask"].bool()
+        own = theirs(**read, output_hidden_states=True)
+        taught = teacher(read["input_ids"], read["attention_mask"], output_hidden_states=True)
+        soft = -(torch.softmax(taught.logits[shown] / 2, 1) * torch.log_softmax(own.logits[shown] / 2, 1)).sum(1).mean()
+        apart = 1 - torch.cosine_similarity(own.hidden_states[-1][shown], taught.hidden_states[-1][shown], dim=1)
+        torch.testing.assert_close(losses["distilled_words"], 2 * own.loss)
+        compare(module.model, theirs, pieces, total, 5 * 4 * soft + 2 * own.loss + apart.mean())
+        assert all(parameter.grad is None for parameter in head.teacher.parameters())
+
+
+def test_a_student_begins_as_the_first_of_every_two_layers(tmp_path):
+    theirs = transformers.BertForMaskedLM(transformers.BertConfig(**THEIRS | {"num_hidden_layers": 2 * LAYERS}))
+    theirs.save_pretrained(tmp_path)
+    module = ours("distilbert").float()
+    config = table.recipe("distilbert", f"--init_from.teacher={tmp_path}")
+    lines = load_initial_weights(config, module.model)
+    assert lines[-1] == "model.text begins with every second layer of its teacher"
+    student, head = module.model.text, module.model.heads["distillation"]
+    for layer in range(LAYERS):
+        wanted = theirs.bert.encoder.layer[2 * layer].output.dense.weight
+        assert torch.equal(student.transformer.blocks[layer].feed_forward.output.weight, wanted)
+    assert torch.equal(student.embedder.words, theirs.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(head.teacher.words.bias, theirs.cls.predictions.bias)
+    assert torch.equal(head.words.norm.weight, theirs.cls.predictions.transform.LayerNorm.weight)
