@@ -1,5 +1,7 @@
 """Every recipe, whichever there are: the published number of parameters, and thirty steps at its smallest size."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from shared_cache import shared_cache
@@ -13,6 +15,7 @@ from engine.training.optimizer import freeze
 
 __all__ = ["shared_cache"]
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
 
 
@@ -22,6 +25,11 @@ def test_as_many_parameters_as_published(name):
     assert config.name == name
     parameters = table.num_parameters(table.model_of(config))
     assert config.system is None or config.system.agrees(parameters), table.count(config, parameters)
+
+
+def test_the_readme_names_every_recipe():
+    listed = (ROOT / "README.md").read_text().partition("### Published systems")[2].partition("\n### ")[0]
+    assert [name for name in table.names() if f"`{name}`" not in listed] == []
 
 
 def test_a_wrong_count_is_told():
