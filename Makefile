@@ -75,6 +75,7 @@ test-gpu: setup
 
 bench: setup
 	$(RUN) -m benchmarks.run --device cpu $(BENCH)
+	$(RUN) -m benchmarks.run --device cpu --heap default --op contrastive_loss --op sigmoid_loss
 	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart --seconds 20
 	$(RUN) -m benchmarks.train_step --device cpu

@@ -15,7 +15,7 @@ PADDED = ("padded SDPA", "length-sorted SDPA")
 class Line:
     """``file`` and ``benchmark`` name the rows; the best of ``peers`` counts. ``targets``: lower bounds, by dtype.
 
-    ``earlier``: the file of rows from before their benchmark got its name.
+    ``earlier``: the file of rows from before their benchmark got its name. ``heap``: of rows of this heap (`benchmarks.run`).
     """
 
     what: str
@@ -28,9 +28,11 @@ class Line:
     ours: str = "vlkernels"
     amounts: Amounts = seconds
     earlier: str | None = None
+    heap: str = "kept"
 
     def figures(self, rows: Sequence[Row], dtype: str) -> list[Figure]:
-        own = [row for row in rows for file in (self.file, self.earlier) if file and row.is_of(file, self.benchmark, dtype)]
+        files = [file for file in (self.file, self.earlier) if file]
+        own = [row for row in rows if row.heap == self.heap for file in files if row.is_of(file, self.benchmark, dtype)]
         return figures(own, self.amounts, self.ours, self.peers)
 
     def missing(self, rows: Sequence[Row]) -> list[str]:

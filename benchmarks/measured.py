@@ -43,6 +43,11 @@ class Row:
     def is_clean(self) -> bool:
         return self.values["modified"] is False
 
+    @property
+    def heap(self) -> str:
+        """Of a CPU: whether freed memory stayed with the process; earlier rows all kept most of it."""
+        return self.values.get("heap") or "kept"
+
     def is_of(self, file: str, benchmark: str, dtype: str) -> bool:
         """A whole step has one row, without a dtype."""
         names = self.path.stem, self.values.get("benchmark")

@@ -64,12 +64,16 @@ def store(name: str, row: dict[str, Any], device: str, folder: Path = RESULTS) -
         file.write(json.dumps({**row, **provenance(device)}) + "\n")
 
 
-def stored(name: str, device: str, folder: Path = RESULTS) -> set[tuple[str, str]]:
-    """``(benchmark, dtype)`` of the results that this very source, torch and Triton gave on such a device."""
+def stored(name: str, device: str, heap: str | None, folder: Path = RESULTS) -> set[tuple[str, str]]:
+    """``(benchmark, dtype)`` of the results that this very source, torch and Triton gave on such a device and heap."""
     path = folder / device_folder(device) / f"{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    here = source_digest(), torch.__version__, _version("triton")
-    return {(row["benchmark"], row["dtype"]) for row in rows if (row.get("source"), row["torch"], row["triton"]) == here}
+    here = source_digest(), torch.__version__, _version("triton"), heap
+    return {
+        (row["benchmark"], row["dtype"])
+        for row in rows
+        if (row.get("source"), row["torch"], row["triton"], row.get("heap")) == here
+    }
 
 
 def lacking(row: Mapping[str, Any], on_card: bool) -> list[str]:

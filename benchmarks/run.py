@@ -32,6 +32,7 @@ DIRECTIONS = ("forward", "backward")
 COPY = "copy of as many bytes"
 # A run starts nothing after so many seconds, whatever is left to time.
 LIMIT_S = {"cpu": 600.0, "cuda": 480.0}
+HEAPS = "on a CPU: kept: freed memory stays with the process, as in the engine; default: as glibc has it where nobody says so"
 
 Timings = dict[str, dict[str, Timing]]
 
@@ -45,6 +46,7 @@ class Run:
     results: Path
     ends: float = float("inf")
     only_missing: bool = False
+    heap: str | None = None
     roofs: dict[torch.dtype, roof.Roof] = field(default_factory=dict)
     card: CardLog = field(default_factory=CardLog)
     absent: dict[str, str] = field(default_factory=dict)
@@ -74,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=1.5, help="seconds of measuring per benchmark and dtype")
     parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {LIMIT_S}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
+    parser.add_argument("--heap", default="kept", choices=("kept", "default"), help=HEAPS)
     parser.add_argument("--missing", action="store_true", help="only rows without a result of this very source")
     parser.add_argument("--list", action="store_true", help="print the rows and their peers, and time nothing")
     parser.add_argument("--dry-run", action="store_true", help="the rows of a card as far as they come without one")
@@ -90,8 +93,9 @@ def main(arguments: list[str] | None = None) -> int:
     if on_card and not torch.cuda.is_available():
         parser.error("no CUDA device here")
     ends = time.monotonic() + (LIMIT_S[options.device] if options.limit_s is None else options.limit_s)
-    run = Run(options.device, options.budget_s, options.results, ends, only_missing=options.missing)
-    if not on_card:
+    heap = None if on_card else options.heap
+    run = Run(options.device, options.budget_s, options.results, ends, only_missing=options.missing, heap=heap)
+    if heap == "kept":
         keep_large_blocks()
     with run.card if on_card else contextlib.nullcontext():
         failed = sum(not run_op(spec, run) for spec in chosen)
@@ -110,7 +114,7 @@ def still_missing(spec: OpSpec, run: Run) -> dict[str, Benchmark]:
     benchmarks = benchmarks_of(spec, run.device)
     if not run.only_missing:
         return benchmarks
-    there = stored(spec.name, run.device, run.results)
+    there = stored(spec.name, run.device, run.heap, run.results)
     left = {
         name: replace(benchmark, dtypes=[dtype for dtype in benchmark.dtypes if (name, str(dtype)) not in there])
         for name, benchmark in benchmarks.items()
@@ -190,6 +194,7 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
         "launches": kernels,
         "roof": asdict(here) if here else None,
         "card": card,
+        "heap": run.heap,
     }
 
 

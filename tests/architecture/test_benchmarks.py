@@ -95,6 +95,9 @@ def test_a_second_run_times_what_the_first_one_left(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(provenance, "source_digest", lambda: "another source")
     assert run.main([*arguments, "--missing"]) == 0
     assert len(path.read_text().splitlines()) == 2 * len(whole)
+    assert run.main([*arguments, "--missing", "--heap", "default"]) == 0
+    heaps = [json.loads(line)["heap"] for line in path.read_text().splitlines()]
+    assert heaps == ["kept"] * 2 * len(whole) + ["default"] * len(whole)
 
 
 SEGMENT_MEAN = next(spec for spec in ops.specs() if spec.name == "segment_mean")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -271,6 +272,17 @@ def test_every_line_names_a_benchmark_and_peers_that_are_declared():
             assert set(line.peers) <= set(benchmark.peers), line
             assert {f"torch.{dtype}" for dtype in line.dtypes} <= set(map(str, benchmark.dtypes)), line
     assert len(lines.LINES) <= 20
+
+
+def test_rows_of_one_heap_are_not_shown_for_another():
+    def row(times: float, **heap: str) -> measured.Row:
+        seconds = {"vlkernels": {"median": 1.0}, "torch": {"median": times}}
+        return measured.Row(Path("a.jsonl"), 1, {"benchmark": "b", "dtype": "torch.float32", "seconds": seconds, **heap})
+
+    rows = [row(1.1), row(1.2, heap="kept"), row(1.8, heap="default")]
+    line = lines.Line("what", "against", "a", "b", ("torch",))
+    assert [figure.times for figure in line.figures(rows, "float32")] == [1.2, 1.1]
+    assert [figure.times for figure in dataclasses.replace(line, heap="default").figures(rows, "float32")] == [1.8]
 
 
 def test_the_best_peer_counts():
