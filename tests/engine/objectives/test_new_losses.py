@@ -28,7 +28,7 @@ from engine.objectives.sentence_order import SentenceOrder
 from engine.objectives.sigmoid_contrastive import SigmoidContrastive
 from engine.objectives.span_boundary import SpanBoundary
 from engine.objectives.triplet import Triplet
-from engine.sections import JointStack, Model, TextStack
+from engine.sections import JointStack, Model, TextStack, Tokenizer
 
 CLS, SEP, MASK, FIRST_SENTINEL = 1, 2, 3, 30
 TOKENIZER = SimpleNamespace(
@@ -122,7 +122,7 @@ def test_every_word_but_the_first_is_predicted():
     read = Tokens(states, batch.text.layout)
     options = SimpleNamespace(text=SimpleNamespace(width=2))
     model = SimpleNamespace(
-        decoder=None, joint=None, text=1, text_states=lambda _: read, words_of=lambda _: table, options=options, impl="auto"
+        decoder=None, joint=None, text=1, text_states=lambda *_: read, words_of=lambda _: table, options=options, impl="auto"
     )
     model.heads = {"causal_language": objective.build_head(model)}
     losses, _ = objective(model, batch)
@@ -143,7 +143,7 @@ def test_a_joint_stream_writes_without_looking_ahead():
 
 
 def test_a_text_that_sees_all_cannot_write():
-    config = SimpleNamespace(model=Model(image=None, text=TextStack(**SIZES), fusion=None))
+    config = SimpleNamespace(model=Model(image=None, text=TextStack(**SIZES), fusion=None), tokenizer=Tokenizer())
     with pytest.raises(ValueError, match="objectives.causal_language needs model.text.mask causal, got full"):
         CausalLanguage().check(config)
 

@@ -37,6 +37,9 @@ class PlainEngine:
     def step(self):
         return True
 
+    def after_step(self, applied):
+        """No state follows the steps here."""
+
 
 class Sigmoid(BatchCoupledObjective):
     """SigLIP's: labels beside the features, two numbers, one of them clamped out of the gradient's reach."""
