@@ -128,12 +128,13 @@ def test_rows_older_than_the_digest_are_shown_where_a_commit_names_their_code(co
 
 def test_rows_of_the_whole_step_go_on_under_its_new_name(copy):
     old, new = results_of(copy, "uniter_step"), results_of(copy, "train_step")
-    new.unlink()
+    others = [line for line in new.read_text().splitlines() if json.loads(line)["benchmark"] != "UNITER-base step"]
+    new.write_text("\n".join(others) + "\n")
     assert "| uniter_step: [UNITER-base step](" in report.pages(copy)[copy / "README.md"]
     row = json.loads(old.read_text().splitlines()[-1])
     times = {"padded PyTorch, random": 9.75, "padded PyTorch, bucketed": 8.25, "transformers, random": 1.5}
     row |= {"dtype": "torch.float32", "packed_times_as_fast": times, "date": "2100-01-01T00:00:00+00:00", "source": "s"}
-    new.write_text(json.dumps(row) + "\n")
+    new.write_text("\n".join([*others, json.dumps(row)]) + "\n")
     page = report.pages(copy)[copy / "README.md"]
     for figure in ("9.75; 2.65 (target 2: met)", "8.25; 1.59 (target 1.08: met)"):
         assert re.search(rf"{re.escape(figure)} \|  \| train_step: \[UNITER-base step\]", page)
@@ -271,7 +272,7 @@ def test_every_line_names_a_benchmark_and_peers_that_are_declared():
             benchmark = declared[line.file][line.benchmark]
             assert set(line.peers) <= set(benchmark.peers), line
             assert {f"torch.{dtype}" for dtype in line.dtypes} <= set(map(str, benchmark.dtypes)), line
-    assert len(lines.LINES) <= 20
+    assert len(lines.LINES) <= 26
 
 
 def test_rows_of_one_heap_are_not_shown_for_another():
