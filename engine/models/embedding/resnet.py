@@ -5,24 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.models.batch_norm import FrozenBatchNorm
+
 MakeNorm = Callable[[int], nn.Module]
-
-
-class FrozenBatchNorm(nn.Module):
-    """Batch norm with fixed statistics and a fixed affine map, none of them parameters."""
-
-    def __init__(self, channels: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
-            self.register_buffer(name, torch.full((channels,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class Basic(nn.Module):
