@@ -73,6 +73,9 @@ class ImageInput:
     """Of a grid. fpn: the finest level of a feature pyramid; resnext101_fpn: over a ResNeXt-101 32x8d (LayoutLMv2)."""
     stages: int | None = None
     """How many of the backbone's four stages there are (null: all; SimVLM: 3, at a sixteenth of the resolution)."""
+    backbone_norm: Literal["frozen", "batch"] = "frozen"
+    """Behind the backbone's convolutions. frozen: a map that stands still, for weights of a network that was trained with
+    another; batch: by the pictures of a micro-step on all ranks, which lets it begin from nothing."""
 
     @property
     def cell_side(self) -> int:

@@ -11,7 +11,7 @@ import vlkernels as vk
 from random_batch import random_batch, small_model
 from torch.nn import functional as F
 
-from engine.batch import Batch, Sample, Text, Words
+from engine.batch import Batch, Patches, Sample, Text, Words
 from engine.data import collate
 from engine.data.plan.order import generator
 from engine.models.model import VisionLanguageModel
@@ -28,7 +28,7 @@ from engine.objectives.sentence_order import SentenceOrder
 from engine.objectives.sigmoid_contrastive import SigmoidContrastive
 from engine.objectives.span_boundary import SpanBoundary
 from engine.objectives.triplet import Triplet
-from engine.sections import JointStack, Model, TextStack, Tokenizer
+from engine.sections import DecoderStack, ImageStack, JointStack, Model, TextStack, Tokenizer
 
 CLS, SEP, MASK, FIRST_SENTINEL = 1, 2, 3, 30
 TOKENIZER = SimpleNamespace(
