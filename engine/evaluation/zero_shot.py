@@ -63,7 +63,7 @@ def caption_features(
     limit = config.data.max_caption_tokens
     found = [tokenizer.encode(caption, limit) for caption in captions]
     rows = [tokenizer.fill(*one, limit)[0] if config.data.fill_captions else one[0] for one in found]
-    layout = vk.SegmentLayout([[len(row)] for row in rows]).to(model.logit_scale.device)
+    layout = vk.SegmentLayout([[len(row)] for row in rows]).to(next(model.parameters()).device)
     ids = torch.from_numpy(np.concatenate(rows)).to(layout.device)
     return model.features_of_text(model.text(Text(ids, layout), layout, model.rng))
 
@@ -72,7 +72,7 @@ def picture_features(model: VisionLanguageModel, paths: Sequence[Path], config: 
     """`[N, E]` of image files."""
     transform = image_transform(config)
     pictures = [transform(read_picture(path, config)) for path in paths]
-    layout = vk.SegmentLayout([[len(patches)] for patches, _ in pictures]).to(model.logit_scale.device)
+    layout = vk.SegmentLayout([[len(patches)] for patches, _ in pictures]).to(next(model.parameters()).device)
     columns = zip(*pictures, strict=True)
     patches, positions = (torch.from_numpy(np.concatenate(column)).to(layout.device) for column in columns)
     return model.features_of_image(model.image(Patches(patches, positions), layout, model.rng))

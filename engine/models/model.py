@@ -20,7 +20,7 @@ from engine.models.features import FeatureHead, scale_within
 from engine.models.initialization import initialize
 from engine.models.momentum import MomentumCopy
 from engine.models.passes import SharedPasses, drawn_as
-from engine.models.roles import Decoder, Fusion, ImageTower, Joint, TextTower
+from engine.models.roles import Decoder, Fusion, ImageTower, Joint, make_text_tower
 from engine.models.transformer import Blocks, SelectedRows, Source, Tokens
 from engine.sections import Model, Regions, Stack
 
@@ -45,18 +45,19 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         values = None if regions is None else regions.feature_values
         image, text = options.image, options.text
         self.image = ImageTower(image, streams, impl, values) if image is not None else None
-        self.text = TextTower(text, vocab_size, streams, impl) if text is not None else None
+        self.text = make_text_tower(text, vocab_size, streams, impl) if text is not None else None
         self.fusion = Fusion(options.fusion, image.width, streams, impl) if options.fusion is not None else None
         self.joint = self._make_joint(vocab_size, streams, values)
         self.decoder = self._make_decoder(vocab_size, streams)
         small = options.generator
-        self.generator = TextTower(small, vocab_size, streams, impl) if small is not None else None
+        self.generator = make_text_tower(small, vocab_size, streams, impl) if small is not None else None
         both = options.co_attention
         self.co_attention = CoAttention(both, image, text, streams, impl) if both is not None else None
         if options.compares_towers:
             self.image_head = FeatureHead(image.width, options.projection_dim, image.projection)
             self.text_head = FeatureHead(text.width, options.projection_dim, text.projection)
-            self.logit_scale = nn.Parameter(torch.tensor([math.log(options.logit_scale_init)]))
+            if options.logit_scale_init is not None:
+                self.logit_scale = nn.Parameter(torch.tensor([math.log(options.logit_scale_init)]))
         self.negatives_stream = next(streams)
         self.heads = nn.ModuleDict()
         self.teacher: MomentumCopy | None = None

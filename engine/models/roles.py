@@ -16,6 +16,7 @@ from engine.models.embedding.places import boxes_of_cells
 from engine.models.embedding.rows import table
 from engine.models.masks import mask_table
 from engine.models.pooling import Pooling
+from engine.models.recurrence import PackedGru
 from engine.models.transformer import Linear, PackedTransformer, SelectedRows, Source, Tokens
 from engine.sections import DecoderStack, FusionStack, ImageStack, JointStack, TextStack
 
@@ -88,6 +89,27 @@ class TextTower(nn.Module):
     def pooled(self, tokens: Tokens) -> Tensor:
         """`[B, D]`."""
         return self.pooling(tokens)
+
+
+class RecurrentText(TextTower):
+    """A text role that a recurrent network reads, from rows of the embedder's width."""
+
+    def __init__(self, stack: TextStack, vocab_size: int, streams: Iterator[int], impl: str):
+        nn.Module.__init__(self)
+        self._add_embedder(stack, vocab_size, 1, streams, impl)
+        self.widening = None
+        self.recurrence = PackedGru(stack, stack.embedding_width or stack.width, impl)
+        self.pooling = Pooling(stack.pooling, stack, impl)
+
+    def forward(
+        self, text: Text, layout: vk.SegmentLayout, rng: vk.Rng, selected: SelectedRows | None = None
+    ) -> Tokens:
+        return self.recurrence(self.embed(text, layout, rng), selected)
+
+
+def make_text_tower(stack: TextStack, vocab_size: int, streams: Iterator[int], impl: str) -> TextTower:
+    """Of what the section asks for."""
+    return {"transformer": TextTower, "gru": RecurrentText}[stack.encoder](stack, vocab_size, streams, impl)
 
 
 class Fusion(nn.Module):

@@ -26,6 +26,7 @@ class Contrastive(BatchCoupledObjective):
     """Image-text contrastive loss (ITC)."""
 
     roles: ClassVar[tuple[str, ...]] = ("image", "text")
+    reads_scale: ClassVar[bool] = True
 
     negatives: Literal["global", "local"] = "global"
     """global: against all pairs of the step; local: against those of this rank."""

@@ -24,7 +24,7 @@ from engine.objectives.parts.baselines import Unigrams
 from engine.objectives.parts.held_out import Figures, HeldOut, require_some
 from engine.objectives.parts.normalization import normalizer, widened
 from engine.objectives.parts.objective import Draw, Losses, Objective, Report
-from engine.sections import TextStack, require_positive, require_share
+from engine.sections import TextStack, require, require_positive, require_share
 
 DEEPER = 2
 """The teacher has so many layers for one of the student's, which begins as the first of them."""
@@ -51,6 +51,11 @@ class Distillation(Objective):
     def __post_init__(self) -> None:
         require_share("objectives.distillation.probability", self.probability)
         require_positive(self, "objectives.distillation", "temperature")
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        encoder = config.model.text.encoder
+        require(encoder == "transformer", f"objectives.distillation needs model.text.encoder transformer, got {encoder}")
 
     @property
     def _all(self) -> str:

@@ -25,6 +25,7 @@ class LateInteraction(BatchCoupledObjective):
     """Image-text contrastive loss whose similarities are means over tokens of their best match (FILIP)."""
 
     roles: ClassVar[tuple[str, ...]] = ("image", "text")
+    reads_scale: ClassVar[bool] = True
 
     label_smoothing: float = 0.0
     """Share of each target that is spread over all pairs."""

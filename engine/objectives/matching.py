@@ -39,6 +39,7 @@ class Matching(Objective):
     """
 
     roles: ClassVar[tuple[str, ...]] = ("image", "text", "fusion")
+    reads_scale: ClassVar[bool] = True
 
     negatives: Literal["global", "local"] = "global"
     """Where hard negatives are drawn from. global: the pairs of all ranks, which takes one micro-batch per rank and

@@ -29,6 +29,7 @@ class MomentumContrastive(Objective):
     """
 
     roles: ClassVar[tuple[str, ...]] = ("image", "text")
+    reads_scale: ClassVar[bool] = True
 
     queue: int = 65_536
     """Pairs of earlier steps that are negatives; a multiple of train.global_batch."""

@@ -26,6 +26,7 @@ class SigmoidContrastive(BatchCoupledObjective):
     """
 
     roles: ClassVar[tuple[str, ...]] = ("image", "text")
+    reads_scale: ClassVar[bool] = True
 
     bias: float = -10.0
     """What the number that is added to all logits begins with."""

@@ -64,7 +64,9 @@ def describe_role(config: Config, role: str) -> str:
         image and f"{image.kind} of the image": image is not None,
     }
     parts = [" + ".join(what for what, given in embedded.items() if given)]
-    parts.append(f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm")
+    sizes = f"{stack.layers} x {stack.width}"
+    attends = stack.layers > 0 and getattr(stack, "encoder", "transformer") == "transformer"
+    parts.append(f"{sizes}, {stack.heads} heads, {stack.norm}-norm" if attends else f"{sizes}, no attention")
     source = "image" if role == "fusion" else getattr(stack, "source", None)
     return ", ".join([*filter(None, parts), *([f"reads {source}"] if source is not None else [])])
 

@@ -71,10 +71,12 @@ class ImageInput:
     box_values: Literal[5, 7] = 7
     """Numbers of a region's box. 7: corners, sides, area, with a norm for features and one for boxes (UNITER); 5:
     corners and area, added as they are (ViLBERT), to 0 where a region is hidden."""
-    backbone: Literal["resnet18", "resnet50", "resnet101", "resnet18_fpn", "resnext101_fpn"] = "resnet50"
+    backbone: Literal["resnet18", "resnet50", "resnet101", "resnet152", "resnet18_fpn", "resnext101_fpn"] = "resnet50"
     """Of a grid. fpn: the finest level of a feature pyramid; resnext101_fpn: over a ResNeXt-101 32x8d (LayoutLMv2)."""
     stages: int | None = None
     """How many of the backbone's four stages there are (null: all; SimVLM: 3, at a sixteenth of the resolution)."""
+    unit_cells: bool = False
+    """The cells of a backbone have length 1 before their linear map (VSE++)."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
     """Behind the backbone's convolutions. frozen: a map that stands still, for weights of a network that was trained with
     another; batch: by the pictures of a micro-step on all ranks, which lets it begin from nothing."""

@@ -44,6 +44,9 @@ class TextStack(TextInput, Stack):
 
     section: ClassVar[str] = "text"
 
+    encoder: Literal["transformer", "gru"] = "transformer"
+    """What reads the rows. gru: torch's recurrent network (VSE++), which reads forwards, from embedding_width to width; of
+    the other options of a transformer it has layers."""
     layers: int = 2
     """Number of blocks."""
     mask: Literal["full", "causal"] = "full"
@@ -56,6 +59,11 @@ class TextStack(TextInput, Stack):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_input("model.text", self.width)
+        attends = self.encoder == "transformer"
+        require(
+            attends or (self.mask == "full" and self.relative_position is None),
+            f"model.{self.section}.mask and relative_position are of attention, and encoder {self.encoder} has none",
+        )
 
 
 @dataclass
@@ -226,8 +234,8 @@ class Model:
     """A second, smaller text stream (ELECTRA)."""
     projection_dim: int = 128
     """Size of the features of the image and the text tower that are compared."""
-    logit_scale_init: float = 1 / 0.07
-    """Initial factor on the cosine similarities."""
+    logit_scale_init: float | None = 1 / 0.07
+    """Initial factor on the cosine similarities, which is learned; null: there is none (VSE++)."""
     logit_scale_min: float = 1e-3
     """The factor never falls below this."""
     logit_scale_max: float = 100.0
@@ -247,7 +255,7 @@ class Model:
         require_positive(self, "model", "projection_dim", "logit_scale_min")
         require(0 <= self.momentum <= 1, f"model.momentum must be in [0, 1], got {self.momentum}")
         require(
-            self.logit_scale_min <= self.logit_scale_init <= self.logit_scale_max,
+            self.logit_scale_init is None or self.logit_scale_min <= self.logit_scale_init <= self.logit_scale_max,
             f"model.logit_scale_init must be in [logit_scale_min, logit_scale_max] = [{self.logit_scale_min}, "
             f"{self.logit_scale_max}], got {self.logit_scale_init}",
         )
@@ -289,11 +297,24 @@ class Model:
         for name, roles in needed.items():
             missing = [f"model.{role}" for role in roles if getattr(self, role) is None]
             require(not missing, f"{name} needs {' and '.join(missing)}, which is null")
+        self._check_blocks_of_text()
         if self.fusion is not None:
             self._check_fusion(self.fusion, self.text)
         if self.co_attention is not None:
             self._check_co_attention(self.co_attention.layers, {"image": self.image, "text": self.text})
         self._check_shared_tables()
+
+    def _check_blocks_of_text(self) -> None:
+        needed = {
+            "model.co_attention": self.co_attention is not None,
+            "model.fusion.begins_with ids": self.fusion is not None and self.fusion.begins_with == "ids",
+            "model.decoder.shares all_but_attention": self.decoder is not None and self.decoder.shares == "all_but_attention",
+        }
+        for name, given in needed.items():
+            require(
+                not given or self.text.encoder == "transformer",
+                f"{name} needs blocks of model.text: model.text.encoder must be transformer, got {given and self.text.encoder}",
+            )
 
     def _check_fusion(self, fusion: FusionStack, text: TextStack) -> None:
         require(

@@ -20,6 +20,7 @@ STACK = {
 }
 """Their name of what must agree, by ours."""
 PLAIN = {
+    "encoder": "transformer",
     "norm_kind": "layer",
     "biases": "all",
     "gated": False,

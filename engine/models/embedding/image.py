@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import vlkernels as vk
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from engine.batch import Patches, Regions
 from engine.models.embedding.places import TabledPlaces, boxes_of_cells, even_grid, make_places
@@ -164,9 +165,9 @@ class GridEmbedder(ImageEmbedder):
     def project(self, image: Any, masked: Tensor | None) -> Tensor:
         grid = tuple(self.options.max_grid)
         pixels = image.values.to(self.projection.weight.dtype)
-        pooled = nn.functional.adaptive_avg_pool2d(self.backbone(pixels), grid)
+        pooled = F.adaptive_avg_pool2d(self.backbone(pixels), grid)
         cells = pooled.flatten(2).transpose(1, 2).flatten(0, 1)
-        return self.projection(cells)
+        return self.projection(F.normalize(cells, dim=1) if self.options.unit_cells else cells)
 
     def places_of(self, image: Any) -> Tensor:
         return even_grid(len(image.values), tuple(self.options.max_grid), image.values.device)

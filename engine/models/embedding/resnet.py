@@ -139,6 +139,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet18": functools.partial(ResNet, Basic, (2, 2, 2, 2)),
     "resnet50": functools.partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "resnet101": functools.partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+    "resnet152": functools.partial(ResNet, Bottleneck, (3, 8, 36, 3)),
     "resnet18_fpn": _resnet18_fpn,
     "resnext101_fpn": _resnext101_fpn,
 }

@@ -60,6 +60,8 @@ class Objective:
     """Objectives whose views its `prepare` looks at, where a sample has them."""
     without_images: ClassVar[bool] = False
     """Whether samples of a batch may have no image where others have one."""
+    reads_scale: ClassVar[bool] = False
+    """Whether the model's learned factor multiplies its similarities."""
     needs_soft_labels: ClassVar[bool] = False
     """Whether it reads the detector's distributions over classes."""
     reads_whole: ClassVar[str | None] = None
@@ -100,6 +102,10 @@ class Objective:
         require(
             not {"image", "text"} <= set(self.roles) or config.model.compares_towers,
             f"objectives.{self.name} compares features of towers, which model.co_attention lets read each other",
+        )
+        require(
+            not self.reads_scale or config.model.logit_scale_init is not None,
+            f"objectives.{self.name} multiplies similarities by a learned factor: model.logit_scale_init must not be null",
         )
 
     def check_micro_steps(self, micro_steps: int) -> None:
