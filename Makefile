@@ -1,7 +1,7 @@
 # make setup      .venv from requirements.lock, kernels compiled, vlkernels installed; the others do it first
 # make pretrain   train the quickstart
 # make uniter     train UNITER, small, on built-in scenes
-# make systems    train every recipe at a small size (hours); docs/SYSTEMS.md tells what each has learnt
+# make systems    train every recipe at a small size (hours; goes on where it was cut off); docs/SYSTEMS.md tells what each learnt
 # make test       the test suite                 make test-gpu   the tests that need a card
 # make bench      kernels against PyTorch, CPU   make bench-gpu  kernels against their peers, on a card
 # make bench-gpu-steps   whole training steps on a card, beside padded models

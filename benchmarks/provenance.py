@@ -43,7 +43,8 @@ PEER_PACKAGES = (
 
 
 def provenance(device: str) -> dict[str, Any]:
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")  # rows of this very run
+    written = (":!benchmarks/results", ":!docs/SYSTEMS.md")  # by this very run
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *written)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),

@@ -1,58 +1,96 @@
 """Every recipe trained at a small size on built-in data, each loss on held-out samples beside what can be had blindly.
 
-    python -m benchmarks.systems [NAME ...] [--steps 1000] [--output runs/systems]
+    python -m benchmarks.systems [NAME ...] [--missing] [--output runs/systems]
 
-Results go to benchmarks/results/<machine>/systems.jsonl and, the newest of each recipe, to the table of docs/SYSTEMS.md.
+benchmarks/small_systems.yaml has what each run differs in from its recipe. Results go to
+benchmarks/results/<machine>/systems.jsonl and, the newest of each run, to the table of docs/SYSTEMS.md. A run that this
+very commit has stored is not repeated, so that one that was cut off goes on where it was; a run that fails is told at
+the end, and the others go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.provenance import RESULTS, ROOT, store
-from engine.recipes.table import names, recipe
+from benchmarks.provenance import RESULTS, ROOT, provenance, store
+from engine.recipes import table
 
+SETTINGS = ROOT / "benchmarks" / "small_systems.yaml"
 PAGE = ROOT / "docs" / "SYSTEMS.md"
 SIZES = {"width": 64, "layers": 2, "heads": 4, "mlp_width": 256}
 ROLES = ("image", "text", "fusion", "joint", "decoder", "generator")
 
-Figures = dict[str, float]
+Settings = dict[str, Any]
+Row = dict[str, Any]
 
 
-def small(name: str, steps: int, output: Path) -> dict[str, Any]:
+def described(path: Path) -> tuple[Settings, dict[str, Settings]]:
+    """What all runs share, and the own settings of each run: one of every recipe, and those that are listed besides."""
+    listed = yaml.safe_load(path.read_text())
+    shared = listed.pop("all")
+    return shared, {name: listed.get(name) or {} for name in sorted({*table.names(), *listed})}
+
+
+def small(name: str, shared: Settings, own: Settings) -> Settings:
     """A recipe with its tiny data, wide and long enough to learn from them in minutes."""
-    run = recipe(name, "--tiny=true").as_dict()
+    own = dict(own)
+    published = table.recipe(own.pop("recipe", name))
+    run = dataclasses.replace(published, tiny=True).as_dict()
     for role in ROLES:
         if (stack := run["model"][role]) is not None:
-            published = recipe(name).as_dict()["model"][role]
-            stack |= {size: min(value, published[size]) for size, value in SIZES.items()}
-    run |= {"tiny": False, "output": str(output), "precision": "fp32"}
-    run["data"] |= {"max_records": 4096}
-    run["train"] |= {"max_steps": steps, "save_every": 0, "log_every": 50}
-    if run["train"]["buckets"] is None:
-        run["train"] |= {"global_batch": 32}
-    run["optimizer"] |= {"lr": 2e-3, "clip": 1.0}
-    run["schedule"] |= {"warmup_steps": steps // 20}
-    run["evaluation"] |= {"gallery": 256}
-    return run
+            stack |= {size: min(value, getattr(getattr(published.model, role), size)) for size, value in SIZES.items()}
+    bucketed = run["train"]["buckets"] is not None
+    settings = {**shared, **({"train.global_batch": run["train"]["global_batch"]} if bucketed else {}), **own}
+    settings.setdefault("schedule.warmup_steps", settings["train.max_steps"] // 20)
+    for path, value in {"name": name, **settings}.items():
+        *sections, last = path.split(".")
+        section = functools.reduce(lambda inner, part: inner[part], sections, run)
+        if last not in section:
+            raise ValueError(f"{SETTINGS.name}: {name} has no setting {path}")
+        section[last] = value
+    return json.loads(json.dumps(run))  # lists for tuples
 
 
-def train(name: str, steps: int, output: Path) -> dict[str, Any]:
+def digest(run: Settings) -> str:
+    """Names the settings of a run."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train(run: Settings, output: Path) -> dict[str, Any]:
     """The summary of a run in a process of its own."""
     output.mkdir(parents=True, exist_ok=True)
-    described = output / f"{name}.yaml"
-    described.write_text(yaml.safe_dump(json.loads(json.dumps(small(name, steps, output))), sort_keys=False))
-    command = [sys.executable, str(ROOT / "engine/pretrain.py"), "--config", str(described), "--train.resume", "never"]
+    file = output / f"{run['name']}.yaml"
+    file.write_text(yaml.safe_dump({**run, "output": str(output)}, sort_keys=False))
+    command = [sys.executable, str(ROOT / "engine/pretrain.py"), "--config", str(file), "--train.resume", "never"]
     subprocess.run(command, check=True)
-    return json.loads((output / name / "summary.json").read_text())
+    return json.loads((output / run["name"] / "summary.json").read_text())
+
+
+def row_of(run: Settings, summary: dict[str, Any], seconds: float) -> Row:
+    """What is stored of a run."""
+    return {
+        "op": "systems",
+        "benchmark": run["name"],
+        "dtype": "float32",
+        "settings": digest(run),
+        "steps": run["train"]["max_steps"],
+        "lr": run["optimizer"]["lr"],
+        "seconds": round(seconds, 1),
+        "samples": summary["samples_seen"],
+        "evaluation": summary["evaluation"],
+    }
 
 
 def beside_blind(evaluation: dict[str, Any]) -> Iterator[tuple[str, float, str, float]]:
@@ -64,48 +102,72 @@ def beside_blind(evaluation: dict[str, Any]) -> Iterator[tuple[str, float, str, 
                     yield group, figures["loss"], name.removeprefix("loss_").replace("_", " "), value
 
 
-def told(rows: Sequence[dict[str, Any]]) -> str:
-    """The page: the newest row of each recipe, recipes in their order."""
+def told(rows: Sequence[Row]) -> str:
+    """The page: the newest row of each run, runs in their order."""
     newest = {row["benchmark"]: row for row in rows}
     lines = [
         "# Systems",
         "",
-        "Each recipe at a small size (two layers of width 64), trained on built-in data for the steps named; losses on held-out",
-        "samples beside what can be had without looking at what the loss is about. Written by `make systems`; what each recipe is",
-        "made of, and its parameters at the published size: `python -m engine.recipes`.",
+        "Each recipe at a small size (two layers of width 64), trained on built-in data for the steps named; losses on",
+        "held-out samples beside what can be had without looking at what the loss is about. Written by `make systems`;",
+        "`benchmarks/small_systems.yaml` says what differs from the recipes. What each recipe is made of, and its parameters",
+        "at the published size: `python -m engine.recipes`.",
         "",
-        "| recipe | steps | loss | held out | blindly | |",
-        "|---|---|---|---|---|---|",
+        "| run | steps | rate | seconds | loss | held out | blindly | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(newest):
         row = newest[name]
-        for place, (group, loss, what, blind) in enumerate(beside_blind(row["evaluation"])):
-            begin = (f"`{name}`", f"{row['steps']:,}") if place == 0 else ("", "")
+        begin = f"`{name}` | {row['steps']:,} | {row['lr']:.2g} | {row['seconds']:.0f}"
+        for group, loss, what, blind in beside_blind(row["evaluation"]):
             verdict = "" if loss < blind else "**not below**"
-            lines.append(f"| {begin[0]} | {begin[1]} | {group} | {loss:.4g} | {blind:.4g} ({what}) | {verdict} |")
+            lines.append(f"| {begin} | {group} | {loss:.4g} | {blind:.4g} ({what}) | {verdict} |")
+            begin = " | | | "
     return "\n".join(lines) + "\n"
 
 
-def stored_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
+def stored_rows(results: Path = RESULTS) -> list[Row]:
     """All that was stored on any machine, the oldest first."""
     rows = [json.loads(line) for path in results.glob("*/systems.jsonl") for line in path.read_text().splitlines()]
     return sorted(rows, key=lambda row: row["date"])
 
 
+def is_stored(run: Settings, rows: Sequence[Row], any_commit: bool) -> bool:
+    """Whether there is a row of these very settings, by this very commit or by any."""
+    here = provenance("cpu")
+    return any(
+        (row["benchmark"], row["settings"]) == (run["name"], digest(run))
+        and (any_commit or (row["commit"] == here["commit"] and not row["modified"] and not here["modified"]))
+        for row in rows
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes (all)")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="runs (all)")
+    parser.add_argument("--missing", action="store_true", help="only runs whose settings have no row of any commit")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "systems")
     options = parser.parse_args(arguments)
-    if unknown := sorted(set(options.names) - set(names())):
-        parser.error(f"no recipe {', '.join(unknown)}")
-    for name in options.names or names():
-        summary = train(name, options.steps, options.output)
-        row = {"op": "systems", "benchmark": name, "dtype": "float32", "steps": options.steps}
-        store("systems", {**row, "evaluation": summary["evaluation"], "samples": summary["samples_seen"]}, "cpu")
-        PAGE.write_text(told(stored_rows()))
-    return 0
+    shared, listed = described(SETTINGS)
+    if unknown := sorted(set(options.names) - listed.keys()):
+        parser.error(f"no run {', '.join(unknown)}")
+    failed = []
+    for name in options.names or listed:
+        run = small(name, shared, listed[name])
+        if is_stored(run, stored_rows(), options.missing):
+            print(f"{name}: stored", flush=True)
+            continue
+        begun = time.monotonic()
+        try:
+            summary = train(run, options.output)
+        except subprocess.CalledProcessError:
+            failed.append(name)
+            continue
+        store("systems", row_of(run, summary, time.monotonic() - begun), "cpu")
+    PAGE.write_text(told(stored_rows()))
+    if failed:
+        print(f"systems: no row of {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -87,9 +87,8 @@ class SpanBoundary(Objective):
             own, boundary = own + totals[0].item(), boundary + totals[1].item()
             unigrams.add(batch.views[self.name].targets)
         require_some(unigrams.count, "masked words")
-        figures = {"loss": own, "boundary": boundary}
-        beside = {"loss_unigram": unigrams.entropy, "boundary_unigram": unigrams.entropy}
-        return {self.name: {name: total / unigrams.count for name, total in figures.items()} | beside}
+        totals = {"span_words": own, "span_boundary": boundary}
+        return {name: {"loss": total / unigrams.count, "loss_unigram": unigrams.entropy} for name, total in totals.items()}
 
 
 class SpanHead(nn.Module):

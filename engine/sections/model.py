@@ -34,6 +34,7 @@ class Stack:
     """One transformer: `layers` blocks of attention and a feed-forward network."""
 
     section: ClassVar[str] = "*"
+    least_layers: ClassVar[int] = 1
 
     width: int = 128
     """Hidden size D."""
@@ -69,10 +70,14 @@ class Stack:
     """Dropout after embeddings and sub-layers."""
     attention_dropout: float = 0.0
     """Dropout of attention probabilities."""
+    activation_dropout: float = 0.0
+    """Dropout of the feed-forward network's hidden values, behind the non-linearity (T5, BART, ViT)."""
 
     def __post_init__(self) -> None:
         where = f"model.{self.section}"
-        require_positive(self, where, "width", "layers", "heads", "mlp_width", "eps", "softmax_scale")
+        require_positive(self, where, "width", "heads", "mlp_width", "eps", "softmax_scale")
+        require(self.layers >= self.least_layers, f"{where}.layers must be at least {self.least_layers}, got {self.layers}")
+        require(self.layers > 0 or self.relative_position is None, f"{where}.relative_position needs {where}.layers")
         require(
             self.relative_box is None or self.relative_position is not None,
             f"{where}.relative_box needs {where}.relative_position",
@@ -83,3 +88,4 @@ class Stack:
         )
         require_share(f"{where}.dropout", self.dropout)
         require_share(f"{where}.attention_dropout", self.attention_dropout)
+        require_share(f"{where}.activation_dropout", self.activation_dropout)

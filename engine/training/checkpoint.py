@@ -86,8 +86,9 @@ class Checkpoints:
     def load(self, checkpoint: Checkpoint, engine: Engine, rng: vk.Rng) -> Progress:
         """Restore what `newest` found."""
         path = checkpoint.path
-        engine.load(str(path.parent), path.name)
         state = torch.load(path / f"rank_{self.ranks.rank}.pt", map_location="cpu", weights_only=True)
+        refuse_missing(path, state)
+        engine.load(str(path.parent), path.name)
         restore_random_state(state, self.ranks, rng)
         engine.averages.masters = [[piece.to(self.ranks.device) for piece in part] for part in state["averages"]]
         return checkpoint.progress
@@ -155,16 +156,17 @@ def identity(config: Config, world: int) -> dict[str, Any]:
 
 
 def plan_by_step(config: Config) -> dict[str, Any]:
-    """What else decides which batches a step takes, where it draws its set or takes bucketed batches."""
+    """What else decides which batches a step takes, where it draws its set, takes bucketed batches or mixes."""
     data, train = config.data, config.train
-    if data.sets is None and train.buckets is None:
-        return {"data.sets": None, "train.buckets": None}
+    if data.sets is None and train.buckets is None and data.texts is None:
+        return {"data.sets": None, "train.buckets": None, "data.texts": None}
     return {
         "data.sets": {name: one.tasks for name, one in (data.sets or {}).items()},
         "the order of tasks": [f"{name} {task}" for name, one in (data.sets or {}).items() for task in one.tasks],
         "data.regions": data.regions and asdict(data.regions),
         "data.max_caption_tokens": data.max_caption_tokens,
         "train.buckets": train.buckets and asdict(train.buckets),
+        "data.texts": data.texts and asdict(data.texts),
         "train.global_batch": train.global_batch,
         "seed": config.seed,
     }
@@ -176,6 +178,12 @@ def refuse_differences(path: Path, saved: dict[str, Any], current: dict[str, Any
     if changed:
         differences = "; ".join(f"{name} was {saved.get(name)} and is {current[name]}" for name in changed)
         raise ValueError(f"cannot resume from {path}: {differences}")
+
+
+def refuse_missing(path: Path, state: dict[str, Any]) -> None:
+    """One line about a checkpoint of an earlier version."""
+    if "averages" not in state:
+        raise ValueError(f"cannot resume from {path}: it was written before checkpoints had momentum copies, begin a new run")
 
 
 def random_state(ranks: Ranks, rng: vk.Rng) -> dict[str, Any]:
