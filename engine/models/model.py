@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.batch import IMAGE, Batch, MaskedRegions, MaskedWords, Text
 from engine.models import sharing
-from engine.models.features import FeatureHead
+from engine.models.features import FeatureHead, scale_within
 from engine.models.initialization import initialize
 from engine.models.momentum import MomentumCopy
 from engine.models.passes import SharedPasses, drawn_as
@@ -212,8 +212,8 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         return self.text_head(self.text.pooled(text))
 
     def scale(self) -> Tensor:
-        """What multiplies cosine similarities: exp of the parameter, at most `logit_scale_max`."""
-        return self.logit_scale.clamp(max=math.log(self.options.logit_scale_max)).exp()
+        """What multiplies cosine similarities."""
+        return scale_within(self.logit_scale, self.options.logit_scale_min, self.options.logit_scale_max)
 
     def image_source(self, batch: Batch) -> Source:
         """The batch's images as the fusion encoder reads them."""

@@ -28,20 +28,21 @@ class LateInteraction(BatchCoupledObjective):
     """Share of each target that is spread over all pairs."""
 
     def features(self, model: Any, batch: Batch) -> Features:
-        rows = {}
+        rows, longest = {}, {}
         for name, tokens in (("image", model.image_states(batch)), ("text", model.text_states(batch))):
-            rows |= {name: mapped(model, name, tokens).hidden, f"{name}_lengths": tokens.layout.lengths}
-        return Features(rows, {"scale": model.scale()})
+            rows |= {name: mapped(model, name, tokens).hidden, f"{name}_lengths": tokens.layout.lengths.sum(1)}
+            longest[name] = tokens.layout.max_seqlen
+        return Features(rows, {"scale": model.scale()}, longest)
 
     def loss(self, features: Features, impl: str) -> tuple[Losses, Report]:
         rows, scale = features.rows, features.numbers["scale"]
         group = negatives_group("global")
-        layouts = {f"{name}_layout": vk.SegmentLayout(rows[f"{name}_lengths"].cpu()) for name in ("image", "text")}
+        layouts = {f"{name}_layout": _layout(features, name) for name in ("image", "text")}
         loss = vk.late_interaction_loss(
             rows["image"],
             rows["text"],
             scale,
-            **{name: layout.to(scale.device) for name, layout in layouts.items()},
+            **layouts,
             label_smoothing=self.label_smoothing,
             group=group,
             rank_counts=rank_counts(len(rows["image_lengths"]), group),
@@ -63,6 +64,13 @@ class LateInteraction(BatchCoupledObjective):
 def mapped(model: Any, role: str, tokens: Tokens) -> Tokens:
     """Every token as the map to features has it, which for other losses is given what stands for the sample."""
     return Tokens(getattr(model, f"{role}_head")(tokens.hidden), tokens.layout)
+
+
+def _layout(features: Features, name: str) -> vk.SegmentLayout:
+    """Where the tokens of every sample lie; its lengths stay on the device."""
+    bounds = F.pad(features.rows[f"{name}_lengths"].cumsum(0), (1, 0))
+    sizes = {"max_seqlen": features.bounds[name], "num_tokens": len(features.rows[name])}
+    return vk.SegmentLayout.from_cu_seqlens(bounds, **sizes)
 
 
 def similarities(of: Tokens, to: Tokens) -> Tensor:

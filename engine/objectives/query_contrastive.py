@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.batch import Batch
+from engine.models.features import scale_within
 from engine.models.transformer import Tokens
 from engine.objectives.parts.batch_coupled import BatchCoupledObjective, Features
 from engine.objectives.parts.held_out import Figures, HeldOut
@@ -42,7 +43,8 @@ class QueryContrastive(BatchCoupledObjective):
 
     def build_head(self, model: Any) -> nn.Module:
         options = model.options
-        return QueryHead(options.joint.width, options.projection_dim, options.logit_scale_init, options.logit_scale_max)
+        limits = options.logit_scale_min, options.logit_scale_max
+        return QueryHead(options.joint.width, options.projection_dim, options.logit_scale_init, limits)
 
     def features(self, model: Any, batch: Batch) -> Features:
         queries, texts, scale = compared(model, batch)
@@ -80,14 +82,14 @@ class QueryContrastive(BatchCoupledObjective):
 class QueryHead(nn.Module):
     """Features of queries and texts, of unit length, and what multiplies their products."""
 
-    def __init__(self, width: int, features: int, scale: float, largest: float):
+    def __init__(self, width: int, features: int, scale: float, limits: tuple[float, float]):
         super().__init__()
         self.image, self.text = nn.Linear(width, features), nn.Linear(width, features)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(scale)]))
-        self.largest = math.log(largest)
+        self.limits = limits
 
     def forward(self, queries: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale = self.logit_scale.clamp(max=self.largest).exp()
+        scale = scale_within(self.logit_scale, *self.limits)
         return F.normalize(self.image(queries), dim=-1), F.normalize(self.text(texts), dim=-1), scale
 
 

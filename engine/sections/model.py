@@ -69,6 +69,8 @@ class Stack:
     """Dropout after embeddings and sub-layers."""
     attention_dropout: float = 0.0
     """Dropout of attention probabilities."""
+    activation_dropout: float = 0.0
+    """Dropout of the feed-forward network's hidden values, behind the non-linearity (T5, BART, ViT)."""
 
     def __post_init__(self) -> None:
         where = f"model.{self.section}"
@@ -83,3 +85,4 @@ class Stack:
         )
         require_share(f"{where}.dropout", self.dropout)
         require_share(f"{where}.attention_dropout", self.attention_dropout)
+        require_share(f"{where}.activation_dropout", self.activation_dropout)

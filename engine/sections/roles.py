@@ -196,6 +196,8 @@ class Model:
     """Size of the features of the image and the text tower that are compared."""
     logit_scale_init: float = 1 / 0.07
     """Initial factor on the cosine similarities."""
+    logit_scale_min: float = 1e-3
+    """The factor never falls below this."""
     logit_scale_max: float = 100.0
     """The factor never grows past this."""
     momentum: float = 0.995
@@ -210,12 +212,12 @@ class Model:
 
     def __post_init__(self) -> None:
         require(bool(self.roles), "model: at least one role must be given")
-        require_positive(self, "model", "projection_dim", "logit_scale_init")
+        require_positive(self, "model", "projection_dim", "logit_scale_min")
         require(0 <= self.momentum <= 1, f"model.momentum must be in [0, 1], got {self.momentum}")
         require(
-            self.logit_scale_init <= self.logit_scale_max,
-            f"model.logit_scale_init must not exceed model.logit_scale_max = {self.logit_scale_max}, "
-            f"got {self.logit_scale_init}",
+            self.logit_scale_min <= self.logit_scale_init <= self.logit_scale_max,
+            f"model.logit_scale_init must be in [logit_scale_min, logit_scale_max] = [{self.logit_scale_min}, "
+            f"{self.logit_scale_max}], got {self.logit_scale_init}",
         )
         self._check_what_roles_read()
 

@@ -86,8 +86,9 @@ class Checkpoints:
     def load(self, checkpoint: Checkpoint, engine: Engine, rng: vk.Rng) -> Progress:
         """Restore what `newest` found."""
         path = checkpoint.path
-        engine.load(str(path.parent), path.name)
         state = torch.load(path / f"rank_{self.ranks.rank}.pt", map_location="cpu", weights_only=True)
+        refuse_missing(path, state)
+        engine.load(str(path.parent), path.name)
         restore_random_state(state, self.ranks, rng)
         engine.averages.masters = [[piece.to(self.ranks.device) for piece in part] for part in state["averages"]]
         return checkpoint.progress
@@ -176,6 +177,12 @@ def refuse_differences(path: Path, saved: dict[str, Any], current: dict[str, Any
     if changed:
         differences = "; ".join(f"{name} was {saved.get(name)} and is {current[name]}" for name in changed)
         raise ValueError(f"cannot resume from {path}: {differences}")
+
+
+def refuse_missing(path: Path, state: dict[str, Any]) -> None:
+    """One line about a checkpoint of an earlier version."""
+    if "averages" not in state:
+        raise ValueError(f"cannot resume from {path}: it was written before checkpoints had momentum copies, begin a new run")
 
 
 def random_state(ranks: Ranks, rng: vk.Rng) -> dict[str, Any]:

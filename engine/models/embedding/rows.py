@@ -10,6 +10,8 @@ import vlkernels as vk
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.models.dropout import drop
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -65,16 +67,16 @@ class RowMaker(nn.Module):
         return vk.put_segments(rows, layout, segments, impl=self.impl)
 
     def _one(self, part: Rows, layout: vk.SegmentLayout, rng: vk.Rng | None, stream: int) -> Tensor:
-        dropout = {"dropout_p": self._dropout_p(), "layout": layout, "rng": rng, "stream": stream, "impl": self.impl}
         if part.norm is not None:
+            dropout = {"dropout_p": self._dropout_p(), "layout": layout, "rng": rng, "stream": stream, "impl": self.impl}
             norm = part.norm
             rows = vk.embed_layer_norm(
                 part.ids, part.tables, norm.weight, bias=norm.bias, dense=part.dense, eps=norm.eps, **dropout
             )
         else:
             rows = self._sum(part)
-            if self._dropout_p() > 0:  # no norm is asked for: of the fused call only the sum is taken
-                rows = vk.layer_norm(rows, None, None, return_sum=True, **dropout)[1]
+            if self._dropout_p() > 0:
+                rows = drop(rows, self._dropout_p(), layout, rng, stream, self.impl)
         return rows if part.offset is None else rows + part.offset
 
     def _sum(self, part: Rows) -> Tensor:

@@ -16,7 +16,8 @@ from engine.sections import Stack
 class Sublayer(nn.Module):
     """A residual branch: its norm, its output map (bias deferred) and the constants of its dropout sites."""
 
-    SITES = 1
+    sites = 1
+    """How many constants of dropout sites it takes."""
 
     def __init__(self, stack: Stack, inner_width: int, streams: Iterator[int], impl: str):
         super().__init__()
@@ -30,7 +31,7 @@ class Sublayer(nn.Module):
 class Attention(Sublayer):
     """What both kinds of attention have."""
 
-    SITES = 2
+    sites = 2
 
     def __init__(self, stack: Stack, streams: Iterator[int], impl: str):
         super().__init__(stack, stack.width, streams, impl)

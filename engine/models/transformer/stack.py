@@ -53,7 +53,7 @@ class PackedTransformer(nn.Module):
         self.blocks = nn.ModuleList(build(layer) for layer in range(1 if stack.shared else stack.layers))
         self.shared, self.layers = stack.shared, stack.layers
         if stack.shared:  # further applications of the block draw by constants of their own, behind those of the first
-            self.sites = sum(part.SITES for part in self.blocks.modules() if isinstance(part, Sublayer))
+            self.sites = sum(part.sites for part in self.blocks.modules() if isinstance(part, Sublayer))
             for _ in range((stack.layers - 1) * self.sites):
                 next(streams)
         self.pre_norm = stack.norm == "pre"

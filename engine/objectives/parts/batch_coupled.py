@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ class Features:
     one behind the other."""
     numbers: dict[str, Tensor]
     """What all batches of a step share: parameters, such as the scale of similarities, as the loss uses them."""
+    bounds: dict[str, int] = field(default_factory=dict)
+    """What the host knows of the rows without waiting for the device, such as the length of the longest sample: that of
+    several batches is the largest of theirs."""
 
     @classmethod
     def together(cls, parts: Sequence[Features]) -> Features:
@@ -34,6 +37,7 @@ class Features:
         return cls(
             {name: _as_input(tensor) for name, tensor in rows.items()},
             {name: _as_input(tensor) for name, tensor in first.numbers.items()},
+            {name: max(part.bounds[name] for part in parts) for name in first.bounds},
         )
 
     def differentiable(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,5 +1,8 @@
 """Passes are shared, dropout belongs to the pair, shapes that do not fit are refused."""
 
+import math
+
+import pytest
 import torch
 from random_batch import THREE, VOCAB, random_batch, random_sample, small_config, small_model
 
@@ -86,8 +89,16 @@ def test_rng_moves_with_the_model():
     assert model.rng.state.device.type == "meta"
 
 
-def test_scale_is_limited():
+@pytest.mark.parametrize("at, scale", [(9.0, 100.0), (-9.0, 2.0), (math.log(7.0), 7.0)])
+@pytest.mark.parametrize("gradient", [1.0, -1.0])
+def test_scale_is_limited_and_finds_its_way_back(at, scale, gradient):
+    """A step goes against the gradient: past a limit only one that leads back arrives."""
     model = small_model()
+    model.options.logit_scale_min, model.options.logit_scale_max = 2.0, 100.0
     with torch.no_grad():
-        model.logit_scale.fill_(9.0)
-    torch.testing.assert_close(model.scale(), torch.tensor([100.0]))
+        model.logit_scale.fill_(at)
+    found = model.scale()
+    torch.testing.assert_close(found, torch.tensor([scale]))
+    (gradient * found).sum().backward()
+    arrives = scale == 7.0 or (at > 0) == (gradient > 0)
+    torch.testing.assert_close(model.logit_scale.grad, torch.tensor([gradient * scale * arrives]))

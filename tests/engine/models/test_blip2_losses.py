@@ -2,6 +2,7 @@
 every parameter redrawn, float64."""
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_negatives_are_what_the_best_query_confuses():
     model, batch = built(), batch_of()
     with torch.no_grad():
         model.heads["query_contrastive"].logit_scale.fill_(10.0)
-        model.heads["query_contrastive"].largest = 10.0
+        model.heads["query_contrastive"].limits = 1.0, math.exp(10.0)
         queries, texts, _ = compared(model, batch)
     scores = similarities(queries, texts)
     others = scores.masked_fill(torch.eye(len(TEXTS), dtype=torch.bool), -torch.inf)

@@ -36,6 +36,13 @@ def test_a_training_step_hides_no_sync(module):
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
+def test_similarities_of_tokens_hide_no_sync():
+    """How long pictures and texts are is known on the device alone."""
+    module, batch = module_on_meta("filip_b32", small_model()), random_batch(range(6))
+    batch.task = ("late_interaction",)
+    assert set(step_on_meta(module, batch)) == {"late_interaction"}
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_of_one_task_hides_no_sync(task):
     module, batch = module_on_meta("uniter_base", small_one_stream(dropout=0.1)), region_batch(range(6))

@@ -13,8 +13,9 @@ from engine.sections import Stack
 
 def shared(layers, dropout):
     stack = Stack(
-        width=32, layers=layers, heads=4, mlp_width=48, norm="post", shared=True, dropout=dropout, attention_dropout=dropout
-    )
+        width=32, layers=layers, heads=4, mlp_width=48, norm="post", shared=True, dropout=dropout, attention_dropout=dropout,
+        activation_dropout=dropout,
+    )  # fmt: skip
     streams = itertools.count(5)
     return redraw(PackedTransformer(stack, streams)), streams
 
@@ -29,7 +30,7 @@ def test_two_layers_are_two_passes_but_for_their_draws(dropout):
     assert torch.equal(once, two(tokens, rng=rng).hidden)
     assert torch.allclose(once, twice) == (dropout == 0)
     sites = next(streams) - 5
-    assert next(more) - 5 == 2 * sites == 2 * 3, "a constant for attention, its output and the feed-forward, per layer"
+    assert next(more) - 5 == 2 * sites == 2 * (3 + (dropout > 0)), "a constant for attention, its output and the feed-forward"
 
 
 def test_recomputed_layers_draw_again_what_they_drew():

@@ -47,7 +47,7 @@ class Tokens:
 def small(name: str, *more: str) -> Config:
     """The recipe with another size and without dropout, else as it is."""
     sizes = {"width": WIDTH, "layers": LAYERS, "heads": HEADS, "mlp_width": INNER, "max_positions": POSITIONS}
-    off = sizes | {"dropout": 0.0, "attention_dropout": 0.0}
+    off = sizes | {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
     roles = table.recipe(name).model.roles
     changes = [f"--model.{role}.{option}={value}" for role in roles for option, value in off.items()]
     return table.recipe(name, *changes, f"--data.max_caption_tokens={POSITIONS}", *more)

@@ -16,7 +16,7 @@ from trainer_worker import run as train
 from engine.objectives import Objectives
 from engine.objectives.masked_language import MaskedLanguage
 from engine.sections import Buckets, Data, DataSet, JointStack, Model, Regions
-from engine.training.checkpoint import write_whole
+from engine.training.checkpoint import describe_file, write_whole
 from engine.training.telemetry import read_metrics
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
@@ -154,6 +154,20 @@ def test_a_checkpoint_of_another_plan_is_one_clear_line(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"cannot resume from .*step_00000001: {line}"):
             train(**{**base, **change})
+
+
+def test_a_checkpoint_from_before_there_were_copies_is_one_clear_line(tmp_path):
+    """Its files are whole; what they hold is less."""
+    train(output=str(tmp_path), max_steps=1)
+    (newest,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    state = torch.load(newest / "rank_0.pt")
+    del state["averages"]
+    torch.save(state, newest / "rank_0.pt")
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["rank_0.pt"] = describe_file(newest / "rank_0.pt")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="cannot resume from .*step_00000001: it was written before checkpoints had momentum"):
+        train(output=str(tmp_path), max_steps=2)
 
 
 def test_sets_in_another_order_are_another_plan(tmp_path):
