@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import vlkernels as vk
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.batch import Batch
 from engine.models.transformer import Tokens
