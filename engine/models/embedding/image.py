@@ -137,7 +137,8 @@ class GridEmbedder(ImageEmbedder):
 
     def __init__(self, options: ImageInput, width: int, eps: float, impl: str):
         super().__init__(options, width, eps, impl)
-        self.backbone: Backbone = BACKBONES[options.backbone](norm=NORMS[options.backbone_norm])
+        cut = {} if options.stages is None else {"stages": options.stages}
+        self.backbone: Backbone = BACKBONES[options.backbone](norm=NORMS[options.backbone_norm], **cut)
         self.projection = Linear(self.backbone.channels, width, impl)
 
     def project(self, image: Any, masked: Tensor | None) -> Tensor:
