@@ -64,9 +64,10 @@ def describe_role(config: Config, role: str) -> str:
         image and f"{image.kind} of the image": image is not None,
     }
     parts = [" + ".join(what for what, given in embedded.items() if given)]
-    sizes = f"{stack.layers} x {stack.width}"
-    attends = stack.layers > 0 and getattr(stack, "encoder", "transformer") == "transformer"
-    parts.append(f"{sizes}, {stack.heads} heads, {stack.norm}-norm" if attends else f"{sizes}, no attention")
+    blocks = f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm"
+    if getattr(stack, "encoder", "transformer") == "gru":
+        blocks = f"gru, {stack.layers} x {stack.width}"
+    parts.append(blocks if stack.layers else f"no transformer, width {stack.width}")
     source = "image" if role == "fusion" else getattr(stack, "source", None)
     return ", ".join([*filter(None, parts), *([f"reads {source}"] if source is not None else [])])
 

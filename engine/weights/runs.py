@@ -12,7 +12,10 @@ from engine.weights.pieces import Piece
 OTHERWISE = (("joint.queries_norm.", "joint.text.norm."), (".feed_forward.", ".feed_forwards.0."))
 """Of a stream of queries without text, and what the same is called beside a text (BLIP-2's stages)."""
 OF_A_STACK = [field.name for field in dataclasses.fields(Stack) if "dropout" not in field.name]
-OF_AN_INPUT = ["positions", "position_offset", "embedding_norm", "embedding_width", "page", "kind", "patch_size", "patch_bias"]
+OF_AN_INPUT = [
+    "positions", "position_offset", "embedding_norm", "embedding_width", "page", "encoder",
+    "kind", "patch_size", "patch_bias", "box_values", "mean_token", "backbone", "stages", "unit_cells",
+]  # fmt: skip
 
 
 def differing(where: str, section: Any, settings: Mapping[str, Any]) -> list[str]:
