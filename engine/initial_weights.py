@@ -19,6 +19,8 @@ from engine.weights.pieces import Piece
 from engine.weights.resizing import PLACES, Grid, copy_places, copy_rows, fits
 
 TEACHER = "heads.distillation.teacher"
+COUNTERS = "num_batches_tracked"
+"""What torch's batch norms count, and nobody reads."""
 WORDS_OF_TEACHER = "heads.masked_language."
 """What fills its head of words."""
 
@@ -47,9 +49,9 @@ class Filling:
 
     def __init__(self, model: VisionLanguageModel):
         self.model = model
-        self.parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters(remove_duplicate=False)
+        self.tensors = {
+            name: tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
             if not name.startswith("teacher.")  # of momentum copies, which follow
         }
         self.taken: set[int] = set()
@@ -62,13 +64,13 @@ class Filling:
         notes: list[str] = []
         for source in sources:
             for piece in source.pieces:
-                if piece.ours in self.parameters:  # else a table or a head that the run has not
+                if piece.ours in self.tensors:  # else a table or a head that the run has not
                     self._fill(piece, source.settings, folder, used, notes)
         folder.require(bool(used), f"has nothing for model.{asked}")
         lines = [f"loaded {len(used)} tensors of {folder.path} into {'the model' if asked == 'model' else f'model.{asked}'}"]
         if notes:
             lines.append(f"of tables of another size: {', '.join(notes)}")
-        if idle := sorted(folder.tensors.keys() - used):
+        if idle := sorted(name for name in folder.tensors.keys() - used if not name.endswith(COUNTERS)):
             lines.append(f"not used of {folder.path}: {', '.join(idle)}")
         return lines
 
@@ -81,14 +83,14 @@ class Filling:
 
     def left(self) -> list[str]:
         """What nothing was loaded into, in a line."""
-        begun = {module_of(name) for name, parameter in self.parameters.items() if id(parameter) in self.taken}
-        names = [name for name, parameter in self.parameters.items() if id(parameter) not in self.taken]
+        begun = {module_of(name) for name, parameter in self.tensors.items() if id(parameter) in self.taken}
+        names = [name for name, parameter in self.tensors.items() if id(parameter) not in self.taken]
         left = dict.fromkeys(name if module_of(name) in begun else module_of(name) for name in names)
         return [f"left at their initialisation: {', '.join(left)}"] if left else []
 
     @torch.no_grad()
     def _fill(self, piece: Piece, settings: Mapping[str, Any], folder: Folder, used: set[str], notes: list[str]) -> None:
-        name, target = piece.ours, self.parameters[piece.ours]
+        name, target = piece.ours, self.tensors[piece.ours]
         if missing := [source for source in piece.theirs if source not in folder.tensors]:
             optional = name.startswith("heads.") or ".pooling.dense." in name or id(target) in self.taken
             folder.require(optional, f"has no {', '.join(missing)}")
@@ -119,7 +121,7 @@ def sources_of_family(asked: str, folder: Folder, model: VisionLanguageModel) ->
         settings = part.sizes.completed(part.settings(folder.config))
         where, shallower = f"model.{place.role if asked == 'model' else asked}", may_be_shallower(place, model)
         differing += part.sizes.differing(where, place.stack, settings, place.first, shallower)
-        whole = place.first + place.layers == settings.get(part.sizes.same["layers"])
+        whole = place.first + place.layers == settings.get(part.sizes.same.get("layers"))
         pieces = [piece for piece in part.pieces(place) if whole or ".final_norm." not in piece.ours]
         sources.append(Source(pieces, settings))
     if asked in ("model", "teacher", "generator", head_role(model)):
@@ -179,8 +181,8 @@ def sources_of_run(asked: str, folder: Folder, filling: Filling) -> tuple[Folder
     folder.require(bool(roles), f"has nothing for model.{asked}")
     differing = [line for role in roles for line in runs.differing(f"model.{role}", getattr(options, role), settings[role])]
     folder.require(not differing, f"does not fit: {'; '.join(differing)}")
-    sources = [Source(list(runs.pieces(role, filling.parameters, folder.tensors)), settings[role]) for role in roles]
-    others = [name for name in filling.parameters if module_of(name).partition(".")[0] not in options.roles]
+    sources = [Source(list(runs.pieces(role, filling.tensors, folder.tensors)), settings[role]) for role in roles]
+    others = [name for name in filling.tensors if module_of(name).partition(".")[0] not in options.roles]
     if asked in ("model", head_role(filling.model)):
         heads = [name for name in others if name in folder.tensors and (asked == "model" or name.startswith("heads."))]
         sources.append(Source(list(runs.pieces("model", heads, folder.tensors)), {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.weights import albert, bart, bert, clip, distilbert, electra, gpt2, layoutlmv2, opt, t5, vilt, vision
+from engine.weights import albert, bart, bert, clip, distilbert, electra, gpt2, layoutlmv2, opt, resnet, t5, vilt, vision
 from engine.weights.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -29,6 +29,7 @@ FAMILIES: tuple[Family, ...] = (
     clip.SIGLIP,
     clip.SIGLIP_VISION,
     vilt.VILT,
+    resnet.RESNET,
 )
 """Of those that a model could be written as the first is taken."""
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from engine.models.embedding.resnet import BACKBONES
 from engine.sections import ImageInput
 
 ACTIVATIONS = {
@@ -31,6 +32,14 @@ def feed_forward(stack: Any) -> str:
     return f"{'gated-' * stack.gated}{stack.activation}"
 
 
+def residual(picture: ImageInput) -> tuple[str | None, list[int] | None]:
+    """Blocks of a ResNet, and how many every stage has; none of a backbone that is more than one."""
+    if not (parts := getattr(BACKBONES[picture.backbone], "args", ())):
+        return None, None
+    block, depths = parts
+    return block.__name__.lower(), list(depths[: picture.stages])
+
+
 DERIVED: dict[str, Callable[[Any], Any]] = {
     "picture": lambda stack: stack if isinstance(stack, ImageInput) else stack.image,
     "image_size": image_size,
@@ -40,6 +49,8 @@ DERIVED: dict[str, Callable[[Any], Any]] = {
     "mlp_per_width": lambda stack: stack.mlp_width / stack.width,
     "position_rows": lambda stack: stack.max_positions + stack.position_offset,
     "feed_forward": feed_forward,
+    "block": lambda picture: residual(picture)[0],
+    "depths": lambda picture: residual(picture)[1],
     "has_types": lambda stack: stack.types > 0,
 }
 """What is no field of a section, but follows from some."""

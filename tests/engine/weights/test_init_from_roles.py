@@ -121,3 +121,37 @@ def test_what_does_not_fit_a_role(tmp_path, role, folder, more, told):
     with pytest.raises(ValueError) as caught:
         begun("albef_base", {role: tmp_path / folder}, *size, *more)
     assert str(caught.value).endswith(told)
+
+
+# ---- backbones
+
+
+def resnet(folder, depths: list[int]):
+    """Norms keep what they have seen in buffers."""
+    sizes = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "layer_type": "basic", "depths": depths}
+    theirs = transformers.ResNetModel(transformers.ResNetConfig(**sizes)).eval()
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for name, tensor in theirs.state_dict().items():
+            if tensor.is_floating_point():
+                drawn = torch.randn(tensor.shape, generator=generator)
+                tensor.copy_(0.5 + drawn.abs() if name.endswith("var") else drawn * (0.1 if tensor.dim() > 1 else 0.5))
+    theirs.save_pretrained(folder)
+    return theirs.double()
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+@torch.no_grad()
+def test_a_backbone_begins_as_a_resnet(tmp_path, norm):
+    theirs = resnet(tmp_path, [2, 2, 2, 2])
+    options = "--model.image.backbone=resnet18", f"--model.image.backbone_norm={norm}"
+    model, lines = begun("vsepp", {"image": tmp_path}, *options, roles=())
+    pixels = torch.randn(2, 3, 48, 40, dtype=torch.float64)
+    torch.testing.assert_close(model.image.embedder.backbone(pixels), theirs(pixels).last_hidden_state, **CLOSE)
+    assert lines[0].startswith("loaded 100 tensors") and not [line for line in lines if line.startswith("not used")]
+
+
+def test_another_resnet_is_refused(tmp_path):
+    resnet(tmp_path, [2, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"model.image.picture.depths must be \[2, 1, 1, 1\], got \[2, 2, 2, 2\]"):
+        begun("vsepp", {"image": tmp_path}, "--model.image.backbone=resnet18", roles=())
