@@ -76,8 +76,9 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; the optimizer always keeps fp32 weights."""
     init_from: dict[str, str] = field(default_factory=dict)
-    """Weights a new run begins with: folders as `transformers` saves them, by part of the model, such as
-    {joint: bert-base-cased}, or {teacher: bert-base-uncased} of a distillation."""
+    """Weights a new run begins with: folders as `transformers` saves them, or of finished runs, by role, such as
+    {image: vit-base, text: bert-base-uncased}; {model: FOLDER} fills every role that the folder has something for, {teacher:
+    FOLDER} the teacher of a distillation."""
     impl: Literal["auto", "reference", "torch", "cpp", "triton", "cuda", "flash"] = "auto"
     """Implementation every vlkernels op is asked for."""
     data: Data = field(default_factory=Data)

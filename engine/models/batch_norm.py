@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from engine.models.states import Float32Buffers, num_ranks, rows_of_ranks, sum_over_ranks
+from engine.sections import require
 
 
 class FrozenBatchNorm(Float32Buffers):
@@ -54,6 +55,8 @@ class BatchNorm(Float32Buffers):
         if not self.training:
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
             return F.batch_norm(x, mean, var, self.weight, self.bias, eps=self.eps)
+        values = num_ranks() * x.numel() // x.shape[1]
+        require(values > 1, f"a batch norm needs more than one value of each channel, got {values}: give more samples a step")
         normalised, mean, var, count = _Normalise.apply(x, self.eps)
         if torch.is_grad_enabled():
             self._seen.append((mean.flatten(), var.flatten() * (count / (count - 1))))

@@ -16,13 +16,15 @@ Rule = Callable[[nn.Module], None]
 
 @torch.no_grad()
 def initialize(model: nn.Module, std: float, kind: str = "normal") -> None:
-    """Matrices and tables normal with standard deviation `std`, biases of linear maps zero; then what `kind` draws
-    otherwise (`model.initialization` explains them)."""
+    """Matrices and tables normal with standard deviation `std`, convolutions by what each value goes to (He et al., 2015),
+    biases of both zero; then what `kind` draws otherwise (`model.initialization` explains them)."""
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             parameter.normal_(std=std)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
             module.bias.zero_()
     if kind != "normal":
         RULES[kind](model)

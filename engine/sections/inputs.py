@@ -71,6 +71,9 @@ class ImageInput:
     corners and area, added as they are (ViLBERT)."""
     backbone: Literal["resnet18", "resnet50", "resnet101", "resnet18_fpn", "resnext101_fpn"] = "resnet50"
     """Of a grid. fpn: the finest level of a feature pyramid; resnext101_fpn: over a ResNeXt-101 32x8d (LayoutLMv2)."""
+    backbone_norm: Literal["frozen", "batch"] = "frozen"
+    """Behind the backbone's convolutions. frozen: a map that stands still, for weights of a network that was trained with
+    another; batch: by the pictures of a micro-step on all ranks, which lets it begin from nothing."""
 
     def check_input(self, where: str, width: int) -> None:
         """Refuse what does not fit a stream of this width."""

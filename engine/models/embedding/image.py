@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine.batch import Patches, Regions
 from engine.models.embedding.places import TabledPlaces, boxes_of_cells, even_grid, make_places
-from engine.models.embedding.resnet import BACKBONES, Backbone
+from engine.models.embedding.resnet import BACKBONES, NORMS, Backbone
 from engine.models.embedding.rows import Rows, table
 from engine.models.embedding.text import TextEmbedder
 from engine.models.transformer import Linear
@@ -137,7 +137,7 @@ class GridEmbedder(ImageEmbedder):
 
     def __init__(self, options: ImageInput, width: int, eps: float, impl: str):
         super().__init__(options, width, eps, impl)
-        self.backbone: Backbone = BACKBONES[options.backbone]()
+        self.backbone: Backbone = BACKBONES[options.backbone](norm=NORMS[options.backbone_norm])
         self.projection = Linear(self.backbone.channels, width, impl)
 
     def project(self, image: Any, masked: Tensor | None) -> Tensor:

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.models.batch_norm import FrozenBatchNorm
+from engine.models.batch_norm import BatchNorm, FrozenBatchNorm
 
 MakeNorm = Callable[[int], nn.Module]
+NORMS: dict[str, MakeNorm] = {"frozen": FrozenBatchNorm, "batch": BatchNorm}
 
 
 class Basic(nn.Module):

@@ -10,8 +10,10 @@ import vlkernels as vk
 from torch import nn
 from torch.nn import functional as F
 
+from engine.models.batch_norm import BatchNorm, FrozenBatchNorm
 from engine.models.embedding import RowMaker, make_image_embedder
 from engine.models.embedding.resnet import BACKBONES, Basic, Bottleneck, FinestPyramidLevel, ResNet
+from engine.models.initialization import initialize
 from engine.sections.inputs import ImageInput
 
 transformers = pytest.importorskip("transformers")
@@ -129,3 +131,31 @@ def test_cells_are_rows_of_the_pooled_map():
     expected = F.linear(expected, embedder.projection.weight, embedder.projection.bias)
     found = RowMaker(0.0, 1, itertools.count(), "auto")(lambda: embedder.rows(image, layout), layout, None)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind, norm", [("frozen", FrozenBatchNorm), ("batch", BatchNorm)])
+def test_the_norm_of_a_backbone_is_an_option(kind, norm):
+    options = ImageInput(kind="grid", backbone="resnet18_fpn", backbone_norm=kind, positions="none")
+    with torch.device("meta"):
+        backbone = make_image_embedder(options, 16, 1e-6, "auto").backbone
+    norms = [part for part in backbone.modules() if isinstance(part, (FrozenBatchNorm, BatchNorm))]
+    assert len(norms) == 20 and {type(part) for part in norms} == {norm}
+
+
+def test_a_backbone_begins_from_nothing():
+    """Two different pictures stay as different in the last map as they are."""
+    torch.manual_seed(0)
+    backbone = BACKBONES["resnet18"](norm=BatchNorm)
+    initialize(backbone, 0.02)
+    assert backbone.layer3[0].conv1.weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
+    last = backbone(torch.randn(4, 3, 64, 64)).flatten(1)
+    assert 0.3 < (last[0] - last[1]).norm() / last[0].norm() < 3 and last.std() > 0.3
+    pyramid = BACKBONES["resnet18_fpn"]()
+    initialize(pyramid, 0.02)
+    assert not pyramid.output.bias.any() and not pyramid.lateral[0].bias.any()
+
+
+def test_one_value_per_channel_has_no_variance():
+    with pytest.raises(ValueError, match="more than one value of each channel, got 1"):
+        BatchNorm(3)(torch.randn(1, 3, 1, 1))
+    assert BatchNorm(3).eval()(torch.ones(1, 3, 1, 1)).shape == (1, 3, 1, 1)
