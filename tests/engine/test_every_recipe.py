@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from meta_step import step_on_meta, to_meta
 from shared_cache import shared_cache
+from torch import nn
 
 from engine.batch import Batch
 from engine.build import build_model
@@ -16,6 +18,7 @@ from engine.data.builtin import folder_sets
 from engine.evaluation import describe, evaluate
 from engine.objectives import PretrainingModule
 from engine.recipes import table
+from engine.sections import System
 from engine.training.optimizer import freeze
 
 __all__ = ["shared_cache"]
@@ -59,8 +62,10 @@ def eight_of_each_task(config: Config, cache: Path) -> dict[tuple[str, ...] | No
 def test_as_many_parameters_as_published(name):
     config = table.recipe(name)
     assert config.name == name
-    parameters = table.num_parameters(table.model_of(config))
+    model = table.model_of(config)
+    parameters = table.num_parameters(model)
     assert config.system is None or config.system.agrees(parameters), table.count(config, parameters)
+    assert not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()), "of one rank's batch alone"
 
 
 def test_the_readme_names_every_recipe():
@@ -90,11 +95,27 @@ def test_blip2_trains_queries_and_what_stands_around_them(name, learning):
 def test_blocks_name_parts_and_counts():
     block = table.describe("uniter_base")
     assert "112,936,839 = 112,938,887 of the release - 2,048" in block and "12 x 768, 12 heads, post-norm" in block
+    assert block.splitlines()[-1].split() == ["status", "settings", "as", "published"]
+
+
+@pytest.mark.parametrize(
+    "name, drawn",
+    [
+        ("bert_base", []),
+        ("gpt2", ["◣"]),
+        ("blip2_stage1", ["█ █ queries, query_matching", "█ █ text", "█ · queries, query_contrastive", "· █ text",
+                          "█ · queries, causal_language", "█ ◣ text"]),
+        ("blip2_stage2", ["◣ · prefix", "█ ◣ text"]),
+    ],
+)  # fmt: skip
+def test_mask_tables_are_drawn(name, drawn):
+    rows = [" ".join(line.split()) for line in table.describe(name).splitlines()]
+    assert sorted(row for row in rows if row[0] in "█◣·") == sorted(drawn)
 
 
 @pytest.mark.parametrize("name", table.names())
 def test_smallest_size_trains_and_evaluates(name, shared_cache):
-    """All losses are finite and every parameter that learns has had a gradient."""
+    """All losses are finite, every parameter that learns has had a gradient, and no step waits for the device."""
     config = smallest(name, shared_cache)
     config.train.max_steps = STEPS
     if config.train.buckets is not None:
@@ -122,6 +143,7 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
     assert learning.keys() == reached, sorted(learning.keys() - reached)
     read = lambda batch, task=None: held_out_batches(config, held_out, tokenizer, batch, task)  # noqa: E731
     assert describe(evaluate(model, read, config, tokenizer=tokenizer)).count("\n") >= 1
+    assert step_on_meta(to_meta(module.train()), batch)
 
 
 @pytest.mark.parametrize("name", [name for name in table.names() if table.recipe(name).data.tiny_source in folder_sets.NAMES])
@@ -145,3 +167,19 @@ def test_eight_samples_are_learnt_by_heart(name, shared_cache):
         if all(losses[loss] <= LEFT.get(loss, LEARNT) * first[loss] for loss in first):
             return
     pytest.fail(f"{name}: from {first} to {losses}")
+
+
+def test_what_is_from_memory_is_a_setting():
+    """A name that has gone would mark nothing."""
+    for name in table.names():
+        config = table.recipe(name)
+        for path in config.system.recalled or () if config.system is not None else ():
+            assert functools.reduce(getattr, path.split("."), config) is not None, (name, path)
+
+
+@pytest.mark.parametrize(
+    "recalled, status",
+    [(None, "not compared with the paper"), ([], "as published"), (["optimizer", "train"], "as published, from memory optimizer, train")],
+)
+def test_status_says_what_settings_rest_on(recalled, status):
+    assert System(recalled=recalled).status == f"settings {status}"
