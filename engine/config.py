@@ -20,6 +20,7 @@ from engine.sections import (
     Optimizer,
     Schedule,
     System,
+    Texts,
     Tokenizer,
     Train,
     Zero,
@@ -29,6 +30,7 @@ from engine.sections import (
 TINY = {
     **{f"model.{stack}.{name}": cap for stack in ("image", "text", "fusion", "joint", "decoder", "generator")
        for name, cap in (("width", 32), ("layers", 2), ("heads", 2), ("mlp_width", 64))},
+    **{f"model.co_attention.{name}": cap for name, cap in (("width", 48), ("layers", 2), ("heads", 2))},
     "model.projection_dim": 32,
     "model.momentum": 0.9,
     "model.image.patch_size": 8,
@@ -40,6 +42,7 @@ TINY = {
     "tokenizer.vocab_size": 512,
     "data.max_records": 256,
     "data.max_caption_tokens": 64,
+    "data.texts.per_step": 4,
     "data.workers": 0,
     "train.global_batch": 12,
     "train.buckets.tokens": 256,
@@ -99,6 +102,8 @@ class Config:
         require(bool(self.objectives.active), "objectives: at least one must be given")
         self._check_shapes()
         self._check_tasks()
+        if self.data.texts is not None:
+            self._check_texts(self.data.texts)
         self._check_steps()
         self._check_precision()
 
@@ -109,7 +114,10 @@ class Config:
 
     def micro_batch(self, world: int) -> int:
         """Pairs (or bucketed batches) one of `world` ranks takes per micro-step."""
-        return self.train.global_batch // (world * self.micro_steps(world))
+        size = self.train.global_batch // (world * self.micro_steps(world))
+        enough = self.data.texts is None or size > 1  # ranks must run the same modules, so all need an image
+        require(enough, f"data.texts needs micro-batches of at least 2, got {size}")
+        return size
 
     def micro_steps(self, world: int) -> int:
         """Micro-batches that each of `world` ranks takes per optimizer step."""
@@ -148,11 +156,18 @@ class Config:
             self.data.source = self.data.held_out = self.data.tiny_source
             for one in (self.data.sets or {}).values():
                 one.source = self.data.tiny_source
+            if self.data.texts is not None:
+                self.data.texts.source = Texts().source
 
     def _shrink_backbone(self) -> None:
         picture = self.model.reads_pictures
-        if picture is not None:
-            picture.backbone = "resnet18_fpn" if picture.backbone.endswith("_fpn") else "resnet18"
+        if picture is None:
+            return
+        pyramid = picture.backbone.endswith("_fpn")
+        picture.backbone = "resnet18_fpn" if pyramid else "resnet18"
+        if picture.kind == "grid":
+            cells = self.data.image_size // picture.cell_side
+            picture.max_grid = tuple(max(1, min(side, cells)) for side in picture.max_grid)
 
     def _shrink_micro_batch(self, batch: int) -> None:
         """Cut the tiny global batch into as many parts as `batch` was, or the most of them that divide both."""
@@ -196,7 +211,7 @@ class Config:
         for objective in active.values():
             objective.check(self)
         require(
-            {"image", "text"} <= set(self.model.roles) or self.evaluation.zero_shot is None,
+            self.model.compares_towers or self.evaluation.zero_shot is None,
             "evaluation.zero_shot compares features of two towers: give model.image and model.text, or set it to null",
         )
         if sets is None:
@@ -210,6 +225,20 @@ class Config:
         unknown, idle = sorted(served - active.keys()), sorted(active.keys() - served)
         require(not unknown, f"data.sets: tasks must be objectives of the run, got {', '.join(unknown)}")
         require(not idle, f"data.sets: no set has the task {', '.join(idle)}")
+
+    def _check_texts(self, texts: Texts) -> None:
+        joint, pairs = self.model.joint, "data.texts stands beside the pairs of data.source: "
+        require(self.data.sets is None and self.data.regions is None, f"{pairs}leave out data.sets and data.regions")
+        require(
+            joint is not None and joint.text and joint.image is not None and not joint.image.class_token,
+            f"{pairs}model.joint must read text and image, and have no class token, which a text without image has not",
+        )
+        refused = [f"objectives.{name}" for name, one in self.objectives.active.items() if not one.without_images]
+        require(not refused, f"{pairs}{' and '.join(refused)} is for samples that all have an image")
+        require(
+            2 * texts.per_step <= self.train.global_batch,
+            f"data.texts.per_step must be at most half of train.global_batch = {self.train.global_batch}, got {texts.per_step}",
+        )
 
     def _check_steps(self) -> None:
         train = self.train

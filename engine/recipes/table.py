@@ -48,6 +48,8 @@ def describe(name: str) -> str:
     rows = {"paper": config.system.paper if config.system is not None else "none: of this project"}
     for role in config.model.roles:
         rows[role] = "\n".join([describe_role(config, role), *draw(config, role, model)])
+    if (between := config.model.co_attention) is not None:
+        rows["co-attention"] = f"{between.layers} x {between.width}, {between.heads} heads, image and text read each other"
     rows["objectives"] = ", ".join(config.objectives.active)
     rows["parameters"] = count(config, num_parameters(model))
     rows["status"] = config.system.status if config.system is not None else "for trials"

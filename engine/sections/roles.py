@@ -18,7 +18,10 @@ class ImageStack(ImageInput, Stack):
     """The image tower."""
 
     section: ClassVar[str] = "image"
+    least_layers: ClassVar[int] = 0
 
+    layers: int = 4
+    """Number of blocks; 0: what the embedder makes is all there is (a backbone alone: Frozen)."""
     mask: Literal["full", "causal"] = "full"
     """Which token sees which. full: all; causal: none sees a later one."""
     pooling: Pooling = "mean"
@@ -95,6 +98,25 @@ class FusionStack(Stack):
 
 
 @dataclass
+class CoAttentionStack:
+    """Blocks in which the image tower and the text tower read each other."""
+
+    width: int = 128
+    """Of queries, keys and values, whatever the widths of the towers."""
+    layers: int = 2
+    """How many in either tower: one before each of its last layers (ViLBERT: 6)."""
+    heads: int = 4
+    """Attention heads; must divide the width."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "model.co_attention", "width", "layers", "heads")
+        require(
+            self.width % self.heads == 0,
+            f"model.co_attention.heads must divide model.co_attention.width = {self.width}, got {self.heads}",
+        )
+
+
+@dataclass
 class JointStack(TextInput, Stack):
     """One transformer over learned queries, text and image, in this order, or over some of them."""
 
@@ -156,7 +178,10 @@ class DecoderStack(TextInput, Stack):
     """The role whose states it reads; null: none (GPT)."""
     reads: Literal["attention", "prefix"] = "attention"
     """How it reads them. attention: by cross-attention (T5, BART, BLIP); prefix: through a linear map they stand before
-    its own text (BLIP-2, Frozen)."""
+    its own text (BLIP-2)."""
+    pooled_prefix: int | None = None
+    """Of a prefix: so many tokens, which one linear map makes of what stands for the picture (Frozen: 2; null: a token of
+    each state)."""
     prefix_mask: Literal["full", "causal"] = "causal"
     """Whether the tokens of a prefix see each other (full) or none sees a later one (causal)."""
     cross_from: int = 0
@@ -166,13 +191,18 @@ class DecoderStack(TextInput, Stack):
     first_token: int | None = None
     """The id that stands in place of a text's first token; as of model.fusion (BLIP's [DEC]: -2)."""
     shares: Literal["nothing", "words", "all_but_attention"] = "nothing"
-    """What it has in common with the text role. words: their table (T5, BART); all_but_attention: the embedder and the
-    blocks but for self-attention, and with a fusion role its cross-attention (BLIP)."""
+    """What it has in common with the text role. words: their table (T5, BART), which without a text role is that of the
+    joint one (SimVLM); all_but_attention: the embedder and the blocks but for self-attention, and with a fusion role its
+    cross-attention (BLIP)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_input("model.decoder", self.width)
-        require_positive(self, "model.decoder", "cross_every")
+        require_positive(self, "model.decoder", "cross_every", "pooled_prefix")
+        require(
+            self.pooled_prefix is None or (self.source, self.reads) == ("image", "prefix"),
+            f"model.decoder.pooled_prefix needs source image and reads prefix, got {self.source} and {self.reads}",
+        )
         require_not_negative(self, "model.decoder", "cross_from")
 
 
@@ -186,6 +216,8 @@ class Model:
     """The text tower."""
     fusion: FusionStack | None = field(default_factory=FusionStack)
     """The fusion encoder: goes on with the text and reads the image tower."""
+    co_attention: CoAttentionStack | None = None
+    """Between the image and the text tower, which then are read together (ViLBERT)."""
     joint: JointStack | None = None
     """One transformer over queries, text and image together."""
     decoder: DecoderStack | None = None
@@ -238,13 +270,20 @@ class Model:
         towers = (self.text, self.decoder, self.generator)
         return any(role is not None for role in towers) or (self.joint is not None and self.joint.text)
 
+    @property
+    def compares_towers(self) -> bool:
+        """Whether either tower reads its side of a pair alone, so that features can be compared."""
+        return self.image is not None and self.text is not None and self.co_attention is None
+
     def _check_what_roles_read(self) -> None:
-        needed = {"model.fusion": ("image", "text") if self.fusion is not None else ()}
+        joins = {name: ("image", "text") for name in ("fusion", "co_attention") if getattr(self, name) is not None}
+        needed = {f"model.{name}": roles for name, roles in joins.items()}
         if self.joint is not None and self.joint.source is not None:
             needed["model.joint.source"] = (self.joint.source,)
         if self.decoder is not None:
             needed["model.decoder.source"] = () if self.decoder.source is None else (self.decoder.source,)
-            needed["model.decoder.shares"] = () if self.decoder.shares == "nothing" else ("text",)
+            in_joint = self.decoder.shares == "words" and self.text is None and self.joint is not None and self.joint.text
+            needed["model.decoder.shares"] = () if self.decoder.shares == "nothing" or in_joint else ("text",)
         if self.generator is not None and self.generator.shares != "nothing":
             needed["model.generator.shares"] = ("text",)
         for name, roles in needed.items():
@@ -252,6 +291,8 @@ class Model:
             require(not missing, f"{name} needs {' and '.join(missing)}, which is null")
         if self.fusion is not None:
             self._check_fusion(self.fusion, self.text)
+        if self.co_attention is not None:
+            self._check_co_attention(self.co_attention.layers, {"image": self.image, "text": self.text})
         self._check_shared_tables()
 
     def _check_fusion(self, fusion: FusionStack, text: TextStack) -> None:
@@ -265,14 +306,29 @@ class Model:
             f"got {fusion.layers}",
         )
 
+    def _check_co_attention(self, layers: int, towers: dict[str, Stack]) -> None:
+        require(
+            self.fusion is None and self.joint is None,
+            "model.co_attention joins the towers itself: model.fusion and model.joint must be null",
+        )
+        for name, tower in towers.items():
+            require(
+                layers <= tower.layers,
+                f"model.co_attention.layers must not exceed model.{name}.layers = {tower.layers}, got {layers}",
+            )
+            for option, needed in (("norm", "post"), ("mask", "full")):
+                found = getattr(tower, option)
+                require(found == needed, f"model.co_attention needs model.{name}.{option} {needed}, got {found}")
+
     def _check_shared_tables(self) -> None:
         for name, role in (("decoder", self.decoder), ("generator", self.generator)):
             if role is None or role.shares == "nothing":
                 continue
-            own, of_text = (stack.embedding_width or stack.width for stack in (role, self.text))
+            other = "joint" if self.text is None else "text"
+            own, theirs = (stack.embedding_width or stack.width for stack in (role, getattr(self, other)))
             require(
-                own == of_text,
-                f"model.{name}.shares {role.shares} needs tables of one width: those of model.text have {of_text}, "
+                own == theirs,
+                f"model.{name}.shares {role.shares} needs tables of one width: those of model.{other} have {theirs}, "
                 f"its own {own}",
             )
         if self.decoder is not None and self.decoder.shares == "all_but_attention":

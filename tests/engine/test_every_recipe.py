@@ -142,7 +142,13 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
     assert met >= set(config.objectives.active)
     assert learning.keys() == reached, sorted(learning.keys() - reached)
     read = lambda batch, task=None: held_out_batches(config, held_out, tokenizer, batch, task)  # noqa: E731
-    assert describe(evaluate(model, read, config, tokenizer=tokenizer)).count("\n") >= 1
+    figures = evaluate(model, read, config, tokenizer=tokenizer)
+    assert describe(figures).count("\n") >= 1
+    for objective in config.objectives.active:
+        measured = figures.get(f"{objective}_loss", figures[objective])
+        assert len([name for name in measured if name.startswith("loss")]) >= 2, f"{objective} is not beside what is known blindly"
+        beside_other_images = objective == "masked_language" and config.model.reads_pictures is not None
+        assert not beside_other_images or "loss_shuffled_image" in measured
     assert step_on_meta(to_meta(module.train()), batch)
 
 

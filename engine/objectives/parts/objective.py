@@ -58,6 +58,8 @@ class Objective:
     """Whether its batches are for no other objective, because they show something else."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Objectives whose views its `prepare` looks at, where a sample has them."""
+    without_images: ClassVar[bool] = False
+    """Whether samples of a batch may have no image where others have one."""
     needs_soft_labels: ClassVar[bool] = False
     """Whether it reads the detector's distributions over classes."""
     reads_whole: ClassVar[str | None] = None
@@ -99,6 +101,10 @@ class Objective:
             names = " or ".join(f"model.{name}" for name in sections)
             given = any(getattr(config.model, name) is not None for name in sections)
             require(given, f"objectives.{self.name} needs {names}")
+        require(
+            not {"image", "text"} <= set(self.roles) or config.model.compares_towers,
+            f"objectives.{self.name} compares features of towers, which model.co_attention lets read each other",
+        )
 
     def check_micro_steps(self, micro_steps: int) -> None:
         """Refuse so many micro-batches per rank and optimizer step."""
