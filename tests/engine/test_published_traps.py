@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.models.momentum import MomentumCopy
 from engine.recipes import table
+from engine.sections import System
 from engine.training.averages import Averages
 
 CHOSEN = {
@@ -96,3 +97,18 @@ def test_parity_redraws_every_parameter():
         assert (parameter != before[name]).all()
         assert parameter.std().item() == pytest.approx(0.25 if parameter.dim() == 2 else 0.5, rel=0.3), name
 
+
+def test_what_is_from_memory_is_a_setting():
+    """A name that has gone would mark nothing."""
+    for name in table.names():
+        config = table.recipe(name)
+        for path in config.system.recalled or () if config.system is not None else ():
+            assert functools.reduce(getattr, path.split("."), config) is not None, (name, path)
+
+
+@pytest.mark.parametrize(
+    "recalled, status",
+    [(None, "not compared with the paper"), ([], "as published"), (["optimizer", "train"], "as published, from memory optimizer, train")],
+)
+def test_status_says_what_settings_rest_on(recalled, status):
+    assert System(recalled=recalled).status == f"settings {status}"
