@@ -64,7 +64,8 @@ def describe_role(config: Config, role: str) -> str:
         image and f"{image.kind} of the image": image is not None,
     }
     parts = [" + ".join(what for what, given in embedded.items() if given)]
-    parts.append(f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm")
+    blocks = f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm"
+    parts.append(blocks if stack.layers else f"no transformer, width {stack.width}")
     source = "image" if role == "fusion" else getattr(stack, "source", None)
     return ", ".join([*filter(None, parts), *([f"reads {source}"] if source is not None else [])])
 
