@@ -114,7 +114,7 @@ def test_the_copy_that_follows_begins_with_the_same(tmp_path):
             "image",
             "vit",
             ["--model.image.embedding_norm=true", "--model.image.layers=3"],
-            "does not fit: model.image.layers must be 2, got 3; model.image.picture.embedding_norm must be False, got True",
+            "does not fit: model.image.layers must be 2, got 3; model.image.embedding_norm must be False, got True",
         ),
     ],
 )
