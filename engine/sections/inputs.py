@@ -71,6 +71,10 @@ class ImageInput:
     corners and area, added as they are (ViLBERT)."""
     backbone: Literal["resnet18", "resnet50", "resnet101", "resnet18_fpn", "resnext101_fpn"] = "resnet50"
     """Of a grid. fpn: the finest level of a feature pyramid; resnext101_fpn: over a ResNeXt-101 32x8d (LayoutLMv2)."""
+    grid_pooling: Literal["mean", "max"] = "mean"
+    """How the backbone's last map becomes the grid (SOHO: max)."""
+    codes: int = 0
+    """Codes of a visual dictionary, which every cell of a grid is mixed with (SOHO: 2048); 0: none."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
     """Behind the backbone's convolutions. frozen: a map that stands still, for weights of a network that was trained with
     another; batch: by the pictures of a micro-step on all ranks, which lets it begin from nothing."""
@@ -78,6 +82,11 @@ class ImageInput:
     def check_input(self, where: str, width: int) -> None:
         """Refuse what does not fit a stream of this width."""
         require_positive(self, where, "patch_size")
+        require_not_negative(self, where, "codes")
+        require(
+            self.codes == 0 or self.kind == "grid",
+            f"{where}.codes are chosen by the cells of a backbone: {where}.kind must be grid, got {self.kind}",
+        )
         require(min(self.max_grid) > 0, f"{where}.max_grid must be positive, got {list(self.max_grid)}")
         require(
             self.positions != "sinusoidal" or width % 4 == 0,
