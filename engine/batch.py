@@ -235,7 +235,7 @@ class Batch(OnDevice):
 
 def put_together(parts: Sequence[Any], sample_ids: Tensor) -> Any:
     """What each sample has, as their batch has it; it follows from the type."""
-    first = parts[0]
+    first = parts[0] if parts else None
     if first is None:
         return None
     if isinstance(first, Words):

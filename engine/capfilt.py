@@ -106,7 +106,7 @@ def decoder_of(captioner: Loaded) -> Decoder:
         embedder = role.embedder
         rows = F.embedding(new.ids, embedder.words)
         if embedder.positions is not None:
-            rows = rows + embedder.positions[new.in_segment.long() + embedder.offset]
+            rows = rows + embedder.positions[new.in_sample.long() + embedder.offset]
         return rows if embedder.norm is None else embedder.norm(rows)
 
     return Decoder(role.transformer, embed, lambda hidden: head.logits(hidden, model.words_of("decoder")))

@@ -20,6 +20,7 @@ from engine.sections import (
     Optimizer,
     Schedule,
     System,
+    Texts,
     Tokenizer,
     Train,
     Zero,
@@ -33,6 +34,7 @@ TINY = {
     "model.momentum": 0.9,
     "model.image.patch_size": 8,
     "model.joint.image.patch_size": 8,
+    "model.joint.image.codes": 64,
     "objectives.masked_patches.width": 32,
     "objectives.masked_patches.layers": 2,
     "objectives.masked_patches.heads": 2,
@@ -40,6 +42,7 @@ TINY = {
     "tokenizer.vocab_size": 512,
     "data.max_records": 256,
     "data.max_caption_tokens": 64,
+    "data.texts.per_step": 4,
     "data.workers": 0,
     "train.global_batch": 12,
     "train.buckets.tokens": 256,
@@ -55,6 +58,8 @@ TINY = {
     "evaluation.rerank_top": 4,
 }
 """What `--tiny true` caps, and at how much, where the run has it."""
+TINY_STAGES = 2
+"""Of a backbone: a tiny picture still has 4 x 4 cells."""
 
 
 @dataclass
@@ -76,8 +81,9 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of weights and activations; the optimizer always keeps fp32 weights."""
     init_from: dict[str, str] = field(default_factory=dict)
-    """Weights a new run begins with: folders as `transformers` saves them, by part of the model, such as
-    {joint: bert-base-cased}, or {teacher: bert-base-uncased} of a distillation."""
+    """Weights a new run begins with: folders as `transformers` saves them, or of finished runs, by role, such as
+    {image: vit-base, text: bert-base-uncased}; {model: FOLDER} fills every role that the folder has something for, {teacher:
+    FOLDER} the teacher of a distillation."""
     impl: Literal["auto", "reference", "torch", "cpp", "triton", "cuda", "flash"] = "auto"
     """Implementation every vlkernels op is asked for."""
     data: Data = field(default_factory=Data)
@@ -98,6 +104,8 @@ class Config:
         require(bool(self.objectives.active), "objectives: at least one must be given")
         self._check_shapes()
         self._check_tasks()
+        if self.data.texts is not None:
+            self._check_texts(self.data.texts)
         self._check_steps()
         self._check_precision()
 
@@ -108,7 +116,10 @@ class Config:
 
     def micro_batch(self, world: int) -> int:
         """Pairs (or bucketed batches) one of `world` ranks takes per micro-step."""
-        return self.train.global_batch // (world * self.micro_steps(world))
+        size = self.train.global_batch // (world * self.micro_steps(world))
+        enough = self.data.texts is None or size > 1  # ranks must run the same modules, so all need an image
+        require(enough, f"data.texts needs micro-batches of at least 2, got {size}")
+        return size
 
     def micro_steps(self, world: int) -> int:
         """Micro-batches that each of `world` ranks takes per optimizer step."""
@@ -147,11 +158,18 @@ class Config:
             self.data.source = self.data.held_out = self.data.tiny_source
             for one in (self.data.sets or {}).values():
                 one.source = self.data.tiny_source
+            if self.data.texts is not None:
+                self.data.texts.source = Texts().source
 
     def _shrink_backbone(self) -> None:
         picture = self.model.reads_pictures
-        if picture is not None:
-            picture.backbone = "resnet18_fpn" if picture.backbone.endswith("_fpn") else "resnet18"
+        if picture is None:
+            return
+        pyramid = picture.backbone.endswith("_fpn")
+        picture.backbone, picture.stages = ("resnet18_fpn", None) if pyramid else ("resnet18", TINY_STAGES)
+        if picture.kind == "grid":
+            cells = self.data.image_size // picture.cell_side
+            picture.max_grid = tuple(max(1, min(side, cells)) for side in picture.max_grid)
 
     def _shrink_micro_batch(self, batch: int) -> None:
         """Cut the tiny global batch into as many parts as `batch` was, or the most of them that divide both."""
@@ -209,6 +227,20 @@ class Config:
         unknown, idle = sorted(served - active.keys()), sorted(active.keys() - served)
         require(not unknown, f"data.sets: tasks must be objectives of the run, got {', '.join(unknown)}")
         require(not idle, f"data.sets: no set has the task {', '.join(idle)}")
+
+    def _check_texts(self, texts: Texts) -> None:
+        joint, pairs = self.model.joint, "data.texts stands beside the pairs of data.source: "
+        require(self.data.sets is None and self.data.regions is None, f"{pairs}leave out data.sets and data.regions")
+        require(
+            joint is not None and joint.text and joint.image is not None and not joint.image.class_token,
+            f"{pairs}model.joint must read text and image, and have no class token, which a text without image has not",
+        )
+        refused = [f"objectives.{name}" for name, one in self.objectives.active.items() if not one.without_images]
+        require(not refused, f"{pairs}{' and '.join(refused)} is for samples that all have an image")
+        require(
+            2 * texts.per_step <= self.train.global_batch,
+            f"data.texts.per_step must be at most half of train.global_batch = {self.train.global_batch}, got {texts.per_step}",
+        )
 
     def _check_steps(self) -> None:
         train = self.train

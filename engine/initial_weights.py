@@ -1,205 +1,189 @@
-"""Weights that a new run begins with: BERT's, for a joint stream or a teacher, from a folder as `transformers` saves it."""
+"""Weights that a new run begins with: of published models and of finished runs, role by role."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from engine.config import Config
 from engine.models import VisionLanguageModel
-from engine.sections import Stack, require
-from engine.weights import bert
-from engine.weights.pieces import Piece, linear
+from engine.sections import require
+from engine.weights import runs
+from engine.weights.families import FAMILIES, family_of
+from engine.weights.family import Family, Part, Place
+from engine.weights.folder import Folder
+from engine.weights.pieces import Piece
+from engine.weights.resizing import PLACES, Grid, copy_places, copy_rows, fits
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
-"""Ours by the name that `transformers` knows an activation by."""
-
-SIZES = {
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "eps": "layer_norm_eps",
-    "activation": "hidden_act",
-}
-"""Their name of what must agree, by ours."""
-
-DEFAULTS = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "position_embedding_type": "absolute"}
-"""What older folders leave out."""
-
-BY_ROW = ("joint.text.words", "joint.text.positions", "joint.text.types", "heads.masked_language.bias")
-"""What may have another number of rows: words, positions, types."""
-
-OPTIONAL = ("pooler.", "cls.")
-"""What only some of BERT's models have."""
+TEACHER = "heads.distillation.teacher"
+WORDS_OF_TEACHER = "heads.masked_language."
+"""What fills its head of words."""
 
 
 def load_initial_weights(config: Config, model: VisionLanguageModel) -> list[str]:
     """Fill the parts of `model` that `init_from` names; lines that say what was loaded and what was not."""
-    lines = []
-    for part, folder in config.init_from.items():
-        require(part in ("joint", "teacher"), f"init_from: the part must be joint or teacher, got {part}")
-        if part == "joint":
-            require(config.model.joint is not None, "init_from.joint needs model.joint")
-            lines += _load_bert(Path(folder), part, config.model.joint, _bert_pieces(config.model.joint.layers), model)
+    known = ["model", *config.model.roles, *(["teacher"] if "distillation" in model.heads else [])]
+    lines, filling = [], Filling(model)
+    for asked, path in config.init_from.items():
+        require(asked in known, f"init_from: the part must be one of {', '.join(known)}, got {asked}")
+        lines += filling.take(asked, Folder.read(f"init_from.{asked}", Path(path)))
+        if asked == "teacher":
+            lines.append(filling.begin_student())
+    return [*lines, *filling.left()] if lines else []
+
+
+class Source(NamedTuple):
+    """Pieces of a folder, and the section of its config.json that describes what they are of."""
+
+    pieces: Iterable[Piece]
+    settings: Mapping[str, Any]
+
+
+class Filling:
+    """A model, and what of it has been filled."""
+
+    def __init__(self, model: VisionLanguageModel):
+        self.model = model
+        self.parameters = {
+            name: parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not name.startswith("teacher.")  # of momentum copies, which follow
+        }
+        self.taken: set[int] = set()
+        """Parameters by their addresses, because some have several names."""
+
+    def take(self, asked: str, folder: Folder) -> list[str]:
+        """Fill one part of the model, or all of it that a folder has something for."""
+        folder, sources = sources_of_run(asked, folder, self) if folder.is_run else sources_of_family(asked, folder, self.model)
+        used: set[str] = set()
+        notes: list[str] = []
+        for source in sources:
+            for piece in source.pieces:
+                if piece.ours in self.parameters:  # else a table or a head that the run has not
+                    self._fill(piece, source.settings, folder, used, notes)
+        folder.require(bool(used), f"has nothing for model.{asked}")
+        lines = [f"loaded {len(used)} tensors of {folder.path} into {'the model' if asked == 'model' else f'model.{asked}'}"]
+        if notes:
+            lines.append(f"of tables of another size: {', '.join(notes)}")
+        if idle := sorted(folder.tensors.keys() - used):
+            lines.append(f"not used of {folder.path}: {', '.join(idle)}")
+        return lines
+
+    def begin_student(self) -> str:
+        """Of a distillation."""
+        head = self.model.heads["distillation"]
+        head.begin(self.model.text)
+        self.taken |= {id(one) for one in (*self.model.text.parameters(), *head.words.parameters())}
+        return "model.text begins with every second layer of its teacher"
+
+    def left(self) -> list[str]:
+        """What nothing was loaded into, in a line."""
+        begun = {module_of(name) for name, parameter in self.parameters.items() if id(parameter) in self.taken}
+        names = [name for name, parameter in self.parameters.items() if id(parameter) not in self.taken]
+        left = dict.fromkeys(name if module_of(name) in begun else module_of(name) for name in names)
+        return [f"left at their initialisation: {', '.join(left)}"] if left else []
+
+    @torch.no_grad()
+    def _fill(self, piece: Piece, settings: Mapping[str, Any], folder: Folder, used: set[str], notes: list[str]) -> None:
+        name, target = piece.ours, self.parameters[piece.ours]
+        if missing := [source for source in piece.theirs if source not in folder.tensors]:
+            optional = name.startswith("heads.") or ".pooling.dense." in name or id(target) in self.taken
+            folder.require(optional, f"has no {', '.join(missing)}")
+            return
+        found = piece.read(folder.tensors)
+        told = f"does not fit: model.{name} must be {list(found.shape)}, got {list(target.shape)}"
+        folder.require(fits(name, target.shape, found.shape), told)
+        if name.endswith(PLACES):
+            places = self.model.get_submodule(name.rpartition(".")[0])
+            note = copy_places(name, found, target, Grid.of_theirs(settings, found), Grid.of_ours(places, target))
         else:
-            lines += _load_teacher(Path(folder), model)
-    return lines
+            note = copy_rows(name, found, target)
+        if note is not None and id(target) not in self.taken:
+            notes.append(note)
+        self.taken.add(id(target))
+        used.update(piece.theirs)
 
 
-def _load_teacher(folder: Path, model: VisionLanguageModel) -> list[str]:
-    """Fill the teacher of a distillation, and with every second layer of it the student."""
-    require("distillation" in model.heads, "init_from.teacher needs objectives.distillation")
-    head = model.heads["distillation"]
-    lines = _load_bert(folder, "teacher", head.teacher.stack, _teacher_pieces(head.teacher.stack.layers), model)
-    head.begin(model.text)
-    return [*lines, "model.text begins with every second layer of its teacher"]
+def sources_of_family(asked: str, folder: Folder, model: VisionLanguageModel) -> tuple[Folder, list[Source]]:
+    """Of a folder of `transformers`, with names of today; refused in one line with all that differs."""
+    family = family_of(folder.config)
+    kinds = ", ".join(sorted({one.kind for one in FAMILIES}))
+    folder.require(family is not None, f"must be a folder of a {kinds}; got {folder.config.get('model_type')}")
+    places = list(places_of(asked, folder, family, model))
+    differing = family.sizes.differing("model", model.options, folder.config) if asked == "model" else []
+    sources = []
+    for part, place in places:
+        settings = part.sizes.completed(part.settings(folder.config))
+        where, shallower = f"model.{place.role if asked == 'model' else asked}", may_be_shallower(place, model)
+        differing += part.sizes.differing(where, place.stack, settings, place.first, shallower)
+        whole = place.first + place.layers == settings.get(part.sizes.same["layers"])
+        pieces = [piece for piece in part.pieces(place) if whole or ".final_norm." not in piece.ours]
+        sources.append(Source(pieces, settings))
+    folder.require(not differing, f"does not fit: {'; '.join(differing)}")
+    if asked in ("model", "teacher", "generator", role_of_heads(model)):
+        sources.append(Source(list(family.heads()), folder.config))
+    if asked == "teacher":
+        sources = [source._replace(pieces=in_teacher(source.pieces)) for source in sources]
+    return folder.named_for(family), sources
 
 
-@torch.no_grad()
-def _load_bert(
-    folder: Path, part: str, stack: Stack, pieces: Iterator[Piece], model: VisionLanguageModel
-) -> list[str]:
-    _check_sizes(folder, part, stack)
-    saved = _read(folder, part)
-    parameters = dict(model.named_parameters())
-    taken: dict[str, tuple[str, ...]] = {}
-    fewer = []
+def places_of(asked: str, folder: Folder, family: Family, model: VisionLanguageModel) -> Iterator[tuple[Part, Place]]:
+    """What of a folder goes where."""
+    options = model.options
+    if asked == "teacher":
+        asked, given = "text", {"text": model.heads["distillation"].teacher.stack}
+    else:
+        given = {role: getattr(options, role) for role in options.roles}
+    if asked == "model":
+        homes = ((part, next((role for role in part.roles if role in given), None)) for part in family.parts)
+        yield from ((part, Place(role, given[role])) for part, role in homes if role is not None)
+        return
+    part = next((part for part in family.parts if asked in part.roles), None)
+    can_fill = dict.fromkeys(role for part in family.parts for role in part.roles)
+    folder.require(part is not None, f"is a {family.name}, with weights for {', '.join(can_fill)}; it has none for {asked}")
+    goes_on = asked == "fusion" and options.fusion.begins_with == "states"
+    yield part, Place(asked, given[asked], options.text.layers if goes_on else 0)
+
+
+def may_be_shallower(place: Place, model: VisionLanguageModel) -> bool:
+    """Whether a role may take the first layers of more: a picture tower, and a text before its fusion."""
+    fusion = model.options.fusion
+    return place.role == "image" or (place.role == "text" and fusion is not None and fusion.begins_with == "states")
+
+
+def role_of_heads(model: VisionLanguageModel) -> str:
+    """The role whose states the heads of objectives read."""
+    return model.last_role if model.options.reads_text else "image"
+
+
+def in_teacher(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """The same of the teacher of a distillation."""
     for piece in pieces:
-        name, sources = piece.ours, piece.theirs
-        if name not in parameters:  # a table or a head that the run has not
-            continue
-        if missing := [source for source in sources if source not in saved]:
-            optional = missing[0].startswith(OPTIONAL)
-            require(optional, f"init_from.{part}: {folder} has no {', '.join(missing)}")
-            continue
-        if rows := _copy(folder, part, name, piece.read(saved), parameters[name]):
-            fewer.append(rows)
-        taken[name] = sources
-    return _report(folder, part, model, saved, taken, fewer)
+        if piece.ours.startswith("text."):
+            yield piece._replace(ours=f"{TEACHER}.{piece.ours}")
+        if piece.ours.startswith(WORDS_OF_TEACHER):
+            yield piece._replace(ours=piece.ours.replace(WORDS_OF_TEACHER, f"{TEACHER}.words."))
 
 
-def _check_sizes(folder: Path, part: str, stack: Stack) -> None:
-    """Refuse a model that computes something else, in one line with all that differs."""
-    path = folder / "config.json"
-    require(
-        path.is_file(),
-        f"init_from.{part}: {folder} has no config.json: it must be a folder of `transformers`",
-    )
-    theirs = _read_settings(path, part)
-    kind, positions = theirs.get("model_type"), theirs["position_embedding_type"]
-    require(
-        (kind, positions) == ("bert", "absolute"),
-        f"init_from.{part}: {folder} must be a bert with absolute positions, got a {kind} with {positions} "
-        "ones",
-    )
-    theirs["hidden_act"] = ACTIVATIONS.get(str(theirs["hidden_act"]), theirs["hidden_act"])
-    differing = [
-        f"model.{part}.{ours} must be {theirs.get(name)}, got {getattr(stack, ours)}"
-        for ours, name in SIZES.items()
-        if getattr(stack, ours) != theirs.get(name)
-    ]
-    if stack.norm != "post":
-        differing.append(f"model.{part}.norm must be post, got {stack.norm}")
-    require(not differing, f"init_from.{part}: {folder} does not fit: {'; '.join(differing)}")
+def sources_of_run(asked: str, folder: Folder, filling: Filling) -> tuple[Folder, list[Source]]:
+    """Of a folder that a run has ended in, role by role."""
+    options, settings = filling.model.options, folder.config["model"]
+    roles = options.roles if asked == "model" else [asked]
+    roles = [role for role in roles if settings.get(role) is not None]
+    folder.require(bool(roles), f"has nothing for model.{asked}")
+    differing = [line for role in roles for line in runs.differing(f"model.{role}", getattr(options, role), settings[role])]
+    folder.require(not differing, f"does not fit: {'; '.join(differing)}")
+    sources = [Source(list(runs.pieces(role, filling.parameters, folder.tensors)), settings[role]) for role in roles]
+    others = [name for name in filling.parameters if module_of(name).partition(".")[0] not in options.roles]
+    if asked in ("model", role_of_heads(filling.model)):
+        heads = [name for name in others if name in folder.tensors and (asked == "model" or name.startswith("heads."))]
+        sources.append(Source(list(runs.pieces("model", heads, folder.tensors)), {}))
+    return folder, sources
 
 
-def _read_settings(path: Path, part: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"init_from.{part}: {path} cannot be read ({error})") from None
-    require(isinstance(settings, dict), f"init_from.{part}: {path} must be an object")
-    return DEFAULTS | settings
-
-
-def _read(folder: Path, part: str) -> dict[str, Tensor]:
-    """The tensors under the names of today's `BertModel`; heads keep theirs, which begin with "cls."."""
-    files = sorted(folder.glob("model*.safetensors"))
-    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    why = f" but {', '.join(pickled)}, a pickle, which is not read: save it as safetensors" if pickled else ""
-    require(bool(files), f"init_from.{part}: {folder} has no model.safetensors{why}")
-    renamed = {}
-    for file in files:
-        for name, tensor in _read_tensors(file, part).items():
-            name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-            renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
-    return renamed
-
-
-def _read_tensors(file: Path, part: str) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"init_from.{part}: {file} cannot be read ({error})") from None
-
-
-def _bert_pieces(layers: int) -> Iterator[Piece]:
-    """The parameters that BERT has."""
-    yield from bert.embedder("joint.text")
-    yield from bert.stack("joint.transformer", layers)
-    yield from linear("joint.pooling.dense", "pooler.dense")
-    yield from linear("heads.masked_language.transform", "cls.predictions.transform.dense")
-    yield from linear("heads.masked_language.norm", "cls.predictions.transform.LayerNorm")
-    yield Piece("heads.masked_language.bias", ("cls.predictions.bias",))
-
-
-def _teacher_pieces(layers: int) -> Iterator[Piece]:
-    """The parameters that a teacher has."""
-    teacher = "heads.distillation.teacher"
-    for piece in bert.text_tower(layers, pooler=False):
-        yield piece._replace(ours=f"{teacher}.text.{piece.ours}")
-    names = (f"cls.predictions.{name}" for name in ("transform.dense", "transform.LayerNorm", "bias"))
-    yield from bert.masked_language(*names, ours=f"{teacher}.words")
-
-
-def _copy(folder: Path, part: str, name: str, found: Tensor, target: Tensor) -> str | None:
-    """Fill the target, of a table the rows in common; a note where these are not all."""
-    wanted, got = list(target.shape), list(found.shape)
-    fits = got[1:] == wanted[1:] if name.startswith(BY_ROW) else got == wanted
-    require(fits, f"init_from.{part}: {folder}: model.{name} must be {wanted}, got {got}")
-    rows = min(len(found), len(target))
-    target[:rows] = found[:rows]
-    if got == wanted:
-        return None
-    return f"{name} the first {rows} rows (it has {len(target)}, the file {len(found)})"
-
-
-def _report(
-    folder: Path,
-    part: str,
-    model: VisionLanguageModel,
-    saved: dict[str, Tensor],
-    taken: dict[str, tuple[str, ...]],
-    fewer: list[str],
-) -> list[str]:
-    used = {source for sources in taken.values() for source in sources}
-    begun = {_module_of(name) for name in taken}
-    untouched = [name for name, _ in model.named_parameters() if name not in taken]
-    left = dict.fromkeys(name if _module_of(name) in begun else _module_of(name) for name in untouched)
-    lines = [
-        f"loaded {len(used)} tensors of {folder} into model.{part}, "
-        f"left at their initialisation: {', '.join(left)}"
-    ]
-    if fewer:
-        lines.append(f"of tables of another size: {', '.join(fewer)}")
-    if idle := sorted(saved.keys() - used):
-        lines.append(f"not used of {folder}: {', '.join(idle)}")
-    return lines
-
-
-def _module_of(name: str) -> str:
+def module_of(name: str) -> str:
     """The part of a role, or the head, that a parameter is of."""
     return ".".join(name.split(".")[:2])

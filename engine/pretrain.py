@@ -186,6 +186,7 @@ def opening_line(
     steps = f"steps {progress.step}-{config.train.total_steps} of {config.train.global_batch} {unit}"
     machine = f"{config.precision}, ZeRO {config.zero.stage}, {ranks.world} x {ranks.device.type}"
     names = config.data.source if config.data.sets is None else ", ".join(config.data.sets)
+    names = names if config.data.texts is None else f"{names} and {config.data.texts.source}"
     source = f"{len(sets)} records of {names}, evaluated on {config.data.held_out}"
     return f"{config.folder}: {steps} from {source}, {size}, {machine}"
 

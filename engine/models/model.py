@@ -174,6 +174,8 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             layout = drawn_as(text.layout, batch, view, stage=2)
             name = self.options.decoder.source
             states = self._states_of(name, batch, source_view) if name is not None else None
+            if self.decoder.pooled_prefix is not None:
+                states = self.image.pooled(states)
             if states is None or self.decoder.prefix is not None:
                 return self.decoder(text, layout, self.rng, states, selected)
             source = self._once(batch, f"decoder source {source_view}", lambda: self.decoder.source_of(states))

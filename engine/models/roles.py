@@ -52,15 +52,15 @@ class TextTower(nn.Module):
 
     def __init__(self, stack: TextStack, vocab_size: int, streams: Iterator[int], impl: str):
         super().__init__()
-        self._add_embedder(stack, vocab_size, streams, impl)
+        self._add_embedder(stack, vocab_size, 1, streams, impl)
         self.transformer = PackedTransformer(stack, streams, impl=impl)
         self.pooling = Pooling(stack.pooling, stack, impl)
         self.mask = mask_table(stack.mask, ["text"])
 
-    def _add_embedder(self, stack: Any, vocab_size: int, streams: Iterator[int], impl: str) -> None:
+    def _add_embedder(self, stack: Any, vocab_size: int, segments: int, streams: Iterator[int], impl: str) -> None:
         own = stack.embedding_width
         self.embedder = TextEmbedder(stack, stack.width, stack.eps, vocab_size, impl)
-        self.maker = RowMaker(stack.dropout, 1, streams, impl)
+        self.maker = RowMaker(stack.dropout, segments, streams, impl)
         self.widening = Linear(own, stack.width, impl) if own is not None else None
 
     def embed(self, text: Text, layout: vk.SegmentLayout, rng: vk.Rng) -> Tokens:
@@ -109,21 +109,22 @@ class Decoder(TextTower):
         self, stack: DecoderStack, vocab_size: int, source_width: int | None, streams: Iterator[int], impl: str
     ):
         nn.Module.__init__(self)
-        self._add_embedder(stack, vocab_size, streams, impl)
-        attends = source_width is not None and stack.reads == "attention"
+        has_prefix = source_width is not None and stack.reads == "prefix"
+        attends = source_width is not None and not has_prefix
+        self._add_embedder(stack, vocab_size, 1 + has_prefix, streams, impl)
         self.transformer = PackedTransformer(
             stack,
             streams,
             source_width=source_width if attends else None,
             cross_every=stack.cross_every,
             cross_from=stack.cross_from,
+            within="sample",
             impl=impl,
         )
-        has_prefix = source_width is not None and not attends
-        self.prefix = Linear(source_width, stack.width, impl) if has_prefix else None
-        self.prefix_mask = {"full": "prefix", "causal": "causal"}[stack.prefix_mask]
-        self.mask = mask_table("causal", ["text"])
-        self.impl = impl
+        self.pooled_prefix, each = stack.pooled_prefix, stack.pooled_prefix or 1
+        self.prefix = Linear(source_width, each * (stack.embedding_width or stack.width), impl) if has_prefix else None
+        prefix_mask = {"full": "prefix", "causal": "causal"}[stack.prefix_mask]
+        self.mask = mask_table(prefix_mask, ["prefix", "text"]) if has_prefix else mask_table("causal", ["text"])
 
     def source_of(self, read: Tokens, index: Tensor | None = None) -> Source:
         """Keys and values of another role's states, projected once."""
@@ -134,20 +135,41 @@ class Decoder(TextTower):
         text: Text,
         layout: vk.SegmentLayout,
         rng: vk.Rng,
-        read: Tokens | Source | None = None,
+        read: Tokens | Source | Tensor | None = None,
         selected: SelectedRows | None = None,
     ) -> Tokens:
-        """States of the text; with a prefix of both, whose last segment is the text."""
+        """States of the text; with a prefix of both, segment by segment. A tensor `[B, D]` is what stands for the samples,
+        of which a pooled prefix is made."""
+        if self.prefix is not None:
+            return self.transformer(self._begun_by(read, text, layout, rng), rng=rng, mask=self.mask, selected=selected)
         tokens = self.embed(text, layout, rng)
-        if self.prefix is None:
-            source = self.source_of(read) if isinstance(read, Tokens) else read
-            return self.transformer(tokens, rng=rng, mask=self.mask, source=source, selected=selected)
-        segments = read.layout.num_segments
-        whole = vk.SegmentLayout.joined((read.layout, layout)).with_sample_ids(layout.sample_ids)
-        groups = (tuple(range(segments)), (segments,))
-        hidden = vk.put_segments((self.prefix(read.hidden), tokens.hidden), whole, groups, impl=self.impl)
-        mask = mask_table(self.prefix_mask, ["prefix"] * segments + ["text"])
-        return self.transformer(Tokens(hidden, whole), rng=rng, mask=mask, selected=selected)
+        source = self.source_of(read) if isinstance(read, Tokens) else read
+        return self.transformer(tokens, rng=rng, mask=self.mask, source=source, selected=selected)
+
+    def _begun_by(self, read: Tokens | Tensor, text: Text, layout: vk.SegmentLayout, rng: vk.Rng) -> Tokens:
+        """Rows of the prefix and of the text, whose positions go on behind it, as if all were words."""
+        if isinstance(read, Tokens):
+            hidden, before = read.hidden, _as_one_segment(read.layout)
+        else:
+            hidden, before = read, vk.SegmentLayout.joined((self.pooled_prefix, layout)).select((0,))
+        whole = vk.SegmentLayout.joined((before, layout)).with_sample_ids(layout.sample_ids)
+        places = whole.token_position("sample")
+        of_prefix, of_text = (vk.take_segments(places, whole, (segment,)) for segment in range(2))
+
+        def embed() -> list[Rows]:
+            prefix = self.prefix(hidden).view(before.num_tokens, -1)
+            words = self.embedder.rows(text.ids, layout, text.types, text.boxes, of_text)
+            return [self.embedder.rows_in_place_of_words(prefix, of_prefix), words]
+
+        rows = self.maker(embed, whole, rng)
+        return Tokens(rows if self.widening is None else self.widening(rows), whole)
+
+
+def _as_one_segment(layout: vk.SegmentLayout) -> vk.SegmentLayout:
+    """All tokens of a sample, whatever they are."""
+    if layout.num_segments == 1:
+        return layout
+    return vk.SegmentLayout.from_cu_seqlens(layout.cu_seqlens, max_seqlen=layout.max_seqlen, num_tokens=layout.num_tokens)
 
 
 class Joint(nn.Module):

@@ -1,10 +1,10 @@
-"""What roles have in common: modules and tables of the text role stand in the place of their own."""
+"""What roles have in common: modules and tables of the role that reads a text stand in the place of their own."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from engine.models.roles import Decoder, TextTower
+from engine.models.roles import Decoder
 from engine.models.transformer import PackedTransformer
 from engine.sections import Model
 
@@ -16,15 +16,15 @@ def share(model: nn.Module, options: Model) -> None:
     if options.generator is not None and options.generator.shares == "embedder":
         model.generator.embedder = model.text.embedder
     if options.decoder is not None:
-        _share_decoder(model.decoder, model.text, model, options.decoder.shares)
+        _share_decoder(model.decoder, model, options.decoder.shares)
 
 
-def _share_decoder(decoder: Decoder, text: TextTower, model: nn.Module, shares: str) -> None:
+def _share_decoder(decoder: Decoder, model: nn.Module, shares: str) -> None:
     if shares == "words":
-        decoder.embedder.words = text.embedder.words
+        decoder.embedder.words = model.joint.text.words if model.text is None else model.text.embedder.words
     if shares == "all_but_attention":
-        decoder.embedder = text.embedder
-        _tie_blocks(decoder.transformer, text.transformer, ("feed_forward",))
+        decoder.embedder = model.text.embedder
+        _tie_blocks(decoder.transformer, model.text.transformer, ("feed_forward",))
         if model.fusion is not None:
             _tie_blocks(decoder.transformer, model.fusion.transformer, ("cross_attention",))
 

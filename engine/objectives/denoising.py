@@ -26,11 +26,12 @@ class Denoising(WritingObjective):
     """A decoder writes a text beside a spoilt one that it reads (T5, BART, SimVLM)."""
 
     roles: ClassVar[tuple[str, ...]] = ("decoder", "text or joint")
+    without_images: ClassVar[bool] = True
 
     noise: Literal["spans", "infilling", "masking", "deletion", "none", "prefix"] = "spans"
     """spans: each becomes a sentinel, and the decoder writes them all (T5); infilling: each becomes one mask, and the
     decoder writes the whole text (BART), as it does where tokens become masks (masking), are gone (deletion) or all there
-    (none); prefix: the decoder goes on where the encoder stops (SimVLM)."""
+    (none); prefix: the decoder goes on where the encoder stops, behind at least one token or the image (SimVLM)."""
     probability: float = 0.15
     """Share of tokens that noise takes (T5: 0.15, BART: 0.3)."""
     mean_span: float = 3.0
@@ -54,22 +55,30 @@ class Denoising(WritingObjective):
         source, readers = config.model.decoder.source, ("text", "joint", "fusion")
         named = f"objectives.denoising needs one of {', '.join(readers)} as model.decoder.source, got {source}"
         require(source in readers, named)
+        joint = config.model.joint
+        sees_image = source == "joint" and joint.image is not None
+        require(
+            self.noise != "prefix" or sees_image or config.model.reads_pictures is None,
+            "objectives.denoising.noise prefix may leave the encoder nothing but the image: model.decoder.source must be "
+            f"joint with model.joint.image, got {source}",
+        )
 
     def prepare(self, sample: Sample, draw: Draw) -> None:
-        start, read, targets = self._spoilt(sample.text, draw)
+        start, read, targets = self._spoilt(sample.text, draw, beside_image=sample.image is not None)
         sample.views[READ] = _words(read)
         sample.views[BEGUN] = _words(np.concatenate(([start], targets[:-1])))
         sample.views[self.name] = NextWords.of_sample(targets)
 
-    def _spoilt(self, text: Words, draw: Draw) -> tuple[int, np.ndarray, np.ndarray]:
+    def _spoilt(self, text: Words, draw: Draw, beside_image: bool) -> tuple[int, np.ndarray, np.ndarray]:
         """The id that the decoder begins with, what the encoder reads, what the decoder writes."""
         tokenizer, random, end = draw.tokenizer, draw.random, draw.tokenizer.sep_id
         if self.noise not in ("spans", "prefix"):
             return end, self._noisy(text, draw), text.ids
         inner = text.ids[text.words >= 0]
-        require(len(inner) > 1, f"a text of {len(inner)} tokens, denoising needs two")
+        least_read = int(self.noise != "prefix" or not beside_image)
+        require(len(inner) > least_read, f"a text of {len(inner)} tokens, denoising needs {1 + least_read}")
         if self.noise == "prefix":
-            read = prefix_length(len(inner), random)
+            read = prefix_length(len(inner), random, least_read)
             return tokenizer.cls_id, inner[:read], np.append(inner[read:], end)
         return START, *corrupt_spans(inner, tokenizer.sentinel_ids, end, random, self.probability, self.mean_span)
 

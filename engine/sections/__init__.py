@@ -5,7 +5,7 @@ out keeps the default. Errors name the option as it is written on the command li
 """
 
 from engine.sections.checks import require, require_not_negative, require_positive, require_share
-from engine.sections.data import Data, DataSet, Regions, Tokenizer
+from engine.sections.data import Data, DataSet, Regions, Texts, Tokenizer
 from engine.sections.inputs import ImageInput, TextInput
 from engine.sections.model import Distances, Stack
 from engine.sections.roles import DecoderStack, FusionStack, GeneratorStack, ImageStack, JointStack, Model, TextStack
@@ -33,6 +33,7 @@ __all__ = [
     "System",
     "TextInput",
     "TextStack",
+    "Texts",
     "Tokenizer",
     "Train",
     "Zero",

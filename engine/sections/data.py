@@ -48,6 +48,20 @@ class DataSet:
 
 
 @dataclass
+class Texts:
+    """Documents that take part in every step beside the pairs of data.source."""
+
+    source: str | list[str] = "builtin-text"
+    """Documents, written like data.source."""
+    per_step: int = 16
+    """How many of train.global_batch are documents."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.source), "data.texts.source is empty")
+        require_positive(self, "data.texts", "per_step")
+
+
+@dataclass
 class Data:
     """Where records come from and how they become tensors."""
 
@@ -61,6 +75,8 @@ class Data:
     sets: dict[str, DataSet] | None = None
     """Several named sets in place of data.source, each with its tasks: every optimizer step then trains one
     objective on one set (null: every step trains all objectives on data.source)."""
+    texts: Texts | None = None
+    """Documents without a picture in every step, in fixed places among the pairs of data.source (SimVLM)."""
     tiny_source: str | None = None
     """What --tiny true trains on in place of the sources (null: the sources themselves)."""
     regions: Regions | None = None

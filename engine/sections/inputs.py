@@ -75,9 +75,16 @@ class ImageInput:
     """How the backbone's last map becomes the grid (SOHO: max)."""
     codes: int = 0
     """Codes of a visual dictionary, which every cell of a grid is mixed with (SOHO: 2048); 0: none."""
+    stages: int | None = None
+    """How many of the backbone's four stages there are (null: all; SimVLM: 3, at a sixteenth of the resolution)."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
     """Behind the backbone's convolutions. frozen: a map that stands still, for weights of a network that was trained with
     another; batch: by the pictures of a micro-step on all ranks, which lets it begin from nothing."""
+
+    @property
+    def cell_side(self) -> int:
+        """Side in pixels of what a place of the backbone's last map is of."""
+        return 4 if self.backbone.endswith("_fpn") else 2 ** (1 + (self.stages or 4))
 
     def check_input(self, where: str, width: int) -> None:
         """Refuse what does not fit a stream of this width."""
@@ -86,6 +93,10 @@ class ImageInput:
         require(
             self.codes == 0 or self.kind == "grid",
             f"{where}.codes are chosen by the cells of a backbone: {where}.kind must be grid, got {self.kind}",
+        )
+        require(
+            self.stages is None or (1 <= self.stages <= 4 and not self.backbone.endswith("_fpn")),
+            f"{where}.stages must be 1 to 4 of a backbone without a pyramid, got {self.stages} of {self.backbone}",
         )
         require(min(self.max_grid) > 0, f"{where}.max_grid must be positive, got {list(self.max_grid)}")
         require(

@@ -34,6 +34,7 @@ class Stack:
     """One transformer: `layers` blocks of attention and a feed-forward network."""
 
     section: ClassVar[str] = "*"
+    least_layers: ClassVar[int] = 1
 
     width: int = 128
     """Hidden size D."""
@@ -74,7 +75,9 @@ class Stack:
 
     def __post_init__(self) -> None:
         where = f"model.{self.section}"
-        require_positive(self, where, "width", "layers", "heads", "mlp_width", "eps", "softmax_scale")
+        require_positive(self, where, "width", "heads", "mlp_width", "eps", "softmax_scale")
+        require(self.layers >= self.least_layers, f"{where}.layers must be at least {self.least_layers}, got {self.layers}")
+        require(self.layers > 0 or self.relative_position is None, f"{where}.relative_position needs {where}.layers")
         require(
             self.relative_box is None or self.relative_position is not None,
             f"{where}.relative_box needs {where}.relative_position",

@@ -18,7 +18,10 @@ class ImageStack(ImageInput, Stack):
     """The image tower."""
 
     section: ClassVar[str] = "image"
+    least_layers: ClassVar[int] = 0
 
+    layers: int = 4
+    """Number of blocks; 0: what the embedder makes is all there is (a backbone alone: Frozen)."""
     mask: Literal["full", "causal"] = "full"
     """Which token sees which. full: all; causal: none sees a later one."""
     pooling: Pooling = "mean"
@@ -157,7 +160,10 @@ class DecoderStack(TextInput, Stack):
     """The role whose states it reads; null: none (GPT)."""
     reads: Literal["attention", "prefix"] = "attention"
     """How it reads them. attention: by cross-attention (T5, BART, BLIP); prefix: through a linear map they stand before
-    its own text (BLIP-2, Frozen)."""
+    its own text (BLIP-2)."""
+    pooled_prefix: int | None = None
+    """Of a prefix: so many tokens, which one linear map makes of what stands for the picture (Frozen: 2; null: a token of
+    each state)."""
     prefix_mask: Literal["full", "causal"] = "causal"
     """Whether the tokens of a prefix see each other (full) or none sees a later one (causal)."""
     cross_from: int = 0
@@ -167,13 +173,18 @@ class DecoderStack(TextInput, Stack):
     first_token: int | None = None
     """The id that stands in place of a text's first token; as of model.fusion (BLIP's [DEC]: -2)."""
     shares: Literal["nothing", "words", "all_but_attention"] = "nothing"
-    """What it has in common with the text role. words: their table (T5, BART); all_but_attention: the embedder and the
-    blocks but for self-attention, and with a fusion role its cross-attention (BLIP)."""
+    """What it has in common with the text role. words: their table (T5, BART), which without a text role is that of the
+    joint one (SimVLM); all_but_attention: the embedder and the blocks but for self-attention, and with a fusion role its
+    cross-attention (BLIP)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_input("model.decoder", self.width)
-        require_positive(self, "model.decoder", "cross_every")
+        require_positive(self, "model.decoder", "cross_every", "pooled_prefix")
+        require(
+            self.pooled_prefix is None or (self.source, self.reads) == ("image", "prefix"),
+            f"model.decoder.pooled_prefix needs source image and reads prefix, got {self.source} and {self.reads}",
+        )
         require_not_negative(self, "model.decoder", "cross_from")
 
 
@@ -245,7 +256,8 @@ class Model:
             needed["model.joint.source"] = (self.joint.source,)
         if self.decoder is not None:
             needed["model.decoder.source"] = () if self.decoder.source is None else (self.decoder.source,)
-            needed["model.decoder.shares"] = () if self.decoder.shares == "nothing" else ("text",)
+            in_joint = self.decoder.shares == "words" and self.text is None and self.joint is not None and self.joint.text
+            needed["model.decoder.shares"] = () if self.decoder.shares == "nothing" or in_joint else ("text",)
         if self.generator is not None and self.generator.shares != "nothing":
             needed["model.generator.shares"] = ("text",)
         for name, roles in needed.items():
@@ -270,10 +282,11 @@ class Model:
         for name, role in (("decoder", self.decoder), ("generator", self.generator)):
             if role is None or role.shares == "nothing":
                 continue
-            own, of_text = (stack.embedding_width or stack.width for stack in (role, self.text))
+            other = "joint" if self.text is None else "text"
+            own, theirs = (stack.embedding_width or stack.width for stack in (role, getattr(self, other)))
             require(
-                own == of_text,
-                f"model.{name}.shares {role.shares} needs tables of one width: those of model.text have {of_text}, "
+                own == theirs,
+                f"model.{name}.shares {role.shares} needs tables of one width: those of model.{other} have {theirs}, "
                 f"its own {own}",
             )
         if self.decoder is not None and self.decoder.shares == "all_but_attention":

@@ -156,16 +156,17 @@ def identity(config: Config, world: int) -> dict[str, Any]:
 
 
 def plan_by_step(config: Config) -> dict[str, Any]:
-    """What else decides which batches a step takes, where it draws its set or takes bucketed batches."""
+    """What else decides which batches a step takes, where it draws its set, takes bucketed batches or mixes."""
     data, train = config.data, config.train
-    if data.sets is None and train.buckets is None:
-        return {"data.sets": None, "train.buckets": None}
+    if data.sets is None and train.buckets is None and data.texts is None:
+        return {"data.sets": None, "train.buckets": None, "data.texts": None}
     return {
         "data.sets": {name: one.tasks for name, one in (data.sets or {}).items()},
         "the order of tasks": [f"{name} {task}" for name, one in (data.sets or {}).items() for task in one.tasks],
         "data.regions": data.regions and asdict(data.regions),
         "data.max_caption_tokens": data.max_caption_tokens,
         "train.buckets": train.buckets and asdict(train.buckets),
+        "data.texts": data.texts and asdict(data.texts),
         "train.global_batch": train.global_batch,
         "seed": config.seed,
     }

@@ -4,9 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.weights.family import WORD_HEADS, Family, Part, Place
 from engine.weights.pieces import Piece, beneath, linear
+from engine.weights.sizes import Sizes
 
 PAGE = {"x": "x", "y": "y", "heights": "h", "widths": "w"}
+
+STACK = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "eps": "layer_norm_eps",
+    "activation": "hidden_act",
+}
+"""Their name of what must agree, by ours."""
+PLAIN = {
+    "norm_kind": "layer",
+    "biases": "all",
+    "gated": False,
+    "shared": False,
+    "softmax_scale": None,
+    "relative_position": None,
+    "relative_box": None,
+}
+"""Options of a stack that most have as they are."""
+POST = PLAIN | {"norm": "post", "positions": "learned", "embedding_norm": True, "embedding_width": None}
+ALONE = {"queries": 0, "image": None, "kinds": False, "source": None, "text": True, "mask": "full", "page": None}
+"""What a text encoder has nothing for."""
+ROWS = {
+    "types": "type_vocab_size",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
+ABSOLUTE = {"position_embedding_type": "absolute"}
+SIZES = Sizes(
+    same=STACK,
+    always=POST | {"position_offset": 0},
+    alone=ALONE,
+    written=ROWS | {"max_positions": "max_position_embeddings"},
+    constants=ABSOLUTE,
+    defaults=ABSOLUTE | {"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
+)
+ROLES = ("text", "joint", "fusion", "decoder", "generator")
+BERT_HEAD = tuple(f"cls.predictions.{name}" for name in ("transform.dense", "transform.LayerNorm", "bias"))
 
 
 def text_tower(layers: int, *, page: bool = False, pooler: bool = True) -> Iterator[Piece]:
@@ -72,3 +113,75 @@ def masked_language(dense: str, norm: str, bias: str, ours: str = "heads.masked_
     yield from linear(f"{ours}.transform", dense)
     yield from linear(f"{ours}.norm", norm)
     yield Piece(f"{ours}.bias", (bias,))
+
+
+def encoder(place: Place, theirs: str, *, page: bool = False) -> Iterator[Piece]:
+    """A role of the tensors of a `BertModel`. Queries begin with the networks that are the text's, as BLIP-2's do."""
+    if place.role != "fusion":
+        yield from beneath("", theirs, embedder(place.words, page=page))
+    for piece in beneath("", theirs, stack(place.transformer, place.layers, first=place.first)):
+        yield piece
+        if ".feed_forward." in piece.ours:
+            for number in range(2):
+                yield piece._replace(ours=piece.ours.replace(".feed_forward.", f".feed_forwards.{number}."))
+    yield from beneath("", theirs, linear(f"{place.pooling}.dense", "pooler.dense"))
+
+
+def word_heads(dense: str, norm: str, bias: str) -> Iterator[Piece]:
+    """Whichever a run has, by their names of its modules."""
+    for head in WORD_HEADS:
+        yield from masked_language(dense, norm, bias, head)
+
+
+def _bert_heads() -> Iterator[Piece]:
+    yield from word_heads(*BERT_HEAD)
+    yield from linear("heads.next_sentence.classifier", "cls.seq_relationship")
+
+
+BERT = Family(
+    name="bert",
+    kind="bert",
+    classes={
+        "BertForPreTraining": ("masked_language", "next_sentence"),
+        "BertForMaskedLM": ("masked_language",),
+        "BertModel": (),
+    },
+    parts=(Part(ROLES, SIZES, lambda place: encoder(place, "bert")),),
+    heads=_bert_heads,
+    prefix="bert.",
+    spellings=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
+)
+ROBERTA = Family(
+    name="roberta",
+    kind="roberta",
+    classes={"RobertaForMaskedLM": ("masked_language",), "RobertaModel": ()},
+    parts=(
+        Part(
+            ROLES,
+            SIZES._replace(
+                always=POST | {"position_offset": 2},
+                written=ROWS | {"position_rows": "max_position_embeddings"},
+                constants=ABSOLUTE | {"pad_token_id": 1},  # of which follows where positions begin
+                defaults=SIZES.defaults | {"pad_token_id": 1},
+            ),
+            lambda place: encoder(place, "roberta"),
+        ),
+    ),
+    heads=lambda: word_heads("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    prefix="roberta.",
+)
+LAYOUTLM = Family(
+    name="layoutlm",
+    kind="layoutlm",
+    classes={"LayoutLMForMaskedLM": ("masked_language",), "LayoutLMModel": ()},
+    parts=(
+        Part(
+            ROLES,
+            SIZES._replace(always=SIZES.always | {"page": "sum"}, alone={**ALONE, "page": "sum"}),
+            lambda place: encoder(place, "layoutlm", page=True),
+        ),
+    ),
+    heads=lambda: word_heads(*BERT_HEAD),
+    prefix="layoutlm.",
+    settings=lambda model: {"max_2d_position_embeddings": 1024},
+)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Piece(NamedTuple):
-    """One of our parameters: their tensors laid one behind the other."""
+    """One of our parameters: their tensors, equally many rows each, laid one behind the other."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -20,18 +20,15 @@ class Piece(NamedTuple):
     def read(self, saved: Mapping[str, Tensor]) -> Tensor:
         """Our parameter out of their tensors."""
         found = [saved[name] for name in self.theirs]
-        found = [tensor.T if self.transposed and tensor.dim() == 2 else tensor for tensor in found]
-        return torch.cat([tensor.flatten() if tensor.dim() == 3 else tensor for tensor in found])
+        return torch.cat([self._turned(tensor) for tensor in found])
 
-    def write(self, parameter: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Their tensors out of our parameter, in the shapes of those of `like`."""
-        shapes = [like[name].shape for name in self.theirs]
-        rows = [shape[-1] if len(shape) != 2 or self.transposed else shape[0] for shape in shapes]
-        parts = parameter.split(rows)
-        return {
-            name: (part.T if self.transposed and part.dim() == 2 else part).reshape(shape)
-            for name, part, shape in zip(self.theirs, parts, shapes, strict=True)
-        }
+    def write(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Their tensors out of our parameter."""
+        parts = parameter.chunk(len(self.theirs))
+        return {name: self._turned(part) for name, part in zip(self.theirs, parts, strict=True)}
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        return tensor.T if self.transposed and tensor.dim() == 2 else tensor
 
 
 def linear(ours: str, *theirs: str, biased: bool = True, transposed: bool = False) -> Iterator[Piece]:
@@ -42,6 +39,7 @@ def linear(ours: str, *theirs: str, biased: bool = True, transposed: bool = Fals
 
 
 def beneath(ours: str, theirs: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The same of two modules that are parts of larger ones."""
+    """The same of two modules that are parts of larger ones; an empty name is the model itself."""
     for piece in pieces:
-        yield piece._replace(ours=f"{ours}.{piece.ours}", theirs=tuple(f"{theirs}.{name}" for name in piece.theirs))
+        own = f"{ours}.{piece.ours}" if ours else piece.ours
+        yield piece._replace(ours=own, theirs=tuple(f"{theirs}.{name}" if theirs else name for name in piece.theirs))

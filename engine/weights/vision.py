@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.weights.bert import PLAIN, STACK
+from engine.weights.family import Family, Part, Place
 from engine.weights.pieces import Piece, linear
-from engine.weights.reshaped import Filters, Pixels, Table
+from engine.weights.reshaped import Filters, Pixels, Row, Table
+from engine.weights.sizes import Sizes
 
-VIT = {
+VIT_BLOCK = {
     "self_attention.query_key_value": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
     "self_attention.output": ["attention.o_proj"],
     "self_attention.norm": ["layernorm_before"],
@@ -15,7 +18,7 @@ VIT = {
     "feed_forward.output": ["mlp.fc2"],
     "feed_forward.norm": ["layernorm_after"],
 }
-CLIP = {
+CLIP_BLOCK = {
     "self_attention.query_key_value": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "self_attention.output": ["self_attn.out_proj"],
     "self_attention.norm": ["layer_norm1"],
@@ -33,7 +36,7 @@ def vit(layers: int, *, pooler: bool, learned_positions: bool = True) -> Iterato
         yield Table("embedder.places.table", ("embeddings.position_embeddings",))
     yield Filters("embedder.projection.weight", ("embeddings.patch_embeddings.projection.weight",))
     yield Piece("embedder.projection.bias", ("embeddings.patch_embeddings.projection.bias",))
-    yield from stack("transformer", "layers", layers, VIT)
+    yield from stack("transformer", "layers", layers, VIT_BLOCK)
     yield from linear("transformer.final_norm", "layernorm")
     if pooler:
         yield from linear("pooling.dense", "pooler.dense")
@@ -43,7 +46,7 @@ def mae_decoder(layers: int) -> Iterator[Piece]:
     """The head of masked patches, of the tensors of `ViTMAEForPreTraining`'s decoder."""
     yield Table("mask_row", ("mask_token",))
     yield from linear("narrowing", "decoder_embed")
-    yield from stack("transformer", "decoder_layers", layers, VIT)
+    yield from stack("transformer", "decoder_layers", layers, VIT_BLOCK)
     yield from linear("transformer.final_norm", "decoder_norm")
     for kind in ("weight", "bias"):
         yield Pixels(f"pixels.{kind}", (f"decoder_pred.{kind}",))
@@ -51,11 +54,11 @@ def mae_decoder(layers: int) -> Iterator[Piece]:
 
 def clip(layers: int) -> Iterator[Piece]:
     """An image role of `CLIPVisionModel`'s tensors."""
-    yield Table("embedder.class_token", ("embeddings.class_embedding",))
+    yield Row("embedder.class_token", ("embeddings.class_embedding",))
     yield Piece("embedder.places.table", ("embeddings.position_embedding.weight",))
     yield Filters("embedder.projection.weight", ("embeddings.patch_embedding.weight",))
     yield from linear("embedder.norm", "pre_layrnorm")
-    yield from stack("transformer", "encoder.layers", layers, CLIP)
+    yield from stack("transformer", "encoder.layers", layers, CLIP_BLOCK)
     yield from linear("transformer.final_norm", "post_layernorm")
 
 
@@ -63,7 +66,7 @@ def clip_text(layers: int) -> Iterator[Piece]:
     """A text role of `CLIPTextModel`'s tensors, or of SigLIP's but for its head."""
     yield Piece("embedder.words", ("embeddings.token_embedding.weight",))
     yield Piece("embedder.positions", ("embeddings.position_embedding.weight",))
-    yield from stack("transformer", "encoder.layers", layers, CLIP)
+    yield from stack("transformer", "encoder.layers", layers, CLIP_BLOCK)
     yield from linear("transformer.final_norm", "final_layer_norm")
 
 
@@ -79,7 +82,7 @@ def siglip(layers: int) -> Iterator[Piece]:
     yield Piece("embedder.places.table", ("embeddings.position_embedding.weight",))
     yield Filters("embedder.projection.weight", ("embeddings.patch_embedding.weight",))
     yield Piece("embedder.projection.bias", ("embeddings.patch_embedding.bias",))
-    yield from stack("transformer", "encoder.layers", layers, CLIP)
+    yield from stack("transformer", "encoder.layers", layers, CLIP_BLOCK)
     yield from linear("transformer.final_norm", "post_layernorm")
     ours, theirs = "pooling.attention", "head"
     yield Table(f"{ours}.probe", (f"{theirs}.probe",))
@@ -87,3 +90,47 @@ def siglip(layers: int) -> Iterator[Piece]:
         yield Piece(f"{ours}.query_key_value.{kind}", (f"{theirs}.attention.in_proj_{kind}",))
     for name, source in (("output", "attention.out_proj"), ("norm", "layernorm"), ("inner", "mlp.fc1"), ("outer", "mlp.fc2")):
         yield from linear(f"{ours}.{name}", f"{theirs}.{source}")
+
+
+VIT_SIZES = Sizes(
+    same=STACK | {"picture.patch_size": "patch_size"},
+    always=PLAIN
+    | {
+        "norm": "pre",
+        "final_norm": True,
+        "picture.kind": "patches",
+        "picture.patch_bias": True,
+        "picture.embedding_norm": False,
+    },
+    alone={"picture.positions": "learned", "picture.class_token": True, "mask": "full"},
+    written={
+        "picture.image_size": "image_size",
+        "dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
+    },
+    constants={"qkv_bias": True},
+    defaults={"qkv_bias": True, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "patch_size": 16, "image_size": 224},
+)
+
+
+def _vit(place: Place) -> Iterator[Piece]:
+    return place.beneath("vit", vit(place.layers, pooler=place.role == "image"))
+
+
+VIT = Family(
+    name="vit",
+    kind="vit",
+    classes={"ViTForImageClassification": ("classification",), "ViTModel": ()},
+    parts=(Part(("image", "joint"), VIT_SIZES, _vit),),
+    heads=lambda: linear("heads.classification.classifier", "classifier"),
+    prefix="vit.",
+    spellings=(
+        ("vit.encoder.layer.", "vit.layers."),
+        ("attention.attention.query", "attention.q_proj"),
+        ("attention.attention.key", "attention.k_proj"),
+        ("attention.attention.value", "attention.v_proj"),
+        ("attention.output.dense", "attention.o_proj"),
+        ("intermediate.dense", "mlp.fc1"),
+        ("output.dense", "mlp.fc2"),
+    ),
+)

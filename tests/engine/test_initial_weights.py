@@ -104,11 +104,9 @@ def test_the_report_names_what_was_loaded_and_what_was_not(tmp_path, kind, tenso
     config = config_from(tmp_path)
     model = build_model(config, VOCAB)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    first, *others = load_initial_weights(config, model)
-    assert first == (
-        f"loaded {tensors} tensors of {tmp_path} into model.joint, "
-        f"left at their initialisation: {', '.join(left)}"
-    )
+    first, *others, last = load_initial_weights(config, model)
+    assert first == f"loaded {tensors} tensors of {tmp_path} into model.joint"
+    assert last == f"left at their initialisation: {', '.join(left)}"
     idle = [f"not used of {tmp_path}"] if kind == "BertForPreTraining" else []
     assert [line.partition(":")[0] for line in others] == idle
     for name, parameter in model.named_parameters():
@@ -189,18 +187,21 @@ def test_folders_that_are_no_bert(tmp_path):
     with pytest.raises(ValueError, match="nowhere has no config.json"):
         load_initial_weights(config, model)
     saved(tmp_path)
-    other = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "roberta"}
-    (tmp_path / "config.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="must be a bert with absolute positions, got a roberta"):
+    known = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(known | {"model_type": "mamba", "architectures": None}))
+    with pytest.raises(ValueError, match="must be a folder of a .*bert, .*vit.*; got mamba"):
         load_initial_weights(config_from(tmp_path), model)
-    (tmp_path / "config.json").write_text(json.dumps(other | {"model_type": "bert"}))
+    (tmp_path / "config.json").write_text(json.dumps(known | {"position_embedding_type": "relative_key"}))
+    with pytest.raises(ValueError, match="position_embedding_type of the folder must be absolute, got relative_key"):
+        load_initial_weights(config_from(tmp_path), model)
+    (tmp_path / "config.json").write_text(json.dumps(known))
     whole = load_file(tmp_path / "model.safetensors")
     del whole["bert.encoder.layer.1.output.dense.bias"]
     save_file(whole, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="has no encoder.layer.1.output.dense.bias"):
+    with pytest.raises(ValueError, match="has no bert.encoder.layer.1.output.dense.bias"):
         load_initial_weights(config_from(tmp_path), model)
     config.init_from = {"text": str(tmp_path)}
-    with pytest.raises(ValueError, match="the part must be joint or teacher, got text"):
+    with pytest.raises(ValueError, match="the part must be one of model, joint, got text"):
         load_initial_weights(config, model)
 
 

@@ -18,7 +18,7 @@ def collate(
     return Batch(
         layout=vk.SegmentLayout([[len(sample.text or ()), len(sample.image or ())] for sample in samples], sample_ids=ids),
         text=put_together([sample.text for sample in samples], ids),
-        image=put_together([sample.image for sample in samples], ids),
+        image=put_together([sample.image for sample in samples if sample.image is not None], ids),
         labels=torch.tensor([sample.identity for sample in samples], dtype=torch.int64),
         sample_ids=ids,
         views=views,

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.config import Config
-from engine.data.records.record import ExampleIndex, FaultLedger, Source
-from engine.data.sources.load import load_source, usable_captions
+from engine.data.records.record import DataError, ExampleIndex, FaultLedger, Source
+from engine.data.sources.load import kind_of, load_source, usable_captions
 from engine.data.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.data.tokenization.training import train_tokenizer
 
@@ -26,22 +26,26 @@ class TrainingSet:
 
 
 class TrainingSets:
-    """All training records of a run, and one ledger of their faults."""
+    """All training records of a run, and one ledger of their faults. `texts` go along with those of the only set."""
 
-    def __init__(self, sets: list[TrainingSet], fault_limit: int) -> None:
-        self.sets = sets
-        self.ledger = sets[0].source.ledger if len(sets) == 1 else FaultLedger(fault_limit)
+    def __init__(self, sets: list[TrainingSet], fault_limit: int, texts: Source | None = None) -> None:
+        self.sets, self.texts = sets, texts
+        self.ledger = sets[0].source.ledger if len(self._sources) == 1 else FaultLedger(fault_limit)
         self._indices: list[ExampleIndex | None] | None = None
         self._merge_faults()
 
     def __len__(self) -> int:
-        return sum(len(one.source) for one in self.sets)
+        return sum(map(len, self._sources))
 
     def captions(self) -> Iterator[str]:
         """Every caption of every record that has one; the others are named in the ledger."""
-        for one in self.sets:
-            yield from usable_captions(one.source)
+        for source in self._sources:
+            yield from usable_captions(source)
         self._merge_faults()
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [one.source for one in self.sets] + ([] if self.texts is None else [self.texts])
 
     def index(self, config: Config, tokenizer: Tokenizer) -> list[ExampleIndex | None]:
         """The examples of each set and their lengths, made once; None where pictures are patches."""
@@ -53,8 +57,8 @@ class TrainingSets:
 
     def _merge_faults(self) -> None:
         """Name here what the sources have found by themselves."""
-        for one in self.sets:
-            for fault in list(one.source.ledger.faults):
+        for source in self._sources:
+            for fault in list(source.ledger.faults):
                 self.ledger.add(fault)
 
 
@@ -72,7 +76,13 @@ def load_training_sets(config: Config) -> TrainingSets:
             )
             for name, one in data.sets.items()
         ]
-    return TrainingSets(sets, data.fault_limit)
+    texts = None
+    if data.texts is not None:
+        alone = dataclasses.replace(data, source=data.texts.source, texts=None, permute_captions=False)
+        texts = load_source(alone, "train", config.seed)
+        if kind_of(texts) != "documents":
+            raise DataError(f"data.texts.source must be documents, got {data.texts.source}")
+    return TrainingSets(sets, data.fault_limit, texts)
 
 
 def make_tokenizer(config: Config, sets: TrainingSets) -> Tokenizer:

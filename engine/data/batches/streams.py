@@ -82,6 +82,23 @@ class TaskStream:
         )
 
 
+class MixedStream:
+    """Pairs, and in evenly spread places among them texts: `count` in every `period` samples."""
+
+    def __init__(self, pairs: TaskStream, texts: TaskStream, count: int, period: int) -> None:
+        self.pairs, self.texts = pairs, texts
+        self.count, self.period = count, period
+        self.task, self.plan = pairs.task, pairs.plan
+
+    def samples(self, position: int, size: int, faults: list[str]) -> list[Sample]:
+        """As `TaskStream.samples`; which are texts depends on their position alone."""
+        before = [place * self.count // self.period for place in range(position, position + size + 1)]
+        num_texts = before[-1] - before[0]
+        texts = iter(self.texts.samples(before[0], num_texts, faults))
+        pairs = iter(self.pairs.samples(position - before[0], size - num_texts, faults))
+        return [next(texts if is_text else pairs) for is_text in np.diff(before)]
+
+
 def plain_reader(config: Config, source: Source, tokenizer: Tokenizer, maker: SampleMaker, name: str) -> Reader:
     """Of documents, pages or pictures that are read as they are."""
     data, kind = config.data, kind_of(source)
@@ -179,13 +196,17 @@ class MicroBatches(Dataset):
         return collate(samples, range(first, first + len(samples)), faults, stream.task)
 
 
-def task_streams(config: Config, sets: TrainingSets, tokenizer: Tokenizer) -> list[TaskStream]:
+def task_streams(config: Config, sets: TrainingSets, tokenizer: Tokenizer) -> list[TaskStream] | list[MixedStream]:
     """One stream for every task of every set, in their order."""
     streams: list[TaskStream] = []
     for one, index in zip(sets.sets, sets.index(config, tokenizer), strict=True):
         for task in one.ratios:
             streams.append(TaskStream(config, one, index, task, tokenizer, len(streams)))
-    return streams
+    if sets.texts is None:
+        return streams
+    (pairs,) = streams
+    texts = TaskStream(config, TrainingSet("data.texts", sets.texts, None), None, None, tokenizer, len(streams))
+    return [MixedStream(pairs, texts, config.data.texts.per_step, config.train.global_batch)]
 
 
 def training_stream(

@@ -155,7 +155,8 @@ class GridEmbedder(ImageEmbedder):
 
     def __init__(self, options: ImageInput, width: int, eps: float, impl: str):
         super().__init__(options, width, eps, impl)
-        self.backbone: Backbone = BACKBONES[options.backbone](norm=NORMS[options.backbone_norm])
+        cut = {} if options.stages is None else {"stages": options.stages}
+        self.backbone: Backbone = BACKBONES[options.backbone](norm=NORMS[options.backbone_norm], **cut)
         self.projection = Linear(self.backbone.channels, width, impl, bias=not options.codes)
         self.dictionary = VisualDictionary(options.codes, width, impl) if options.codes else None
         self.mask_row = table(1, width) if options.codes else None

@@ -56,7 +56,8 @@ class Backbone(nn.Module):
 
 
 class ResNet(Backbone):
-    """A stem at a quarter of the resolution and four stages, each but the first at half of what it reads."""
+    """A stem at a quarter of the resolution and four stages, or the first `stages` of them, each but the first at half of
+    what it reads."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class ResNet(Backbone):
         depths: tuple[int, ...],
         norm: MakeNorm = FrozenBatchNorm,
         *,
+        stages: int | None = None,
         groups: int = 1,
         group_width: int = 64,
     ):
@@ -71,7 +73,7 @@ class ResNet(Backbone):
         self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), norm(64)
         inputs = 64
         self.stage_channels = []
-        for stage, depth in enumerate(depths):
+        for stage, depth in enumerate(depths[:stages]):
             planes, layers = 64 * 2**stage, []
             for number in range(depth):
                 stride = 2 if number == 0 and stage > 0 else 1

@@ -38,17 +38,18 @@ class TextEmbedder(nn.Module):
             self.register_buffer("positions", waves, persistent=False)
 
     def rows(
-        self, ids: Tensor, layout: vk.SegmentLayout, types: Tensor | None = None, boxes: Tensor | None = None
+        self,
+        ids: Tensor,
+        layout: vk.SegmentLayout,
+        types: Tensor | None = None,
+        boxes: Tensor | None = None,
+        position: Tensor | None = None,
     ) -> Rows:
-        """`ids` and `types` `[T]`, `boxes` `[T, 4]`; types are 0 where none are given."""
-        tables, columns = [self.words], [ids.to(torch.int32)[:, None]]
-        if self.positions is not None:
-            position = layout.token_position()
-            tables.append(self.positions)
-            columns.append(torch.where(position < 0, -1, position + self.offset)[:, None])
-        if self.types is not None:
-            tables.append(self.types)
-            columns.append((torch.zeros_like(ids) if types is None else types).to(torch.int32)[:, None])
+        """`ids` and `types` `[T]`, `boxes` `[T, 4]`; types are 0 where none are given, `position` `[T]` is that in the
+        text unless something stands before it."""
+        position = layout.token_position() if position is None else position
+        tables, columns = self._placed(position, types)
+        tables, columns = [self.words, *tables], [ids.to(torch.int32)[:, None], *columns]
         dense = None
         if isinstance(self.page, SummedPage):
             tables += self.page.tables
@@ -56,3 +57,20 @@ class TextEmbedder(nn.Module):
         elif self.page is not None:
             dense = self.page(boxes)
         return Rows(tuple(tables), torch.cat(columns, dim=1), dense, self.norm)
+
+    def rows_in_place_of_words(self, dense: Tensor, position: Tensor) -> Rows:
+        """Of tokens `[n, D]` that are no words but stand at these positions `[n]` as such."""
+        tables, columns = self._placed(position, None)
+        none = torch.empty(len(dense), 0, dtype=torch.int32, device=dense.device)
+        return Rows(tuple(tables), torch.cat([none, *columns], dim=1), dense, self.norm)
+
+    def _placed(self, position: Tensor, types: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Tables of positions and types, and a column for each."""
+        tables, columns = [], []
+        if self.positions is not None:
+            tables.append(self.positions)
+            columns.append(torch.where(position < 0, -1, position + self.offset)[:, None])
+        if self.types is not None:
+            tables.append(self.types)
+            columns.append((torch.zeros_like(position) if types is None else types).to(torch.int32)[:, None])
+        return tables, columns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import vlkernels as vk
@@ -29,6 +30,7 @@ class PackedTransformer(nn.Module):
         cross_every, cross_from: every how many blocks cross-attention stands, from which block on.
         groups: groups of segments with feed-forward networks of their own; rows of the first group alone read
             the source. By default one network serves all rows, which all read.
+        within: what the positions of a relative bias are counted in.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class PackedTransformer(nn.Module):
         cross_every: int = 1,
         cross_from: int = 0,
         groups: Sequence[Sequence[int]] = (),
+        within: Literal["segment", "sample"] = "segment",
         impl: str = "auto",
     ):
         super().__init__()
@@ -59,6 +62,7 @@ class PackedTransformer(nn.Module):
         self.pre_norm = stack.norm == "pre"
         self.final_norm = norm_of(stack) if self.pre_norm and stack.final_norm else None
         self.distances = Distances(stack) if stack.relative_position is not None else None
+        self.within = within
         self.activation_checkpointing = False
         self.impl = impl
 
@@ -84,17 +88,18 @@ class PackedTransformer(nn.Module):
         extension: Extension | None = None,
     ) -> Tokens:
         """States of all tokens, or of the `selected` ones, which are the same without dropout: the last block
-        then computes nothing but their keys and values for the others.
+        then computes nothing but their keys and values for the others. Without blocks the tokens are their states.
 
         `boxes` `[num_tokens, 4]` (x0, y0, x1, y1) are what a bias by boxes reads. With an `extension` of a cache the
         tokens go on from those before them.
         """
         x, residual = tokens.hidden, tokens.hidden
-        if self.pre_norm:
-            x = self.blocks[0].self_attention.norm(x, impl=self.impl)
+        entry_norm, *exit_norms = self._norms()
+        if self.pre_norm and entry_norm is not None:
+            x = entry_norm(x, impl=self.impl)
         reads = {} if source is None else dict(zip(self._cross_blocks(), source.keys_values, strict=True))
         contexts = self._contexts(Context(tokens.layout, rng, mask, extension=extension), boxes, selected)
-        for block, exit_norm, context in zip(self._applied(), self._exit_norms(), contexts, strict=True):
+        for block, exit_norm, context in zip(self._applied(), exit_norms, contexts, strict=True):
             read = (source, reads[block]) if block in reads else None
             x, residual = self._run(block, x, residual, exit_norm, context, read)
         return Tokens(x, tokens.layout if selected is None else selected.layout)
@@ -103,8 +108,9 @@ class PackedTransformer(nn.Module):
         """The block of every layer."""
         return [self.blocks[0]] * self.layers if self.shared else list(self.blocks)
 
-    def _exit_norms(self) -> list[Norm | None]:
-        return [*(block.self_attention.norm for block in self._applied()[1:]), self.final_norm]
+    def _norms(self) -> list[Norm | None]:
+        """Before the first block, between blocks and behind the last."""
+        return [*(block.self_attention.norm for block in self._applied()), self.final_norm]
 
     def _cross_blocks(self) -> list[Block]:
         return [block for block in self.blocks if block.cross_attention is not None]
@@ -125,10 +131,13 @@ class PackedTransformer(nn.Module):
         """The same with the relative bias, of which only selected rows need another."""
         first, last, distances = contexts[0], contexts[-1], self.distances
         tables, extension = distances(), first.extension
-        position = first.layout.token_position() if extension is None else extension.in_segment
+        if extension is None:
+            position = first.layout.token_position(self.within)
+        else:
+            position = extension.in_segment if self.within == "segment" else extension.in_sample
         queries, keys = distances.coordinates(position, boxes), None
         if extension is not None:
-            keys = distances.coordinates(extension.layout.token_position(), None)
+            keys = distances.coordinates(extension.layout.token_position(self.within), None)
         bias = distances.bias(tables, queries, keys)
         contexts = [replace(context, bias=bias) for context in contexts]
         if last.selected is not None:

@@ -58,6 +58,8 @@ class Objective:
     """Whether its batches are for no other objective, because they show something else."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Objectives whose views its `prepare` looks at, where a sample has them."""
+    without_images: ClassVar[bool] = False
+    """Whether samples of a batch may have no image where others have one."""
     needs_soft_labels: ClassVar[bool] = False
     """Whether it reads the detector's distributions over classes."""
     reads_whole: ClassVar[str | None] = None

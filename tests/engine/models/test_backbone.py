@@ -121,6 +121,25 @@ def test_the_finest_level_by_hand():
     assert pyramid(torch.randn(1, 3, 70, 50)).shape == (1, 8, 18, 13), "sides need not divide"
 
 
+def test_three_stages_of_a_backbone_are_its_map_at_a_sixteenth():
+    options = ImageInput(kind="grid", backbone="resnet18", stages=3, max_grid=(14, 14), positions="none", embedding_norm=False)
+    cut = make_image_embedder(options, 16, 1e-6, "auto").backbone
+    whole = BACKBONES["resnet18"]()
+    redraw(whole)
+    missing, more = cut.load_state_dict(whole.state_dict(), strict=False)
+    assert not missing and {name.split(".")[0] for name in more} == {"layer4"}
+    pixels = torch.randn(1, 3, 224, 224)
+    found = cut(pixels)
+    assert found.shape == (1, 256, 14, 14) and cut.channels == 256 and options.cell_side == 16
+    torch.testing.assert_close(found, whole.stages(pixels)[2])
+
+
+@pytest.mark.parametrize("options", [{"stages": 0}, {"stages": 5}, {"stages": 3, "backbone": "resnet18_fpn"}])
+def test_backbones_that_are_not_cut(options):
+    with pytest.raises(ValueError, match="x.stages must be 1 to 4 of a backbone without a pyramid, got"):
+        ImageInput(kind="grid", **options).check_input("x", 16)
+
+
 def test_cells_are_rows_of_the_pooled_map():
     options = ImageInput(kind="grid", backbone="resnet18", max_grid=(2, 3), positions="none", embedding_norm=False)
     embedder = make_image_embedder(options, 16, 1e-6, "auto")

@@ -309,6 +309,11 @@ def test_a_step_through_shared_roles_trains_them_all():
     }
 
 
+def test_a_decoder_has_the_words_of_the_joint_stream_where_there_is_no_text_role():
+    model = make(joint=JOINT["uniter"], decoder=DecoderStack(**SIZES, source="joint", shares="words"))
+    assert model.decoder.embedder.words is model.joint.text.words is model.words_of("decoder")
+
+
 def test_electras_generator_reads_with_the_texts_tables():
     sizes = SIZES | {"width": 12, "mlp_width": 16}
     generator = GeneratorStack(**sizes | {"layers": 1}, embedding_width=24)
@@ -387,6 +392,14 @@ def test_call_sites_have_their_own_streams():
         ),
         ({"decoder": DecoderStack(source="joint")}, "model.decoder.source needs model.joint, which is null"),
         ({"decoder": DecoderStack(shares="words")}, "model.decoder.shares needs model.text, which is null"),
+        (
+            {"joint": JOINT["uniter"], "decoder": DecoderStack(**SIZES, shares="all_but_attention")},
+            "model.decoder.shares needs model.text, which is null",
+        ),
+        (
+            {"joint": JOINT["uniter"], "decoder": DecoderStack(shares="words")},
+            "tables of one width: those of model.joint have 24, its own 128",
+        ),
         (
             {"text": TextStack(**SIZES), "decoder": DecoderStack(shares="words")},
             "tables of one width: those of model.text have 24, its own 128",

@@ -150,7 +150,7 @@ def test_words_and_cells_are_layoutlmv2s(picture_type, monkeypatch):
     with InDouble():
         theirs = public.LayoutLMv2Model(config)
         if picture_type:
-            theirs.visual_segment_embedding = nn.Parameter(torch.empty(1, 24))
+            theirs.visual_segment_embedding = nn.Parameter(torch.empty(24))
         redraw(theirs)
         ours = Joint(stack, VOCAB, itertools.count(), "auto").double()
         ours.image.backbone = nn.Identity()

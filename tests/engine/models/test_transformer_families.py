@@ -147,7 +147,7 @@ def test_clip_without_a_final_norm():
     )  # fmt: skip
     theirs = redraw(transformers.models.clip.modeling_clip.CLIPEncoder(config))
     ours = packed("pre", "quick_gelu", final_norm=False)
-    pieces = copy_weights(*named(ours, theirs), vision.stack("ours", "encoder.layers", LAYERS, vision.CLIP))
+    pieces = copy_weights(*named(ours, theirs), vision.stack("ours", "encoder.layers", LAYERS, vision.CLIP_BLOCK))
     compare_alone(ours, theirs, pieces, lambda x: theirs(inputs_embeds=x, attention_mask=keys_mask(LENGTHS)).last_hidden_state)
 
 

@@ -11,7 +11,7 @@ import vlkernels as vk
 from random_batch import random_batch, small_model
 from torch.nn import functional as F
 
-from engine.batch import Batch, Sample, Text, Words
+from engine.batch import Batch, Patches, Sample, Text, Words
 from engine.data import collate
 from engine.data.plan.order import generator
 from engine.models.model import VisionLanguageModel
@@ -28,7 +28,7 @@ from engine.objectives.sentence_order import SentenceOrder
 from engine.objectives.sigmoid_contrastive import SigmoidContrastive
 from engine.objectives.span_boundary import SpanBoundary
 from engine.objectives.triplet import Triplet
-from engine.sections import JointStack, Model, TextStack, Tokenizer
+from engine.sections import DecoderStack, ImageStack, JointStack, Model, TextStack, Tokenizer
 
 CLS, SEP, MASK, FIRST_SENTINEL = 1, 2, 3, 30
 TOKENIZER = SimpleNamespace(
@@ -224,6 +224,31 @@ def test_the_decoder_goes_on_behind_the_prefix():
         assert [*read, *written] == [*range(4, 14), SEP] and begun == [CLS, *written[:-1]] and read and len(written) > 1
         cuts.add(len(read))
     assert len(cuts) > 4
+
+
+@pytest.mark.parametrize("image, words, reads", [(True, 1, {0}), (True, 3, {0, 1, 2}), (False, 3, {1, 2})])
+def test_an_image_may_be_all_that_is_read(image, words, reads):
+    """SimVLM: a prefix ends behind the image at least; without one the encoder has a word."""
+    picture, found = Patches(torch.zeros(1, 12), torch.zeros(1, 2)) if image else None, set()
+    for seed in range(30):
+        sample = Sample(text(*range(4, 4 + words)), picture, 0)
+        Denoising(noise="prefix").prepare(sample, draw(seed))
+        read, begun, written = parts(sample)
+        assert [*read, *written] == [*range(4, 4 + words), SEP] and begun == [CLS, *written[:-1]]
+        found.add(len(read))
+    assert found == reads
+
+
+def test_a_document_of_one_word_has_no_prefix():
+    with pytest.raises(ValueError, match="a text of 1 tokens, denoising needs 2"):
+        Denoising(noise="prefix").prepare(Sample(text(4), None, 0), draw(0))
+
+
+def test_an_image_before_a_prefix_must_be_read():
+    """Where it goes to another role, an encoder without words would read nothing."""
+    roles = {"image": ImageStack(**SIZES), "text": TextStack(**SIZES), "decoder": DecoderStack(**SIZES, source="text")}
+    with pytest.raises(ValueError, match="model.decoder.source must be joint with model.joint.image, got text"):
+        Denoising(noise="prefix").check(SimpleNamespace(model=Model(fusion=None, **roles)))
 
 
 # ---- spans

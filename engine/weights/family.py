@@ -1,0 +1,86 @@
+"""A family of published models: which roles its weights can fill, what has to agree, and what everything is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from engine.sections import Model
+from engine.weights.pieces import Piece, beneath
+from engine.weights.sizes import Sizes
+
+WORD_HEADS = ("heads.masked_language", "heads.distillation.words", "heads.replaced_tokens.words", "heads.causal_language")
+"""Heads of words that are BERT's: a transform, and the word table with a bias."""
+
+
+class Place(NamedTuple):
+    """A role of ours that is filled or written."""
+
+    role: str
+    stack: Any
+    """Its section."""
+    first: int = 0
+    """Which of their layers its first one is."""
+
+    @property
+    def layers(self) -> int:
+        return self.stack.layers
+
+    @property
+    def words(self) -> str:
+        """The embedder of its text."""
+        return "joint.text" if self.role == "joint" else f"{self.role}.embedder"
+
+    @property
+    def transformer(self) -> str:
+        return f"{self.role}.transformer"
+
+    @property
+    def pooling(self) -> str:
+        return f"{self.role}.pooling"
+
+    def beneath(self, theirs: str, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Pieces of an image tower as this role's; in a joint stream those of its picture and of its transformer."""
+        for piece in beneath(self.role, theirs, pieces):
+            yield piece._replace(ours=piece.ours.replace("joint.embedder.", "joint.image.", 1))
+
+
+class Part(NamedTuple):
+    """What of a folder fills one role."""
+
+    roles: tuple[str, ...]
+    """Ours that it can fill; the first that a run has is its own where a whole folder is read."""
+    sizes: Sizes
+    pieces: Callable[[Place], Iterator[Piece]]
+    section: str | None = None
+    """Of config.json; null: its top."""
+
+    def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        return config if self.section is None else config.get(self.section) or {}
+
+
+def no_pieces() -> Iterator[Piece]:
+    return iter(())
+
+
+@dataclass(frozen=True)
+class Family:
+    """Folders of one kind."""
+
+    name: str
+    kind: str
+    """The model_type of config.json."""
+    classes: Mapping[str, tuple[str, ...]]
+    """Heads that a class of `transformers` needs; the first is taken whose heads are all there."""
+    parts: tuple[Part, ...]
+    heads: Callable[[], Iterator[Piece]] = no_pieces
+    """What belongs to no role: read with the role that words are predicted from, or with the whole."""
+    prefix: str = ""
+    """Before the names of all that is not a head, but in folders of the bare model."""
+    spellings: tuple[tuple[str, str], ...] = ()
+    """How files spell what we name as the classes of `transformers` do today."""
+    sizes: Sizes = Sizes({})
+    """Of `model` itself."""
+    settings: Callable[[Model], dict[str, Any]] = lambda model: {}
+    """Other entries of config.json, by section where it has them."""

@@ -1,0 +1,77 @@
+"""A folder that weights come from: of `transformers`, or of a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.sections import require
+from engine.weights.family import Family
+
+
+class Folder(NamedTuple):
+    """Its config.json and its tensors; `asked` is the option that named it, for what is told."""
+
+    asked: str
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, asked: str, path: Path) -> Folder:
+        return cls(asked, path, _read_config(asked, path), _read_tensors(asked, path))
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is what a run has ended in."""
+        return "model_type" not in self.config and "objectives" in self.config
+
+    def require(self, condition: bool, told: str) -> None:
+        require(condition, f"{self.asked}: {self.path} {told}")
+
+    def named_for(self, family: Family) -> Folder:
+        """The same with the names of a family's pieces."""
+        return self._replace(tensors=renamed(self.tensors, family))
+
+
+def renamed(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """As the classes of `transformers` name them today, in the whole model."""
+    is_bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in tensors)
+    found = {}
+    for name, tensor in tensors.items():
+        name = family.prefix + name if is_bare else name
+        for spelled, ours in family.spellings:
+            name = name.replace(spelled, ours)
+        found[name] = tensor
+    return found
+
+
+def _read_config(asked: str, path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    require(file.is_file(), f"{asked}: {path} has no config.json: it must be a folder of `transformers` or of a finished run")
+    try:
+        settings = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{asked}: {file} cannot be read ({error})") from None
+    require(isinstance(settings, dict), f"{asked}: {file} must be an object")
+    return settings
+
+
+def _read_tensors(asked: str, path: Path) -> dict[str, Tensor]:
+    files = sorted(path.glob("model*.safetensors"))
+    pickled = sorted(file.name for file in path.glob("pytorch_model*.bin"))
+    why = f" but {', '.join(pickled)}, a pickle, which is not read: save it as safetensors" if pickled else ""
+    require(bool(files), f"{asked}: {path} has no model.safetensors{why}")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            found |= load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{asked}: {file} cannot be read ({error})") from None
+    return found

@@ -1,0 +1,73 @@
+"""Tables whose rows are others than in the folder they come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.models.embedding.places import TabledPlaces
+from engine.weights.family import WORD_HEADS
+
+BY_ROW = (".words", ".positions", ".types")
+"""Tables that may have another number of rows."""
+WORD_BIASES = tuple(f"{head}.bias" for head in (*WORD_HEADS, "heads.distillation.teacher.words"))
+PLACES = ".places.table"
+
+
+class Grid(NamedTuple):
+    """Rows and columns of places, and the rows of a table before them."""
+
+    rows: int
+    columns: int
+    before: int = 0
+
+    @classmethod
+    def of_ours(cls, places: TabledPlaces, table: Tensor) -> Grid:
+        return cls((len(table) - places.first) // places.grid_columns, places.grid_columns, places.first)
+
+    @classmethod
+    def of_theirs(cls, settings: Mapping[str, Any], table: Tensor) -> Grid:
+        """Of a config.json with image_size and patch_size, or of ours; else a square behind a class token or none."""
+        size, patch = settings.get("image_size"), settings.get("patch_size")
+        if (grid := settings.get("max_grid")) is not None:
+            return cls(*grid, len(table) - math.prod(grid))
+        if size is None or patch is None:
+            side = math.isqrt(len(table))
+            return cls(side, side, len(table) - side**2)
+        height, width = (size, size) if isinstance(size, int) else size
+        rows, columns = height // patch, width // patch
+        return cls(rows, columns, len(table) - rows * columns)
+
+
+def fits(name: str, wanted: torch.Size, got: torch.Size) -> bool:
+    """Whether a table of a folder can stand for ours."""
+    by_row = name.endswith((*BY_ROW, PLACES)) or name in WORD_BIASES
+    return got[1:] == wanted[1:] if by_row else got == wanted
+
+
+def copy_rows(name: str, found: Tensor, target: Tensor) -> str | None:
+    """Fill the rows in common; a note where these are not all."""
+    rows = min(len(found), len(target))
+    target[:rows] = found[:rows]
+    if len(found) == len(target):
+        return None
+    return f"{name} the first {rows} rows (it has {len(target)}, the file {len(found)})"
+
+
+def copy_places(name: str, found: Tensor, target: Tensor, theirs: Grid, ours: Grid) -> str | None:
+    """Fill a table of places; of another grid by bicubic interpolation, as ViT is trained on at other sizes."""
+    grid = found[theirs.before :]
+    if (theirs.rows, theirs.columns) != (ours.rows, ours.columns):
+        picture = grid.T.reshape(1, -1, theirs.rows, theirs.columns).float()
+        grid = F.interpolate(picture, (ours.rows, ours.columns), mode="bicubic", align_corners=False)[0].flatten(1).T
+    target[ours.before :] = grid.to(target.dtype)
+    both = min(theirs.before, ours.before)
+    target[:both] = found[:both]
+    if grid.shape == found[theirs.before :].shape:
+        return None
+    return f"{name} interpolated from {theirs.rows} x {theirs.columns} to {ours.rows} x {ours.columns} places"
