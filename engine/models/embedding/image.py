@@ -165,12 +165,11 @@ class GridEmbedder(ImageEmbedder):
         """What does not depend on what is masked, so that the passes over a batch may share it."""
         if isinstance(image, Cells):
             return image
-        pixels = image.values.to(self.projection.weight.dtype)
-        pooled = POOLS[self.options.grid_pooling](self.backbone(pixels), tuple(self.options.max_grid))
+        pooled = POOLS[self.options.grid_pooling](self.backbone(image.values), tuple(self.options.max_grid))
         rows, codes = self.projection(pooled.flatten(2).transpose(1, 2).flatten(0, 1)), None
         if self.dictionary is not None:
             rows, codes = self.dictionary(rows)
-        return Cells(rows, even_grid(len(pixels), tuple(self.options.max_grid), rows.device), codes)
+        return Cells(rows, even_grid(len(pooled), tuple(self.options.max_grid), rows.device), codes)
 
     def project(self, image: Pixels | Cells, masked: Tensor | None) -> Tensor:
         rows = self.cells(image).values
