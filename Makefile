@@ -73,9 +73,11 @@ test: setup
 test-gpu: setup
 	$(RUN) -m pytest -m gpu tests
 
+LARGE_LOSSES := --op contrastive_loss --op sigmoid_loss --benchmark n8192_d512 --benchmark n16384_d512
+
 bench: setup
 	$(RUN) -m benchmarks.run --device cpu $(BENCH)
-	$(RUN) -m benchmarks.run --device cpu --heap default --op contrastive_loss --op sigmoid_loss
+	$(RUN) -m benchmarks.run --device cpu --heap default $(LARGE_LOSSES)
 	$(RUN) -m benchmarks.host_cost --device cpu
 	$(RUN) -m benchmarks.plain_quickstart --seconds 20
 	$(RUN) -m benchmarks.train_step --device cpu

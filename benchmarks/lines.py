@@ -50,7 +50,7 @@ STEP = {
 ATTENTION = {"file": "attention_qkvpacked", "against": "the better of padded and length-sorted SDPA"}
 LINES = (
     Line(
-        "a whole UNITER-base step (the latest: 6 of its 12 layers), COCO-like lengths, random batches of 32",
+        "a whole UNITER-base step (the latest: 4 of its 12 layers), COCO-like lengths, random batches of 32",
         "the same model in plain, padded PyTorch",
         peers=("padded PyTorch, random",),
         targets={"float32": 2.0},
@@ -116,7 +116,6 @@ LINES = (
         ("eager",),
     ),
     Line("RMSNorm(x + residual)", "PyTorch, one operator after the other", "rms_norm", "residual 8192x768", ("eager",)),
-    Line("embeddings + LayerNorm", "PyTorch", "embed_layer_norm", "BERT 8192x768", ("eager",)),
     Line(
         "words and regions with their own norms and dropout",
         "PyTorch: two embedders, concatenate, gather",
@@ -154,7 +153,15 @@ LINES = (
         ("torch",),
         dtypes=("float32",),
     ),
-    Line("contrastive loss, 4,096 pairs, width 512", "the dense N x N loss", "contrastive_loss", "n4096_d512", ("torch",)),
+    Line(
+        "contrastive loss, 8,192 pairs, width 512",
+        "the dense N x N loss",
+        "contrastive_loss",
+        "n8192_d512",
+        ("torch",),
+        {"float32": 1.4},
+        dtypes=("float32",),
+    ),
     Line(
         "contrastive loss, 16,384 pairs, width 512",
         "the dense N x N loss",
@@ -209,6 +216,7 @@ LINES = (
         "late_interaction_loss",
         "filip n256 p49 t5-32 d256",
         ("dense",),
+        {"float32": 1.4},
     ),
     Line(
         "linear cross-entropy, 2,048 x 30,522",
@@ -216,6 +224,17 @@ LINES = (
         "linear_cross_entropy",
         "bert_m2048_v30522_d768",
         ("torch",),
+        {"float32": 1.0},
         dtypes=("float32",),
+    ),
+    Line(
+        "the same: memory at its peak, times as little",
+        "linear, then cross-entropy in float32",
+        "linear_cross_entropy",
+        "bert_m2048_v30522_d768",
+        ("torch",),
+        {"float32": 5.0},
+        dtypes=("float32",),
+        amounts=peak_bytes,
     ),
 )

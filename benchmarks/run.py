@@ -32,6 +32,8 @@ DIRECTIONS = ("forward", "backward")
 COPY = "copy of as many bytes"
 # A run starts nothing after so many seconds, whatever is left to time.
 LIMIT_S = {"cpu": 600.0, "cuda": 480.0}
+# Of measuring, per benchmark and dtype.
+BUDGET_S = {"cpu": 1.0, "cuda": 1.5}
 HEAPS = "on a CPU: kept: freed memory stays with the process, as in the engine; default: as glibc has it where nobody says so"
 
 Timings = dict[str, dict[str, Timing]]
@@ -46,6 +48,7 @@ class Run:
     results: Path
     ends: float = float("inf")
     only_missing: bool = False
+    only: tuple[str, ...] = ()
     heap: str | None = None
     roofs: dict[torch.dtype, roof.Roof] = field(default_factory=dict)
     card: CardLog = field(default_factory=CardLog)
@@ -73,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--op", action="append", help="only this op; may be given several times")
-    parser.add_argument("--budget-s", type=float, default=1.5, help="seconds of measuring per benchmark and dtype")
+    parser.add_argument("--benchmark", action="append", help="only benchmarks of this name; may be given several times")
+    parser.add_argument("--budget-s", type=float, help=f"seconds of measuring per benchmark and dtype; default: {BUDGET_S}")
     parser.add_argument("--limit-s", type=float, help=f"start nothing after so many seconds; default: {LIMIT_S}")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder the results are appended to")
     parser.add_argument("--heap", default="kept", choices=("kept", "default"), help=HEAPS)
@@ -82,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="the rows of a card as far as they come without one")
     options = parser.parse_args(arguments)
     chosen = [spec for spec in ops.specs() if not options.op or spec.name in options.op]
+    known = {"op": {spec.name for spec in ops.specs()}, "benchmark": {name for spec in chosen for name in spec.benchmarks}}
+    for kind, names in known.items():
+        if unknown := set(getattr(options, kind) or ()) - names:
+            parser.error(f"--{kind}: there is no {', '.join(sorted(unknown))}, only {', '.join(sorted(names))}")
     if options.list:
         print(*(line for spec in chosen for line in listed(spec, options.device)), sep="\n")
         return 0
@@ -94,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no CUDA device here")
     ends = time.monotonic() + (LIMIT_S[options.device] if options.limit_s is None else options.limit_s)
     heap = None if on_card else options.heap
-    run = Run(options.device, options.budget_s, options.results, ends, only_missing=options.missing, heap=heap)
+    budget_s = BUDGET_S[options.device] if options.budget_s is None else options.budget_s
+    only = tuple(options.benchmark or ())
+    run = Run(options.device, budget_s, options.results, ends, only_missing=options.missing, only=only, heap=heap)
     if heap == "kept":
         keep_large_blocks()
     with run.card if on_card else contextlib.nullcontext():
@@ -111,7 +121,7 @@ def listed(spec: OpSpec, device: str) -> list[str]:
 
 def still_missing(spec: OpSpec, run: Run) -> dict[str, Benchmark]:
     """The benchmarks of this run, each with the dtypes that are to be timed."""
-    benchmarks = benchmarks_of(spec, run.device)
+    benchmarks = {name: of for name, of in benchmarks_of(spec, run.device).items() if name in run.only or not run.only}
     if not run.only_missing:
         return benchmarks
     there = stored(spec.name, run.device, run.heap, run.results)
@@ -201,10 +211,10 @@ def timed(spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run
 def peaks(
     spec: OpSpec, name: str, benchmark: Benchmark, dtype: torch.dtype, run: Run, steps: Mapping[str, Step]
 ) -> dict[str, int | None] | None:
-    """The most bytes each variant holds at once: always on a card, on a CPU where the benchmark asks for it."""
+    """The most bytes each variant holds at once: on a card, and where a CPU benchmark asks for it, once for both heaps."""
     if run.device == "cuda":
         return {variant: step.peak_bytes() for variant, step in steps.items()}
-    if not benchmark.peak_memory:
+    if not benchmark.peak_memory or run.heap == "default":
         return None
     return {variant: memory.peak_bytes(spec.name, name, short(dtype), variant) for variant in steps}
 

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -78,7 +79,18 @@ def train(run: Settings, output: Path) -> dict[str, Any]:
     return json.loads((output / run["name"] / "summary.json").read_text())
 
 
-def row_of(run: Settings, summary: dict[str, Any], seconds: float) -> Row:
+@dataclasses.dataclass
+class Clock:
+    """Seconds since some moment, and those that cores have worked for the processes started here, since another."""
+
+    seconds: float = dataclasses.field(default_factory=time.monotonic)
+    core_seconds: float = dataclasses.field(default_factory=lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))
+
+    def since(self, begun: Clock) -> dict[str, float]:
+        return {name: round(value - getattr(begun, name), 1) for name, value in vars(self).items()}
+
+
+def row_of(run: Settings, summary: dict[str, Any], taken: dict[str, float]) -> Row:
     """What is stored of a run."""
     return {
         "op": "systems",
@@ -87,7 +99,7 @@ def row_of(run: Settings, summary: dict[str, Any], seconds: float) -> Row:
         "settings": digest(run),
         "steps": run["train"]["max_steps"],
         "lr": run["optimizer"]["lr"],
-        "seconds": round(seconds, 1),
+        **taken,
         "samples": summary["samples_seen"],
         "evaluation": summary["evaluation"],
     }
@@ -113,12 +125,12 @@ def told(rows: Sequence[Row]) -> str:
         "`benchmarks/small_systems.yaml` says what differs from the recipes. What each recipe is made of, and its parameters",
         "at the published size: `python -m engine.recipes`.",
         "",
-        "| run | steps | rate | seconds | loss | held out | blindly | |",
+        "| run | steps | rate | core seconds | loss | held out | blindly | |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in sorted(newest):
         row = newest[name]
-        begin = f"`{name}` | {row['steps']:,} | {row['lr']:.2g} | {row['seconds']:.0f}"
+        begin = f"`{name}` | {row['steps']:,} | {row['lr']:.2g} | {row['core_seconds']:.0f}"
         for group, loss, what, blind in beside_blind(row["evaluation"]):
             verdict = "" if loss < blind else "**not below**"
             lines.append(f"| {begin} | {group} | {loss:.4g} | {blind:.4g} ({what}) | {verdict} |")
@@ -157,13 +169,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_stored(run, stored_rows(), options.missing):
             print(f"{name}: stored", flush=True)
             continue
-        begun = time.monotonic()
+        begun = Clock()
         try:
             summary = train(run, options.output)
         except subprocess.CalledProcessError:
             failed.append(name)
             continue
-        store("systems", row_of(run, summary, time.monotonic() - begun), "cpu")
+        store("systems", row_of(run, summary, Clock().since(begun)), "cpu")
     PAGE.write_text(told(stored_rows()))
     if failed:
         print(f"systems: no row of {', '.join(failed)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What the engine and its ZeRO stages add to a packed step, on one rank and on two.
+"""What the engine and its ZeRO stages add to a packed step: on a CPU on two ranks, else on one card and on two.
 
     python -m benchmarks.zero_step [--device cpu|cuda] [--system NAME]
 
@@ -65,6 +65,7 @@ def config_of(device: str, world: int, stage: int) -> Config:
     )
 
 
+WORLDS = {"cpu": (2,), "cuda": (1, 2)}
 STAGES = {"cpu": (0, 1, 2, 3), "cuda": (1, 2, 3)}  # DeepSpeed's stage 0 in bfloat16 makes a wrong first update
 
 
@@ -159,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     system = next((s for s in systems(size) if s.name.lower().startswith(options.system.lower())), None)
     if system is None:
         parser.error(f"--system: none begins with {options.system}")
-    worlds = (1, 2) if options.device == "cpu" or torch.cuda.device_count() > 1 else (1,)
-    for world in worlds:
+    most = torch.cuda.device_count() if options.device == "cuda" else os.cpu_count() or 1
+    for world in (world for world in WORLDS[options.device] if world <= most):
         found = start(system.name, size, options.device, world, STAGES[options.device])
         title = f"{system.name} step, {world} rank{'s' if world > 1 else ''}"
         show(title, found)

@@ -135,12 +135,14 @@ class MaskedWords(OnDevice):
 
 @dataclass
 class MaskedRegions(OnDevice):
-    """Regions that the model must not see; `Batch.image` still has them, as targets."""
+    """Regions that are to be told; `Batch.image` still has them, as targets."""
 
     places: Places
     """The masked tokens of the image segment."""
     soft_labels: Tensor | None = None
     """float32 [M, C]: the detector's distribution over its classes, where the objective needs it."""
+    hidden: Places | None = None
+    """Those of them that the model does not see (None: it sees none)."""
 
     def __len__(self) -> int:
         return len(self.places)

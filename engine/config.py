@@ -30,6 +30,7 @@ from engine.sections import (
 TINY = {
     **{f"model.{stack}.{name}": cap for stack in ("image", "text", "fusion", "joint", "decoder", "generator")
        for name, cap in (("width", 32), ("layers", 2), ("heads", 2), ("mlp_width", 64))},
+    **{f"model.co_attention.{name}": cap for name, cap in (("width", 48), ("layers", 2), ("heads", 2))},
     "model.projection_dim": 32,
     "model.momentum": 0.9,
     "model.image.patch_size": 8,
@@ -213,7 +214,7 @@ class Config:
         for objective in active.values():
             objective.check(self)
         require(
-            {"image", "text"} <= set(self.model.roles) or self.evaluation.zero_shot is None,
+            self.model.compares_towers or self.evaluation.zero_shot is None,
             "evaluation.zero_shot compares features of two towers: give model.image and model.text, or set it to null",
         )
         if sets is None:

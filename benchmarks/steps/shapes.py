@@ -27,7 +27,7 @@ def full() -> list[System]:
 
 def small() -> list[System]:
     return [
-        Uniter(Sizes(bert(768, 6, 12)), pairs=32, token_budget=4096),
+        Uniter(Sizes(bert(768, 4, 12)), pairs=32, token_budget=4096),
         LayoutLM(LayoutShape(bert(768, 3, 12)), pairs=4),
         Clip(ClipShape(pre_norm(768, 3, 12), pre_norm(512, 3, 8)), pairs=16),
         Albef(AlbefShape(base(768, (3, 2, 1), 12)), pairs=4),

@@ -16,17 +16,20 @@ from torch import Tensor, nn
 
 from engine.batch import IMAGE, Batch, HiddenCodes, MaskedRegions, MaskedWords, Text
 from engine.models import sharing
+from engine.models.co_attention import CoAttention
 from engine.models.embedding import Cells, GridEmbedder, cells_of_one_code
 from engine.models.features import FeatureHead, scale_within
 from engine.models.initialization import initialize
 from engine.models.momentum import MomentumCopy
 from engine.models.passes import SharedPasses, drawn_as
 from engine.models.roles import Decoder, Fusion, ImageTower, Joint, TextTower
-from engine.models.transformer import PackedTransformer, SelectedRows, Source, Tokens
+from engine.models.transformer import Blocks, SelectedRows, Source, Tokens
 from engine.sections import Model, Regions, Stack
 
 READING = ("joint", "fusion", "text", "decoder")
 """Roles that may read a text, those first that know more of the sample."""
+LAST = slice(-1, None)
+"""Of the layers of a tower."""
 
 
 class VisionLanguageModel(SharedPasses, nn.Module):
@@ -50,7 +53,9 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         self.decoder = self._make_decoder(vocab_size, streams)
         small = options.generator
         self.generator = TextTower(small, vocab_size, streams, impl) if small is not None else None
-        if image is not None and text is not None:
+        both = options.co_attention
+        self.co_attention = CoAttention(both, image, text, streams, impl) if both is not None else None
+        if options.compares_towers:
             self.image_head = FeatureHead(image.width, options.projection_dim, image.projection)
             self.text_head = FeatureHead(text.width, options.projection_dim, text.projection)
             self.logit_scale = nn.Parameter(torch.tensor([math.log(options.logit_scale_init)]))
@@ -88,7 +93,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
     def checkpoint_activations(self, enabled: bool = True) -> None:
         """Recompute every block in the backward instead of keeping its activations."""
         for module in self.modules():
-            if isinstance(module, PackedTransformer):
+            if isinstance(module, Blocks):
                 module.activation_checkpointing = enabled
 
     @property
@@ -100,6 +105,16 @@ class VisionLanguageModel(SharedPasses, nn.Module):
     def last_stack(self) -> Stack:
         """The section of that role."""
         return getattr(self.options, self.last_role)
+
+    @property
+    def region_role(self) -> str:
+        """The role whose states regions are predicted from."""
+        return "joint" if self.joint is not None else "image"
+
+    @property
+    def region_stack(self) -> Stack:
+        """The section of that role."""
+        return getattr(self.options, self.region_role)
 
     @property
     def words(self) -> Tensor:
@@ -114,13 +129,17 @@ class VisionLanguageModel(SharedPasses, nn.Module):
 
     # ---- passes over a batch
 
-    def image_states(self, batch: Batch) -> Tokens:
-        """The image tower's states."""
+    def image_states(self, batch: Batch, view: str | None = None, selected: SelectedRows | None = None) -> Tokens:
+        """The image tower's states of the picture, or of what a view leaves of it."""
 
         def read() -> Tokens:
-            return self.image(batch.image, drawn_as(batch.image_layout, batch, None), self.rng)
+            if self.co_attention is not None:
+                image, _ = self._read_together(batch, view)
+                return self.image.transformer(image, rng=self.rng, layers=LAST, selected=selected)
+            layout = drawn_as(batch.image_layout, batch, view)
+            return self.image(batch.image, layout, self.rng, masked=_hidden_rows(batch, view), selected=selected)
 
-        return self._once(batch, "image", read)
+        return self._of_all(batch, f"image {view}", selected, read)
 
     def text_states(self, batch: Batch, view: str | None = None, selected: SelectedRows | None = None) -> Tokens:
         """The text tower's states of the text, or of what a view has made of it."""
@@ -269,10 +288,8 @@ class VisionLanguageModel(SharedPasses, nn.Module):
 
     def _hidden_tokens(self, batch: Batch, view: str | None) -> Tensor | None:
         """Of the pictures: rows of regions, or a bool for each cell."""
-        hidden = batch.views[view] if view is not None else None
-        if isinstance(hidden, HiddenCodes):
-            return self.hidden_cells(batch, view)
-        return hidden.places.rows(batch.image_layout) if isinstance(hidden, MaskedRegions) else None
+        hides_codes = view is not None and isinstance(batch.views[view], HiddenCodes)
+        return self.hidden_cells(batch, view) if hides_codes else _hidden_rows(batch, view)
 
     def _make_decoder(self, vocab_size: int, streams: itertools.count) -> Decoder | None:
         stack = self.options.decoder
@@ -283,10 +300,25 @@ class VisionLanguageModel(SharedPasses, nn.Module):
 
     def _text_states(self, role: str, batch: Batch, view: str | None, selected: SelectedRows | None) -> Tokens:
         def read() -> Tokens:
+            if role == "text" and self.co_attention is not None:
+                _, states = self._read_together(batch, view)
+                return self.text.transformer(states, rng=self.rng, layers=LAST, selected=selected)
             text = self.text_of(batch, view)
             return getattr(self, role)(text, drawn_as(text.layout, batch, view), self.rng, selected)
 
         return self._of_all(batch, f"{role} {view}", selected, read)
+
+    def _read_together(self, batch: Batch, view: str | None) -> tuple[Tokens, Tokens]:
+        """Both towers before their last layers, where they read each other."""
+
+        def read() -> tuple[Tokens, Tokens]:
+            text = self.text_of(batch, view)
+            pictures, texts = drawn_as(batch.image_layout, batch, view), drawn_as(text.layout, batch, view)
+            image = self.image.embed(batch.image, pictures, self.rng, _hidden_rows(batch, view))
+            towers = self.image.transformer, self.text.transformer
+            return self.co_attention(image, self.text.embed(text, texts, self.rng), towers, self.rng)
+
+        return self._once(batch, f"together {view}", read)
 
     def begun_with(self, token: int | None, text: Text) -> Text:
         """The same text with another first token."""
@@ -301,30 +333,37 @@ class VisionLanguageModel(SharedPasses, nn.Module):
 
     def _states_of(self, role: str, batch: Batch, view: str | None) -> Tokens:
         """The pass over a batch by which another role reads this one."""
-        if role == "image":
-            return self.image_states(batch)
-        passes: dict[str, Callable[..., Tokens]] = {
+        return self.image_states(batch) if role == "image" else self._pass_of(role)(batch, view)
+
+    def _pass_of(self, role: str) -> Callable[..., Tokens]:
+        return {
+            "image": self.image_states,
             "text": self.text_states,
             "fusion": self.fused_states,
             "joint": self.joint_states,
-        }
-        return passes[role](batch, view)
+        }[role]
 
     def _masked_states(self, batch: Batch, view: str) -> Tokens:
-        masked, role = batch.views[view], self.last_role
-        if role == "joint":
-            layout = self._joint_layout(batch, view)
-            segment = self.joint.segment("text" if isinstance(masked, MaskedWords) else "image")
-        else:
-            layout, segment = drawn_as(batch.text.layout, batch, view), 0
+        masked = batch.views[view]
+        role = self.last_role if isinstance(masked, MaskedWords) else self.region_role
+        layout, segment = self._stream_of(role, batch, view)
         rows = masked.places.rows(layout, segment)
         selected = SelectedRows.of(rows, masked.places.samples, layout, segment)
-        read = {"joint": self.joint_states, "fusion": self.fused_states, "text": self.text_states}[role]
+        read = self._pass_of(role)
         read_whole = self.read_whole.get(view) in batch.views
-        if getattr(self.last_stack, "mask", "full") in ("full", "separate") and not read_whole:
+        if getattr(getattr(self.options, role), "mask", "full") in ("full", "separate") and not read_whole:
             return read(batch, view, selected)
         # Rows of a causal segment are told by their position among all of it.
         return Tokens(vk.take_rows(read(batch, view).hidden, rows, impl=self.impl), selected.layout)
+
+    def _stream_of(self, role: str, batch: Batch, view: str) -> tuple[vk.SegmentLayout, int]:
+        """Layout of a role's pass over a view, and the segment that the view hides some of."""
+        hides = "text" if isinstance(batch.views[view], MaskedWords) else "image"
+        if role == "joint":
+            return self._joint_layout(batch, view), self.joint.segment(hides)
+        if role == "image":
+            return self.image.embedder.layout(drawn_as(batch.image_layout, batch, view)), self.image.segment
+        return drawn_as(batch.text.layout, batch, view), 0
 
     def _joint_layout(self, batch: Batch, view: str | None) -> vk.SegmentLayout:
         text = self.text_of(batch, view) if self.joint.text is not None else None
@@ -338,6 +377,15 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         super()._apply(fn, recurse)
         self.rng.state = fn(self.rng.state)
         return self
+
+
+def _hidden_rows(batch: Batch, view: str | None) -> Tensor | None:
+    """int64 `[M]`: regions, of all there are, that a view hides."""
+    masked = batch.views[view] if view is not None else None
+    if not isinstance(masked, MaskedRegions):
+        return None
+    hidden = masked.places if masked.hidden is None else masked.hidden
+    return hidden.rows(batch.image_layout)
 
 
 def _no_text(batch: Batch) -> Text:

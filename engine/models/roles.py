@@ -36,11 +36,22 @@ class ImageTower(nn.Module):
         """Of its stream, the one that the picture's own tokens are; a class token lies before it."""
         return self.embedder.segments - 1
 
-    def forward(self, image: Any, layout: vk.SegmentLayout, rng: vk.Rng, selected: SelectedRows | None = None) -> Tokens:
-        """States of pictures, whose own tokens `layout` [B, 1] tells."""
+    def embed(self, image: Any, layout: vk.SegmentLayout, rng: vk.Rng, masked: Tensor | None = None) -> Tokens:
+        """Rows of pictures, whose own tokens `layout` [B, 1] tells; `masked` `[M]` are those to hide."""
         own = self.embedder.layout(layout)
-        tokens = Tokens(self.maker(lambda: self.embedder.rows(image, layout), own, rng), own)
-        return self.transformer(tokens, rng=rng, mask=self.mask, selected=selected)
+        return Tokens(self.maker(lambda: self.embedder.rows(image, layout, masked=masked), own, rng), own)
+
+    def forward(
+        self,
+        image: Any,
+        layout: vk.SegmentLayout,
+        rng: vk.Rng,
+        *,
+        masked: Tensor | None = None,
+        selected: SelectedRows | None = None,
+    ) -> Tokens:
+        """States of what `embed` makes."""
+        return self.transformer(self.embed(image, layout, rng, masked), rng=rng, mask=self.mask, selected=selected)
 
     def pooled(self, tokens: Tokens) -> Tensor:
         """`[B, D]`."""

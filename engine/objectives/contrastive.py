@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,7 +15,7 @@ from engine.objectives.parts.batch_coupled import BatchCoupledObjective, Feature
 from engine.objectives.parts.held_out import Figures, HeldOut
 from engine.objectives.parts.normalization import negatives_group, rank_counts
 from engine.objectives.parts.objective import Losses, Report
-from engine.objectives.parts.retrieval import retrieval
+from engine.objectives.parts.retrieval import contrast, retrieval
 
 LOGITS_AT_ONCE = 2**22
 
@@ -50,9 +49,8 @@ class Contrastive(BatchCoupledObjective):
     def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Recall both ways among the gallery, beside chance; and the loss over it, beside that of equal similarities."""
         gallery = held_out.gallery
-        loss = vk.contrastive_loss(gallery.image_features, gallery.text_features, model.scale(), impl=model.impl)
-        losses = {"loss": loss.item(), "loss_all_alike": math.log(len(gallery))}
-        return {"contrastive": retrieval(gallery), "contrastive_loss": losses}
+        logits = model.scale() * gallery.similarity
+        return {"contrastive": retrieval(gallery), "contrastive_loss": contrast(logits, logits.T)}
 
 
 def _accuracy(image: Tensor, text: Tensor) -> Tensor:

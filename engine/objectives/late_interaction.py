@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from engine.objectives.parts.batch_coupled import BatchCoupledObjective, Feature
 from engine.objectives.parts.held_out import Figures, HeldOut
 from engine.objectives.parts.normalization import negatives_group, rank_counts
 from engine.objectives.parts.objective import Losses, Report
-from engine.objectives.parts.retrieval import both_ways
+from engine.objectives.parts.retrieval import both_ways, contrast
 
 
 @dataclass
@@ -59,10 +58,7 @@ class LateInteraction(BatchCoupledObjective):
         gallery = held_out.gallery
         image, text = mapped(model, "image", gallery.images), mapped(model, "text", gallery.texts)
         by_image, by_text = similarities(image, text), similarities(text, image)
-        own = torch.arange(len(gallery), device=by_image.device)
-        logits = (model.scale() * similarity for similarity in (by_image, by_text))
-        loss = sum(F.cross_entropy(each, own).item() for each in logits) / 2
-        losses = {"loss": loss, "loss_all_alike": math.log(len(gallery))}
+        losses = contrast(model.scale() * by_image, model.scale() * by_text)
         return {self.name: both_ways(by_image, by_text, gallery.related), f"{self.name}_loss": losses}
 
 

@@ -52,7 +52,7 @@ class MaskedLanguage(Objective):
 
     @property
     def taught_by(self) -> tuple[str, ...]:
-        return ("image", "text", "fusion", "joint", f"heads.{self.head}") if self.distillation else ()
+        return ("image", "text", "fusion", "co_attention", "joint", f"heads.{self.head}") if self.distillation else ()
 
     def check(self, config: Any) -> None:
         super().check(config)

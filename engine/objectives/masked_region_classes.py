@@ -41,7 +41,7 @@ class MaskedRegionClasses(MaskedRegionObjective):
         masked.soft_labels = torch.from_numpy(sample.soft_labels[masked.places.offsets.numpy()])
 
     def build_head(self, model: VisionLanguageModel) -> nn.Module:
-        stack = model.last_stack
+        stack = model.region_stack
         return RegionClassHead(stack.width, model.regions.classes, stack.activation, stack.eps, model.impl)
 
     def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class MaskedRegionFeatures(MaskedRegionObjective):
 
     Squared error, mean over all elements (so divided by the size of a feature too).
     """
+
+    roles: ClassVar[tuple[str, ...]] = ("joint",)
 
     def build_head(self, model: VisionLanguageModel) -> nn.Module:
         stack = model.last_stack

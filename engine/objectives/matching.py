@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +21,7 @@ from engine.models.passes import Variant
 from engine.models.transformer import Source, Tokens
 from engine.objectives.parts.batch_coupled import require_negatives
 from engine.objectives.parts.gallery import Gallery
-from engine.objectives.parts.held_out import Figures, HeldOut
+from engine.objectives.parts.held_out import Figures, HeldOut, require_some
 from engine.objectives.parts.normalization import negatives_group, normalizer, rank_counts, widened
 from engine.objectives.parts.objective import Losses, Objective, Report
 from engine.objectives.parts.retrieval import reranked_retrieval
@@ -75,7 +77,7 @@ class Matching(Objective):
     def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
         """Right pairs told from wrong ones; and recall where the head has re-ranked the best by contrastive score."""
         gallery, top = held_out.gallery, held_out.options.rerank_top
-        figures = {"matching": matching_accuracy(model, gallery)}
+        figures = {"matching": told_apart(model, gallery)}
         if top:
             match = functools.partial(logits_of_pairs, model, gallery)
             figures["reranked"] = reranked_retrieval(gallery, top, match)
@@ -170,12 +172,16 @@ def logits_of_pairs(model: VisionLanguageModel, gallery: Gallery, images: Tensor
     return torch.cat(logits).float()
 
 
-def matching_accuracy(model: VisionLanguageModel, gallery: Gallery) -> dict[str, float]:
-    """Accuracy on as many wrong pairs as right ones: text `i` with image `i`, and with one that is not its
-    own."""
+def told_apart(model: VisionLanguageModel, gallery: Gallery) -> dict[str, float]:
+    """Loss and accuracy on wrong pairs, which count as much as right ones: text `i` with image `i`, and with one that is
+    not its own."""
     own = torch.arange(len(gallery), device=gallery.labels.device)
     other = own.roll(max(len(gallery) // 2, 1))
     wrong = gallery.labels[own] != gallery.labels[other]
-    accepted = logits_of_pairs(model, gallery, own, own).argmax(1) == 1
-    rejected = logits_of_pairs(model, gallery, other[wrong], own[wrong]).argmax(1) == 0
-    return {"accuracy": (accepted.float().mean().item() + rejected.float().mean().item()) / 2, "chance": 0.5}
+    require_some(int(wrong.sum()), "pairs of two different images")
+    found = Counter()
+    for images, texts, label in ((own, own, 1), (other[wrong], own[wrong], 0)):
+        logits = logits_of_pairs(model, gallery, images, texts)
+        found["loss"] += F.cross_entropy(logits, torch.full_like(texts, label)).item() / 2
+        found["accuracy"] += (logits.argmax(1) == label).float().mean().item() / 2
+    return {**found, "loss_even_odds": math.log(2), "accuracy_even_odds": 0.5}

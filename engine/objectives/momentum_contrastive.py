@@ -16,7 +16,7 @@ from engine.objectives.parts.held_out import Figures, HeldOut
 from engine.objectives.parts.momentum import check_distillation, risen
 from engine.objectives.parts.normalization import negatives_group, rank_counts
 from engine.objectives.parts.objective import Losses, Objective, Report
-from engine.objectives.parts.retrieval import retrieval
+from engine.objectives.parts.retrieval import contrast, retrieval
 from engine.sections import require_positive
 
 
@@ -77,8 +77,10 @@ class MomentumContrastive(Objective):
         return {self.name: loss}, {"logit_scale": model.scale().detach()[0]}
 
     def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
-        """Recall both ways among the gallery, beside chance."""
-        return {self.name: retrieval(held_out.gallery)}
+        """Recall both ways among the gallery, beside chance; and the loss over it, of the towers alone, beside that of equal
+        similarities."""
+        logits = model.scale() * held_out.gallery.similarity
+        return {self.name: retrieval(held_out.gallery), f"{self.name}_loss": contrast(logits, logits.T)}
 
 
 def behind(keys: Tensor, queue: FeatureQueue) -> Tensor:

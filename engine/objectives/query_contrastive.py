@@ -18,7 +18,7 @@ from engine.objectives.parts.batch_coupled import BatchCoupledObjective, Feature
 from engine.objectives.parts.held_out import Figures, HeldOut
 from engine.objectives.parts.normalization import negatives_group, rank_counts, widened
 from engine.objectives.parts.objective import Losses, Report
-from engine.objectives.parts.retrieval import both_ways
+from engine.objectives.parts.retrieval import both_ways, contrast
 from engine.sections import require, require_share
 
 
@@ -69,12 +69,14 @@ class QueryContrastive(BatchCoupledObjective):
         return {self.name: loss}, {"logit_scale": scale.detach()[0]}
 
     def measure(self, model: Any, held_out: HeldOut) -> Figures:
-        """Recall both ways among the gallery, by these similarities, beside chance."""
-        found = [compared(model, batch)[:2] for batch in held_out.ranked]
+        """Recall both ways among the gallery, by these similarities, beside chance; and the loss over it, beside that of
+        equal similarities."""
+        found = [compared(model, batch) for batch in held_out.ranked]
         labels = torch.cat([batch.labels for batch in held_out.ranked])
-        queries, texts = (torch.cat(parts) for parts in zip(*found, strict=True))
-        scores = similarities(queries, texts)
-        return {self.name: both_ways(scores, scores.T, labels[:, None] == labels[None, :])}
+        *features, scales = zip(*found, strict=True)
+        scores = similarities(*map(torch.cat, features))
+        losses = contrast(scales[0] * scores, scales[0] * scores.T)
+        return {self.name: both_ways(scores, scores.T, labels[:, None] == labels[None, :]), f"{self.name}_loss": losses}
 
 
 class QueryHead(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from engine.objectives.parts.normalization import normalizer, widened
 from engine.objectives.parts.objective import Draw, Losses, Objective, Report
 from engine.objectives.parts.other_images import with_images
 from engine.objectives.parts.retrieval import both_ways
-from engine.sections import require_not_negative, require_share
+from engine.sections import require, require_not_negative, require_share
 
 GALLERY = 100
 """Most pairs for retrieval by the matching head, which reads every caption with every image."""
@@ -33,12 +33,12 @@ WORDS = "random_matching words"
 class RandomMatching(Objective):
     """Image-text matching with images replaced at random before batching (ITM), and word-region alignment (WRA).
 
-    Two-way cross-entropy: is the image the caption's own? And `alignment` times the optimal-transport distance between
-    words and regions of own pairs, less that of replaced ones. Both are means over all pairs. The named losses are what
-    enters the total, so the second contains its factor; the report has the mean distances themselves.
+    Two-way cross-entropy: is the image the caption's own? In a joint stream also `alignment` times the optimal-transport
+    distance between words and regions of own pairs, less that of replaced ones. Both are means over all pairs. The named
+    losses are what enters the total, so the second contains its factor; the report has the mean distances themselves.
     """
 
-    roles: ClassVar[tuple[str, ...]] = ("joint",)
+    roles: ClassVar[tuple[str, ...]] = ("joint or co_attention",)
     alone: ClassVar[bool] = True
 
     probability: float = 0.5
@@ -56,21 +56,32 @@ class RandomMatching(Objective):
     def replaced_images(self) -> float:
         return self.probability
 
+    def check(self, config: Any) -> None:
+        super().check(config)
+        require(
+            self.alignment == 0 or config.model.joint is not None,
+            f"objectives.random_matching.alignment moves words to regions of model.joint: without it, it must be 0, "
+            f"got {self.alignment}",
+        )
+
     def prepare(self, sample: Sample, draw: Draw) -> None:
         sample.views[self.name] = int(sample.own_image)
         if self.alignment > 0 and self.aligned == "words":
             sample.views[WORDS] = Places.of_sample(np.flatnonzero(sample.text.words >= 0))
 
     def build_head(self, model: VisionLanguageModel) -> nn.Module:
-        return nn.Linear(model.last_stack.width, 2)
+        if model.joint is not None:
+            return nn.Linear(model.options.joint.width, 2)
+        image, text = model.options.image.width, model.options.text.width
+        return ProductHead(image, text, model.options.co_attention.width)
 
     def __call__(self, model: VisionLanguageModel, batch: Batch) -> tuple[Losses, Report]:
-        read, own, factor = model.joint_states(batch), batch.views[self.name], normalizer(batch, "pairs")
-        logits = widened(matching_logits(model, read))
+        own, factor = batch.views[self.name], normalizer(batch, "pairs")
+        logits = widened(matching_logits(model, batch))
         losses = {"random_matching": F.cross_entropy(logits, own, reduction="sum") * factor}
         report = {"matching_accuracy": (logits.detach().argmax(1) == own).float().mean()}
         if self.alignment > 0:
-            distance = transport_distance(model, read, batch.views.get(WORDS))
+            distance = transport_distance(model, model.joint_states(batch), batch.views.get(WORDS))
             signed = (2 * own - 1) * distance
             losses["word_region_alignment"] = self.alignment * signed.sum() * factor
             report["transport_own"] = _mean_where(own == 1, distance.detach())
@@ -81,7 +92,8 @@ class RandomMatching(Objective):
         """Own images told from replaced ones, how far the words are from the regions of either, and retrieval."""
         totals, distances = Counter(), Counter()
         for batch in held_out.batches(self.name):
-            losses, report = self(model, batch)
+            with model.passes_shared():
+                losses, report = self(model, batch)
             own = int(batch.views[self.name].sum())
             kinds = {"own": own, "replaced": len(batch.labels) - own}
             totals.update(kinds)
@@ -94,7 +106,7 @@ class RandomMatching(Objective):
 
 
 def figures(totals: Counter[str], distances: Counter[str]) -> Figures:
-    """What sums over pairs of either kind come to."""
+    """What sums over pairs of either kind come to. The loss of alignment is that of as many replaced images as own ones."""
     own, replaced = totals["own"], totals["replaced"]
     require_some(min(own, replaced), "pairs of own or of replaced images")
     found: Figures = {
@@ -106,16 +118,30 @@ def figures(totals: Counter[str], distances: Counter[str]) -> Figures:
         }
     }
     if distances:
-        found["word_region_alignment"] = {
-            "distance": distances["own"] / own,
-            "distance_replaced": distances["replaced"] / replaced,
-        }
+        near, far = distances["own"] / own, distances["replaced"] / replaced
+        losses = {"loss": near - far, "loss_all_alike": 0.0}
+        found["word_region_alignment"] = {"distance": near, "distance_replaced": far, **losses}
     return found
 
 
-def matching_logits(model: VisionLanguageModel, read: Tokens) -> Tensor:
+class ProductHead(nn.Module):
+    """Of two rows that stand for a picture and for a text: their product, each behind a linear map and relu, decides."""
+
+    def __init__(self, image_width: int, text_width: int, width: int):
+        super().__init__()
+        self.image_map, self.text_map = nn.Linear(image_width, width), nn.Linear(text_width, width)
+        self.classifier = nn.Linear(width, 2)
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.classifier(self.image_map(image).relu() * self.text_map(text).relu())
+
+
+def matching_logits(model: VisionLanguageModel, batch: Batch) -> Tensor:
     """`[B, 2]`: the image was replaced, it is the caption's own."""
-    return model.heads["random_matching"](model.pooled(read))
+    head = model.heads["random_matching"]
+    if model.joint is not None:
+        return head(model.pooled(model.joint_states(batch)))
+    return head(model.image.pooled(model.image_states(batch)), model.text.pooled(model.text_states(batch)))
 
 
 def matching_retrieval(model: VisionLanguageModel, gallery: Batch) -> dict[str, float]:
@@ -124,7 +150,8 @@ def matching_retrieval(model: VisionLanguageModel, gallery: Batch) -> dict[str, 
     scores = torch.empty(len(texts), len(texts), device=texts.device)
     for shift in range(len(texts)):
         images = texts.roll(shift)
-        logits = matching_logits(model, model.joint_states(with_images(gallery, images))).float()
+        with model.passes_shared():
+            logits = matching_logits(model, with_images(gallery, images)).float()
         scores[images, texts] = logits[:, 1] - logits[:, 0]
     return both_ways(scores, scores.T, gallery.labels[:, None] == gallery.labels[None, :])
 

@@ -47,6 +47,8 @@ def describe(name: str) -> str:
     rows = {"paper": config.system.paper if config.system is not None else "none: of this project"}
     for role in config.model.roles:
         rows[role] = describe_role(config, role) + draw(getattr(model, role))
+    if (between := config.model.co_attention) is not None:
+        rows["co-attention"] = f"{between.layers} x {between.width}, {between.heads} heads, image and text read each other"
     rows["objectives"] = ", ".join(config.objectives.active)
     rows["parameters"] = count(config, num_parameters(model))
     return "\n".join([name, *(line for title, text in rows.items() for line in lines(title, text))])
@@ -62,7 +64,8 @@ def describe_role(config: Config, role: str) -> str:
         image and f"{image.kind} of the image": image is not None,
     }
     parts = [" + ".join(what for what, given in embedded.items() if given)]
-    parts.append(f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm")
+    blocks = f"{stack.layers} x {stack.width}, {stack.heads} heads, {stack.norm}-norm"
+    parts.append(blocks if stack.layers else f"no transformer, width {stack.width}")
     source = "image" if role == "fusion" else getattr(stack, "source", None)
     return ", ".join([*filter(None, parts), *([f"reads {source}"] if source is not None else [])])
 

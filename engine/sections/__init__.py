@@ -8,12 +8,22 @@ from engine.sections.checks import require, require_not_negative, require_positi
 from engine.sections.data import Data, DataSet, Regions, Texts, Tokenizer
 from engine.sections.inputs import ImageInput, TextInput
 from engine.sections.model import Distances, Stack
-from engine.sections.roles import DecoderStack, FusionStack, GeneratorStack, ImageStack, JointStack, Model, TextStack
+from engine.sections.roles import (
+    CoAttentionStack,
+    DecoderStack,
+    FusionStack,
+    GeneratorStack,
+    ImageStack,
+    JointStack,
+    Model,
+    TextStack,
+)
 from engine.sections.system import System
 from engine.sections.training import Buckets, Evaluation, Optimizer, Rule, Schedule, Train, Zero
 
 __all__ = [
     "Buckets",
+    "CoAttentionStack",
     "Data",
     "DataSet",
     "DecoderStack",

@@ -62,13 +62,15 @@ class ImageInput:
     have their boxes instead."""
     class_token: bool = False
     """A learned token before the picture's own."""
+    mean_token: bool = False
+    """A token before the regions: their mean, in the box of the whole picture (ViLBERT)."""
     embedding_norm: bool = True
     """A LayerNorm behind the sum of embeddings (UNITER, CLIP); false: none (ViT, SigLIP)."""
     type_of_text: int | None = None
     """Row of the text's table of token types that every token of the picture has too (UNITER: 1)."""
     box_values: Literal[5, 7] = 7
     """Numbers of a region's box. 7: corners, sides, area, with a norm for features and one for boxes (UNITER); 5:
-    corners and area, added as they are (ViLBERT)."""
+    corners and area, added as they are (ViLBERT), to 0 where a region is hidden."""
     backbone: Literal["resnet18", "resnet50", "resnet101", "resnet18_fpn", "resnext101_fpn"] = "resnet50"
     """Of a grid. fpn: the finest level of a feature pyramid; resnext101_fpn: over a ResNeXt-101 32x8d (LayoutLMv2)."""
     grid_pooling: Literal["mean", "max"] = "mean"
@@ -102,6 +104,11 @@ class ImageInput:
         require(
             self.positions != "sinusoidal" or width % 4 == 0,
             f"{where}.positions sinusoidal splits a row in four: the width must be a multiple of 4, got {width}",
+        )
+        require(
+            not self.mean_token or (self.kind == "regions" and not self.class_token),
+            f"{where}.mean_token stands before regions, and no class_token beside it: {where}.kind must be regions, got "
+            f"{self.kind} with class_token {str(self.class_token).lower()}",
         )
         require(
             not self.class_token or self.positions in ("learned", "sinusoidal", "none"),

@@ -99,6 +99,25 @@ class FusionStack(Stack):
 
 
 @dataclass
+class CoAttentionStack:
+    """Blocks in which the image tower and the text tower read each other."""
+
+    width: int = 128
+    """Of queries, keys and values, whatever the widths of the towers."""
+    layers: int = 2
+    """How many in either tower: one before each of its last layers (ViLBERT: 6)."""
+    heads: int = 4
+    """Attention heads; must divide the width."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "model.co_attention", "width", "layers", "heads")
+        require(
+            self.width % self.heads == 0,
+            f"model.co_attention.heads must divide model.co_attention.width = {self.width}, got {self.heads}",
+        )
+
+
+@dataclass
 class JointStack(TextInput, Stack):
     """One transformer over learned queries, text and image, in this order, or over some of them."""
 
@@ -198,6 +217,8 @@ class Model:
     """The text tower."""
     fusion: FusionStack | None = field(default_factory=FusionStack)
     """The fusion encoder: goes on with the text and reads the image tower."""
+    co_attention: CoAttentionStack | None = None
+    """Between the image and the text tower, which then are read together (ViLBERT)."""
     joint: JointStack | None = None
     """One transformer over queries, text and image together."""
     decoder: DecoderStack | None = None
@@ -250,8 +271,14 @@ class Model:
         towers = (self.text, self.decoder, self.generator)
         return any(role is not None for role in towers) or (self.joint is not None and self.joint.text)
 
+    @property
+    def compares_towers(self) -> bool:
+        """Whether either tower reads its side of a pair alone, so that features can be compared."""
+        return self.image is not None and self.text is not None and self.co_attention is None
+
     def _check_what_roles_read(self) -> None:
-        needed = {"model.fusion": ("image", "text") if self.fusion is not None else ()}
+        joins = {name: ("image", "text") for name in ("fusion", "co_attention") if getattr(self, name) is not None}
+        needed = {f"model.{name}": roles for name, roles in joins.items()}
         if self.joint is not None and self.joint.source is not None:
             needed["model.joint.source"] = (self.joint.source,)
         if self.decoder is not None:
@@ -265,6 +292,8 @@ class Model:
             require(not missing, f"{name} needs {' and '.join(missing)}, which is null")
         if self.fusion is not None:
             self._check_fusion(self.fusion, self.text)
+        if self.co_attention is not None:
+            self._check_co_attention(self.co_attention.layers, {"image": self.image, "text": self.text})
         self._check_shared_tables()
 
     def _check_fusion(self, fusion: FusionStack, text: TextStack) -> None:
@@ -277,6 +306,20 @@ class Model:
             f"model.fusion.begins_with ids shares the blocks of model.text: model.fusion.layers must be {text.layers}, "
             f"got {fusion.layers}",
         )
+
+    def _check_co_attention(self, layers: int, towers: dict[str, Stack]) -> None:
+        require(
+            self.fusion is None and self.joint is None,
+            "model.co_attention joins the towers itself: model.fusion and model.joint must be null",
+        )
+        for name, tower in towers.items():
+            require(
+                layers <= tower.layers,
+                f"model.co_attention.layers must not exceed model.{name}.layers = {tower.layers}, got {layers}",
+            )
+            for option, needed in (("norm", "post"), ("mask", "full")):
+                found = getattr(tower, option)
+                require(found == needed, f"model.co_attention needs model.{name}.{option} {needed}, got {found}")
 
     def _check_shared_tables(self) -> None:
         for name, role in (("decoder", self.decoder), ("generator", self.generator)):

@@ -36,9 +36,11 @@ DERIVED: dict[str, Callable[[Any], Any]] = {
     "image_size": image_size,
     "head_width": lambda stack: stack.width // stack.heads,
     "table_width": lambda stack: stack.embedding_width or stack.width,
+    "has_widening": lambda stack: stack.embedding_width is not None,
     "mlp_per_width": lambda stack: stack.mlp_width / stack.width,
     "position_rows": lambda stack: stack.max_positions + stack.position_offset,
     "feed_forward": feed_forward,
+    "has_types": lambda stack: stack.types > 0,
 }
 """What is no field of a section, but follows from some."""
 

@@ -112,6 +112,18 @@ def test_a_run_that_is_over_starts_nothing(tmp_path, capsys):
     assert "segment_mean, regions, float32: not timed" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_benchmarks_are_chosen_by_name(tmp_path, capsys, monkeypatch):
+    make = SEGMENT_MEAN.benchmarks["regions"]
+    monkeypatch.setattr(ops, "specs", lambda: (replace(SEGMENT_MEAN, cases=(), benchmarks={"one": make, "other": make}),))
+    assert run.main([*ARGUMENTS, "--benchmark", "other", "--results", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/*")
+    assert {json.loads(line)["benchmark"] for line in path.read_text().splitlines()} == {"other"}
+    for kind, known in (("op", "segment_mean"), ("benchmark", "one, other")):
+        with pytest.raises(SystemExit):
+            run.main([*ARGUMENTS, f"--{kind}", "another"])
+        assert f"--{kind}: there is no another, only {known}" in capsys.readouterr().err
+
+
 def test_a_row_that_fails_leaves_the_others(tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise torch.OutOfMemoryError("of 140 GiB 139 are in use")

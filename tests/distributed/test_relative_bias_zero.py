@@ -9,7 +9,7 @@ from engine.build import build_model
 from engine.recipes import table
 from engine.training.telemetry import read_metrics
 
-# bpe: two trainings of a unigram tokenizer may differ
+# bpe: the quickest to train
 OPTIONS = ["--tiny=true", "--device=cpu", "--precision=fp32", "--tokenizer.kind=bpe", "--optimizer.kind=sgd",
            "--optimizer.lr=0.3", "--schedule.kind=constant", "--train.max_steps=4", "--train.log_every=1",
            "--train.save_every=0", "--model.text.dropout=0", "--model.text.attention_dropout=0", "--model.decoder.dropout=0",

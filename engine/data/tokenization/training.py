@@ -99,10 +99,20 @@ def _train_unigram(
     scored = json.loads(trained.to_str())["model"]["vocab"][len(SPECIAL_TOKENS) :]
     # sums in hash order differ in their last digits
     pieces = sorted(
-        ((piece, round(score, 6)) for piece, score in scored), key=lambda item: (-item[1], item[0])
+        ((piece, round(score, 6)) for piece, score in _rare_alike(scored)), key=lambda item: (-item[1], item[0])
     )
     vocabulary = [(token, 0.0) for token in SPECIAL_TOKENS] + pieces
     return build(models.Unigram(vocabulary, unk_id=SPECIAL_TOKENS.index(UNK)))
+
+
+def _rare_alike(scored: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """The same with the lowest score for all characters that are there only because a text has them.
+
+    The trainer leaves them out and puts them back with the lowest score, plus 0.0001 more for each in hash order.
+    """
+    lowest = min(score for _, score in scored)
+    put_back = lowest + 1e-4 * sum(len(piece) == 1 for piece, _ in scored)
+    return [(piece, lowest if len(piece) == 1 and score <= put_back else score) for piece, score in scored]
 
 
 _TRAIN = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}

@@ -21,12 +21,13 @@ from engine.sections.inputs import ImageInput
 CHANNELS = 3
 BOX_VALUES = 7
 """Of a region as batches have it: x1, y1, x2, y2, w, h, area."""
+WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 class ImageEmbedder(nn.Module):
     """What all kinds share: places, class token, norm, and what they take from the text's tables.
 
-    A picture is one segment, or two with a class token: the token, then the picture's own.
+    A picture is one segment, or two with a class token or one of the mean: the token, then the picture's own.
     """
 
     def __init__(self, options: ImageInput, width: int, eps: float, impl: str):
@@ -38,11 +39,11 @@ class ImageEmbedder(nn.Module):
 
     @property
     def segments(self) -> int:
-        return 1 if self.class_token is None else 2
+        return 1 + (self.options.class_token or self.options.mean_token)
 
     def layout(self, image: vk.SegmentLayout) -> vk.SegmentLayout:
         """Of the stream that pictures of `image` become."""
-        return image if self.class_token is None else vk.SegmentLayout.joined((1, image))
+        return image if self.segments == 1 else vk.SegmentLayout.joined((1, image))
 
     def rows(
         self, image: Any, layout: vk.SegmentLayout, text: TextEmbedder | None = None, masked: Tensor | None = None
@@ -57,7 +58,7 @@ class ImageEmbedder(nn.Module):
             boxes = boxes_of_cells(positions, tuple(self.options.max_grid))
             dense = dense + text.page(boxes)
         own = Rows(tuple(tables), torch.cat(columns, dim=1), dense, self.norm)
-        return [own] if self.class_token is None else [self._class_rows(layout.num_samples), own]
+        return [own] if self.segments == 1 else [self._first_rows(image, layout, masked), own]
 
     def project(self, image: Any, masked: Tensor | None) -> Tensor:
         """`[n, D]` from the data alone."""
@@ -83,7 +84,9 @@ class ImageEmbedder(nn.Module):
             columns.append(torch.full_like(layout.token_position(), self.options.type_of_text))
         return tuple(tables), torch.stack(columns, dim=1) if columns else None
 
-    def _class_rows(self, count: int) -> Rows:
+    def _first_rows(self, image: Any, layout: vk.SegmentLayout, masked: Tensor | None) -> Rows:
+        """The tokens before the pictures' own."""
+        count = layout.num_samples
         token = torch.zeros(count, 1, dtype=torch.int32, device=self.class_token.device)
         tables, ids = ((), None)
         if isinstance(self.places, TabledPlaces):
@@ -108,7 +111,7 @@ class PatchEmbedder(ImageEmbedder):
 
 class RegionEmbedder(ImageEmbedder):
     """UNITER's: normalised maps of a detector's feature and of the box, or ViLBERT's: their plain sum. A masked region
-    shows `mask_row` in place of its feature.
+    shows `mask_row` in place of its feature, or nothing in ViLBERT's.
 
     The published UNITER keeps a second row beside `mask_row`, for regions that are not masked: always zero.
     """
@@ -120,13 +123,30 @@ class RegionEmbedder(ImageEmbedder):
         self.feature_norm = vk.FusedLayerNorm(width, eps) if normed else None
         self.box_projection = nn.Linear(options.box_values, width)
         self.box_norm = vk.FusedLayerNorm(width, eps) if normed else None
-        self.mask_row = table(1, feature_values)
+        self.mask_row = table(1, feature_values) if normed else None
 
     def project(self, image: Regions, masked: Tensor | None) -> Tensor:
-        dtype = self.mask_row.dtype
-        features, boxes = image.features.to(dtype), image.boxes.to(dtype)
-        if masked is not None:
-            features = features.index_put((masked,), self.mask_row.expand(len(masked), -1))
+        return self._embed(self._shown(image, masked), image.boxes)
+
+    def _first_rows(self, image: Regions, layout: vk.SegmentLayout, masked: Tensor | None) -> Rows:
+        if not self.options.mean_token:
+            return super()._first_rows(image, layout, masked)
+        mean = vk.segment_mean(self._shown(image, masked), layout, 0, impl=self.impl)
+        whole = image.boxes.new_tensor(WHOLE_PICTURE).expand(len(mean), -1)
+        no_ids = torch.empty(len(mean), 0, dtype=torch.int32, device=mean.device)
+        return Rows((), no_ids, self._embed(mean, whole), self.norm)
+
+    def _shown(self, image: Regions, masked: Tensor | None) -> Tensor:
+        """Features as they are seen: the mean of them tells nothing that is hidden."""
+        features = image.features.to(self.box_projection.weight.dtype)
+        if masked is None:
+            return features
+        if self.mask_row is None:
+            return features.index_fill(0, masked, 0.0)
+        return features.index_put((masked,), self.mask_row.expand(len(masked), -1))
+
+    def _embed(self, features: Tensor, boxes: Tensor) -> Tensor:
+        boxes = boxes.to(features.dtype)
         if self.feature_norm is None:
             corners_and_area = torch.cat((boxes[:, :4], boxes[:, 6:]), dim=1)
             return self.feature_projection(features) + self.box_projection(corners_and_area)

@@ -6,22 +6,25 @@ residual sum and the norm that follows to one fused call.
 """
 
 from engine.models.transformer.attention import CrossAttention, SelfAttention
-from engine.models.transformer.block import Block
+from engine.models.transformer.block import Block, ReadingBlock
 from engine.models.transformer.cache import Extension, KeyValueCache
 from engine.models.transformer.feed_forward import ACTIVATIONS, FeedForward
 from engine.models.transformer.maps import Linear, norm_of
-from engine.models.transformer.stack import PackedTransformer
-from engine.models.transformer.tokens import SelectedRows, Source, Tokens
+from engine.models.transformer.stack import Blocks, PackedTransformer
+from engine.models.transformer.tokens import Context, SelectedRows, Source, Tokens
 
 __all__ = [
     "ACTIVATIONS",
     "Block",
+    "Blocks",
+    "Context",
     "CrossAttention",
     "Extension",
     "FeedForward",
     "KeyValueCache",
     "Linear",
     "PackedTransformer",
+    "ReadingBlock",
     "SelectedRows",
     "SelfAttention",
     "Source",

@@ -33,9 +33,11 @@ class Attention(Sublayer):
 
     sites = 2
 
-    def __init__(self, stack: Stack, streams: Iterator[int], impl: str):
-        super().__init__(stack, stack.width, streams, impl)
-        self.heads = stack.heads
+    def __init__(
+        self, stack: Stack, streams: Iterator[int], impl: str, *, inner_width: int | None = None, heads: int | None = None
+    ):
+        super().__init__(stack, inner_width or stack.width, streams, impl)
+        self.heads = heads or stack.heads
         self.softmax_scale = stack.softmax_scale
         self.attention_dropout = stack.attention_dropout
         self.attention_stream = next(streams)
@@ -83,13 +85,26 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    """Multi-head attention of the stream to a source whose keys and values are projected beforehand."""
+    """Multi-head attention of the stream to a source whose keys and values are projected beforehand.
 
-    def __init__(self, stack: Stack, source_width: int, streams: Iterator[int], impl: str):
-        super().__init__(stack, streams, impl)
-        biased = stack.biases != "none"
-        self.query = Linear(stack.width, stack.width, impl, biased)
-        self.key_value = Linear(source_width, 2 * stack.width, impl, biased)
+    Args:
+        inner_width, heads: of queries, keys and values; by default the stream's.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        source_width: int,
+        streams: Iterator[int],
+        impl: str,
+        *,
+        inner_width: int | None = None,
+        heads: int | None = None,
+    ):
+        super().__init__(stack, streams, impl, inner_width=inner_width, heads=heads)
+        biased, inner = stack.biases != "none", self.output.in_features
+        self.query = Linear(stack.width, inner, impl, biased)
+        self.key_value = Linear(source_width, 2 * inner, impl, biased)
 
     def project(self, source: Tensor) -> Tensor:
         """Keys and values `[Tk, 2, H, K]` of source rows `[Tk, D]`."""

@@ -76,6 +76,25 @@ class PlainBlock(Block):
         return x, residual
 
 
+class ReadingBlock(Block):
+    """A post-norm block without self-attention: cross-attention of an inner width of its own, feed-forward."""
+
+    def __init__(
+        self, stack: Stack, source_width: int, streams: Iterator[int], impl: str, *, inner_width: int, heads: int
+    ):
+        nn.Module.__init__(self)
+        assert stack.norm == "post", "the streams that read each other are normalised"
+        sizes = {"inner_width": inner_width, "heads": heads}
+        self.cross_attention = CrossAttention(stack, source_width, streams, impl, **sizes)
+        self.feed_forward = FeedForward(stack, streams, impl)
+        self.pre_norm = False
+
+    def forward(self, x: Tensor, context: Context, source: Read) -> Tensor:
+        for layer in (self.cross_attention, self.feed_forward):
+            x, _ = self._add_and_norm(layer.norm, layer(x, context, source), x, layer, context)
+        return x
+
+
 class GroupedBlock(Block):
     """A post-norm block with a feed-forward network for each group of segments. Rows of the first group alone read the
     source: the others skip cross-attention whole, with its bias and norm.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import vlkernels as vk
@@ -20,7 +20,19 @@ from engine.models.transformer.tokens import Context, SelectedRows, Source, Toke
 from engine.sections import Stack
 
 
-class PackedTransformer(nn.Module):
+class Blocks(nn.Module):
+    """What runs blocks, and can recompute each in the backward instead of keeping its activations."""
+
+    activation_checkpointing = False
+
+    def _run(self, block: Block, *arguments: object) -> Any:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # Dropout is counter-based, so the recomputed forward draws the same masks without saving a state.
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(*arguments)
+
+
+class PackedTransformer(Blocks):
     """A stack of blocks over packed tokens, some of which can read a source.
 
     Args:
@@ -63,7 +75,6 @@ class PackedTransformer(nn.Module):
         self.final_norm = norm_of(stack) if self.pre_norm and stack.final_norm else None
         self.distances = Distances(stack) if stack.relative_position is not None else None
         self.within = within
-        self.activation_checkpointing = False
         self.impl = impl
 
     def new_cache(self, *, slots: int, capacity: int, segments: int, like: Tensor) -> KeyValueCache:
@@ -86,20 +97,23 @@ class PackedTransformer(nn.Module):
         source: Source | None = None,
         selected: SelectedRows | None = None,
         extension: Extension | None = None,
+        layers: slice = slice(None),
     ) -> Tokens:
         """States of all tokens, or of the `selected` ones, which are the same without dropout: the last block
         then computes nothing but their keys and values for the others. Without blocks the tokens are their states.
 
         `boxes` `[num_tokens, 4]` (x0, y0, x1, y1) are what a bias by boxes reads. With an `extension` of a cache the
-        tokens go on from those before them.
+        tokens go on from those before them. Of a post-norm stack some `layers` run alone.
         """
+        assert layers == slice(None) or not self.pre_norm, "between two layers a pre-norm stream is two tensors"
         x, residual = tokens.hidden, tokens.hidden
         entry_norm, *exit_norms = self._norms()
         if self.pre_norm and entry_norm is not None:
             x = entry_norm(x, impl=self.impl)
         reads = {} if source is None else dict(zip(self._cross_blocks(), source.keys_values, strict=True))
         contexts = self._contexts(Context(tokens.layout, rng, mask, extension=extension), boxes, selected)
-        for block, exit_norm, context in zip(self._applied(), exit_norms, contexts, strict=True):
+        columns = (self._applied(), exit_norms, contexts)
+        for block, exit_norm, context in zip(*(column[layers] for column in columns), strict=True):
             read = (source, reads[block]) if block in reads else None
             x, residual = self._run(block, x, residual, exit_norm, context, read)
         return Tokens(x, tokens.layout if selected is None else selected.layout)
@@ -145,9 +159,3 @@ class PackedTransformer(nn.Module):
             own = distances.bias(tables, asking, queries if keys is None else keys)
             contexts[-1] = replace(last, bias=own)
         return contexts
-
-    def _run(self, block: Block, *arguments: object) -> tuple[Tensor, Tensor]:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            # Dropout is counter-based, so the recomputed forward draws the same masks without saving a state.
-            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return block(*arguments)

@@ -97,6 +97,10 @@ class Objective:
             names = " or ".join(f"model.{name}" for name in sections)
             given = any(getattr(config.model, name) is not None for name in sections)
             require(given, f"objectives.{self.name} needs {names}")
+        require(
+            not {"image", "text"} <= set(self.roles) or config.model.compares_towers,
+            f"objectives.{self.name} compares features of towers, which model.co_attention lets read each other",
+        )
 
     def check_micro_steps(self, micro_steps: int) -> None:
         """Refuse so many micro-batches per rank and optimizer step."""

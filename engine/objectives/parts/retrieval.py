@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.objectives.parts.gallery import Gallery
 
@@ -36,6 +38,14 @@ def reranked_retrieval(
         _candidates_first(similarity.T, images_of_text, matching.T),
         gallery.related,
     )
+
+
+def contrast(by_image: Tensor, by_text: Tensor) -> dict[str, float]:
+    """The contrastive loss of logits `[query, candidate]` whose partners stand on the diagonal, mean of both directions;
+    beside that of logits that are all alike."""
+    own = torch.arange(len(by_image), device=by_image.device)
+    loss = sum(F.cross_entropy(logits, own).item() for logits in (by_image, by_text)) / 2
+    return {"loss": loss, "loss_all_alike": math.log(len(own))}
 
 
 def both_ways(by_image: Tensor, by_text: Tensor, related: Tensor) -> dict[str, float]:

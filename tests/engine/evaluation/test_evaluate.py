@@ -1,6 +1,7 @@
 """Evaluation of whole models: one that knows the answers, one that does not, and the files it writes."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from engine.data import Tokenizer
 from engine.evaluation import describe, evaluate
 from engine.export import export, rebuild
 from engine.objectives import PretrainingModule
-from engine.objectives.matching import logits_of_pairs, matching_accuracy, matching_logits
+from engine.objectives.matching import logits_of_pairs, matching_logits, told_apart
 from engine.objectives.parts.gallery import encode_gallery
 from engine.sections import Data, Evaluation, Train
 
@@ -67,7 +68,7 @@ def test_an_untrained_model_is_at_chance(tmp_path):
     text = describe(results)
     assert (
         all(group in text for group in ("contrastive", "reranked", "matching", "masked_language"))
-        and "(50)" in text
+        and "(even odds 50 %)" in text
     )
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
 
@@ -127,7 +128,9 @@ def test_constant_matching_is_worth_nothing():
     model = small_model().eval()
     model.heads["matching"].classifier.weight.zero_()
     model.heads["matching"].classifier.bias.copy_(torch.tensor([0.0, 1.0]))
-    assert matching_accuracy(model, encode_gallery(model, batches()))["accuracy"] == 0.5
+    found, blind = told_apart(model, encode_gallery(model, batches())), math.log(2)
+    assert found["accuracy"] == 0.5 and found["loss"] > found["loss_even_odds"] == blind
+    assert found["loss"] == pytest.approx((math.log(1 + math.e) + math.log(1 + 1 / math.e)) / 2)
 
 
 def test_zero_shot_reads_a_folder_of_classes(tmp_path):

@@ -166,7 +166,7 @@ def test_retrieval_reads_every_caption_with_every_image():
     scores = torch.empty(6, 6)
     for image, text in torch.cartesian_prod(torch.arange(6), torch.arange(6)).tolist():
         pair = dataclasses.replace(pairs[text], features=pairs[image].features, boxes=pairs[image].boxes)
-        logits = matching_logits(model, model.joint_states(packed([pair])))[0]
+        logits = matching_logits(model, packed([pair]))[0]
         scores[image, text] = logits[1] - logits[0]
     expected = both_ways(scores, scores.T, torch.eye(6, dtype=torch.bool))
     assert matching_retrieval(model, packed(pairs)) == expected

@@ -47,6 +47,15 @@ def test_training_is_repeatable_in_any_order_and_any_process():
     assert models(CAPTIONS) == models(shuffled) == json.loads(other.stdout), other.stderr
 
 
+def test_characters_that_no_piece_needs_are_scored_alike():
+    """The unigram trainer puts them back in hash order, each with a higher score."""
+    captions = CAPTIONS + [caption.title() for caption in CAPTIONS[::3]]  # capitals in frequent words alone
+    first, *others = [train_tokenizer(captions, "unigram", 300, lowercase=False).model.to_str() for _ in range(3)]
+    scores = dict(json.loads(first)["model"]["vocab"])
+    assert len({scores[capital] for capital in "ABCDEFGHIJKL"}) == 1
+    assert others == [first, first]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_tokenizer_loads_the_same(kind, tmp_path):
     tokenizer = train_tokenizer(CAPTIONS, kind, 400, True)

@@ -1,9 +1,13 @@
 """Ranks, recall and chance by hand; a useless score never looks good."""
 
+import math
+
 import pytest
 import torch
+import vlkernels as vk
+from torch.nn import functional as F
 
-from engine.objectives.parts.retrieval import _candidates, _candidates_first, best_ranks, both_ways, chance
+from engine.objectives.parts.retrieval import _candidates, _candidates_first, best_ranks, both_ways, chance, contrast
 
 OWN = torch.eye(4, dtype=torch.bool)
 
@@ -54,3 +58,11 @@ def test_candidates_come_first_in_the_order_of_matching():
     assert best_ranks(tied, torch.tensor([[True, False, False, False]])).tolist() == [1], (
         "a tie counts as wrong"
     )
+
+
+def test_the_contrast_of_a_gallery_is_the_loss_over_it():
+    image, text = F.normalize(torch.randn(2, 9, 5), dim=-1)
+    logits = 7 * image @ text.T
+    found = contrast(logits, logits.T)
+    assert found["loss"] == pytest.approx(vk.contrastive_loss(image, text, 7.0).item(), rel=1e-5)
+    assert contrast(torch.ones(9, 9), torch.ones(9, 9))["loss"] == pytest.approx(found["loss_all_alike"]) == pytest.approx(math.log(9))
