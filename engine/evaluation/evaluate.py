@@ -40,7 +40,8 @@ def evaluate(
             results |= objective.measure(model, held_out)
         if config.evaluation.zero_shot is not None and tokenizer is not None:
             results["zero_shot"] = zero_shot(model, config.evaluation.zero_shot, tokenizer, config)
-        if sheet is not None and tokenizer is not None and model.options.compares_towers:
+        drawn = sheet is not None and tokenizer is not None
+        if drawn and model.options.compares_towers and model.regions is None:
             draw_sheet(sheet, held_out.gallery, held_out.ranked, tokenizer, config)
     except NothingToMeasure as error:
         raise DataError(str(error)) from None

@@ -3,7 +3,7 @@ texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine.batch import IMAGE, TEXT, Batch
+from engine.batch import IMAGE, TEXT, Batch, Pixels
 from engine.config import Config
 from engine.data import Tokenizer
 from engine.objectives.parts.gallery import Gallery
@@ -29,7 +29,7 @@ def draw_sheet(
 ) -> None:
     """One row per query: on the left caption -> images, on the right image -> captions; right answers are
     green."""
-    pictures = [_picture(patches, grid, config) for batch in batches for patches, grid in _patches_of(batch)]
+    pictures = [_picture(pixels, config) for batch in batches for pixels in pixels_of(batch, config)]
     captions = [tokenizer.decode(ids.tolist()) for batch in batches for ids in _captions_of(batch)]
     similarity, related = gallery.similarity.cpu(), gallery.related.cpu()
     top = min(TOP, len(gallery))
@@ -56,18 +56,27 @@ def _captions_of(batch: Batch) -> tuple[Tensor, ...]:
     return batch.text.ids.cpu().split(batch.layout.lengths[:, TEXT].tolist())
 
 
-def _patches_of(batch: Batch) -> Iterable[tuple[Tensor, Tensor]]:
+def pixels_of(batch: Batch, config: Config) -> Iterator[Tensor]:
+    """`[H, W, 3]` of each picture."""
+    values = batch.image.values.float().cpu()
+    if isinstance(batch.image, Pixels):
+        yield from values.permute(0, 2, 3, 1)
+        return
     lengths = batch.layout.lengths[:, IMAGE].tolist()
-    return zip(batch.image.values.cpu().split(lengths), batch.image.positions.cpu().split(lengths), strict=True)
+    for patches, positions in zip(values.split(lengths), batch.image.positions.cpu().split(lengths), strict=True):
+        yield _glued(patches, positions, config.model.reads_pictures.patch_size)
 
 
-def _picture(patches: Tensor, positions: Tensor, config: Config) -> Image.Image:
-    """The picture that was cut into these patches, its normalisation undone."""
-    side = config.model.reads_pictures.patch_size
+def _glued(patches: Tensor, positions: Tensor, side: int) -> Tensor:
+    """The picture that was cut into these patches."""
     rows, columns = (positions.amax(0) + 1).tolist()
-    grid = patches.float().view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)
-    pixels = grid.reshape(rows * side, columns * side, 3).numpy()
-    pixels = pixels * np.asarray(config.data.image_std) + np.asarray(config.data.image_mean)
+    grid = patches.view(rows, columns, 3, side, side).permute(0, 3, 1, 4, 2)
+    return grid.reshape(rows * side, columns * side, 3)
+
+
+def _picture(pixels: Tensor, config: Config) -> Image.Image:
+    """Its normalisation undone."""
+    pixels = pixels.numpy() * np.asarray(config.data.image_std) + np.asarray(config.data.image_mean)
     return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import vlkernels as vk
 from PIL import Image
 from random_batch import THREE, GRID, PATCH, random_batch, small_config, small_model
 from safetensors.torch import load_file, save_file
@@ -13,10 +14,12 @@ from tokenizers import Tokenizer as Model
 from tokenizers import models, pre_tokenizers
 
 import engine
+from engine.batch import Batch, Patches, Pixels
 from engine.build import build_model
 from engine.config import Config
 from engine.data import Tokenizer
 from engine.evaluation import describe, evaluate
+from engine.evaluation.sheet import pixels_of
 from engine.export import export, rebuild
 from engine.objectives import PretrainingModule
 from engine.objectives.matching import logits_of_pairs, matching_logits, told_apart
@@ -71,6 +74,16 @@ def test_an_untrained_model_is_at_chance(tmp_path):
         and "(even odds 50 %)" in text
     )
     assert Image.open(tmp_path / "sheet.png").size[0] > 500
+
+
+def test_the_sheet_shows_patches_and_pixels_alike():
+    pixels, layout = torch.rand(2, 3, 2 * PATCH, 3 * PATCH), vk.SegmentLayout([[0, 6]] * 2)
+    places = torch.cartesian_prod(torch.arange(2), torch.arange(3)).repeat(2, 1).int()
+    own = layout.select((1,))
+    images = Pixels(pixels, places), Patches(vk.patchify(pixels, own, PATCH), places)
+    whole = [Batch(layout, None, image, torch.arange(2), torch.arange(2, dtype=torch.int32)) for image in images]
+    for shown, glued, expected in zip(*(pixels_of(batch, make_config()) for batch in whole), pixels, strict=True):
+        assert torch.equal(shown, expected.permute(1, 2, 0)) and torch.equal(glued, shown)
 
 
 def test_a_trained_model_finds_its_pairs():

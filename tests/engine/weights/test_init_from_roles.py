@@ -244,5 +244,5 @@ def test_a_backbone_begins_as_a_resnet(tmp_path, norm):
 
 def test_another_resnet_is_refused(tmp_path):
     resnet(tmp_path, [2, 1, 1, 1])
-    with pytest.raises(ValueError, match=r"model.image.picture.depths must be \[2, 1, 1, 1\], got \[2, 2, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"model.image.depths must be \[2, 1, 1, 1\], got \[2, 2, 2, 2\]"):
         begun("vsepp", {"image": tmp_path}, "--model.image.backbone=resnet18", roles=())
