@@ -1,7 +1,13 @@
-"""A trained model as plain files, and back: safetensors and json, without pickle and without DeepSpeed."""
+"""A trained model as plain files, and back: safetensors and json, without pickle and without DeepSpeed.
+
+A run ends in a folder that `engine.load` reads. To make of it one that `from_pretrained` of `transformers` opens:
+
+    python -m engine.export runs/NAME FOLDER [--family bert] [--role text]
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -17,10 +23,27 @@ from engine.build import build_model
 from engine.config import Config
 from engine.data import ImageTransform, Tokenizer, image_transform, load_tokenizer
 from engine.models import VisionLanguageModel
+from engine.models.momentum import FeatureQueue, MomentumCopy
+from engine.published import WRITABLE, write
+from engine.training.command_line import one_line_errors
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 
 Section = TypeVar("Section")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("--family", help=f"{', '.join(WRITABLE)} (default: the first that the model is)")
+    parser.add_argument("--role", help="the role of the model to write alone, such as image (default: the whole)")
+    options = parser.parse_args(argv)
+    with one_line_errors():
+        run = load(options.run)
+        for line in write(options.folder, run.model, run.tokenizer, options.family, options.role):
+            print(line)
+    return 0
 
 
 class Loaded(NamedTuple):
@@ -33,7 +56,8 @@ class Loaded(NamedTuple):
 
 
 def export(folder: str | Path, model: VisionLanguageModel, config: Config, tokenizer: Tokenizer) -> None:
-    """Write what `load` reads. Files are replaced whole; weights that share storage are written once."""
+    """Write what `load` reads. Files are replaced whole; weights that share storage are written once, what only training
+    needs, momentum copies and queues, is left out."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drafts = {name: folder / f"{name}.draft" for name in (WEIGHTS, CONFIG, TOKENIZER)}
@@ -59,6 +83,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
     if differing:
         raise ValueError(f"{folder / WEIGHTS} does not fit the model of {CONFIG}: {', '.join(differing)}")
     model.load_state_dict(weights, strict=False)
+    if model.teacher is not None:
+        model.teacher.begin()
     transform = image_transform(config) if _reads_pixels(config) else None
     return Loaded(model.to(device).eval(), tokenizer, transform)
 
@@ -71,7 +97,10 @@ def _reads_pixels(config: Config) -> bool:
 def distinct_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:
     """The model's tensors by name, tied ones once. Copies: DeepSpeed keeps weights as views of one flat buffer."""
     distinct: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[str, Tensor]] = {}
+    of_training = tuple(f"{name}." for name, part in model.named_modules() if isinstance(part, (MomentumCopy, FeatureQueue)))
     for name, tensor in model.state_dict().items():
+        if name.startswith(of_training):
+            continue
         distinct.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), (name, tensor))
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in distinct.values()}
 
@@ -92,3 +121,7 @@ def _rebuild_value(hint: Any, value: Any) -> Any:
         if isinstance(value, list) and typing.get_origin(kind) is tuple:
             return tuple(value)
     return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

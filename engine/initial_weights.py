@@ -122,9 +122,12 @@ def sources_of_family(asked: str, folder: Folder, model: VisionLanguageModel) ->
         whole = place.first + place.layers == settings.get(part.sizes.same["layers"])
         pieces = [piece for piece in part.pieces(place) if whole or ".final_norm." not in piece.ours]
         sources.append(Source(pieces, settings))
+    if asked in ("model", "teacher", "generator", head_role(model)):
+        sources.append(Source(list(family.heads(model)), folder.config))
+        found = {name: value for name, value in family.settings(model).items() if name in family.agreeing}
+        wanted = {name: folder.config.get(name) for name in found}
+        differing += [f"{name} must be {wanted[name]}, got {value}" for name, value in found.items() if value != wanted[name]]
     folder.require(not differing, f"does not fit: {'; '.join(differing)}")
-    if asked in ("model", "teacher", "generator", role_of_heads(model)):
-        sources.append(Source(list(family.heads()), folder.config))
     if asked == "teacher":
         sources = [source._replace(pieces=in_teacher(source.pieces)) for source in sources]
     return folder.named_for(family), sources
@@ -154,7 +157,7 @@ def may_be_shallower(place: Place, model: VisionLanguageModel) -> bool:
     return place.role == "image" or (place.role == "text" and fusion is not None and fusion.begins_with == "states")
 
 
-def role_of_heads(model: VisionLanguageModel) -> str:
+def head_role(model: VisionLanguageModel) -> str:
     """The role whose states the heads of objectives read."""
     return model.last_role if model.options.reads_text else "image"
 
@@ -178,7 +181,7 @@ def sources_of_run(asked: str, folder: Folder, filling: Filling) -> tuple[Folder
     folder.require(not differing, f"does not fit: {'; '.join(differing)}")
     sources = [Source(list(runs.pieces(role, filling.parameters, folder.tensors)), settings[role]) for role in roles]
     others = [name for name in filling.parameters if module_of(name).partition(".")[0] not in options.roles]
-    if asked in ("model", role_of_heads(filling.model)):
+    if asked in ("model", head_role(filling.model)):
         heads = [name for name in others if name in folder.tensors and (asked == "model" or name.startswith("heads."))]
         sources.append(Source(list(runs.pieces("model", heads, folder.tensors)), {}))
     return folder, sources

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from engine.weights import bert
+from engine.weights.family import Family, Part, Place
 from engine.weights.pieces import Piece, beneath, linear
 
 
@@ -28,3 +30,37 @@ def pretraining() -> Iterator[Piece]:
     yield from linear("text.pooling.dense", "albert.pooler")
     yield from bert.masked_language("predictions.dense", "predictions.LayerNorm", "predictions.bias")
     yield from linear("heads.sentence_order.classifier", "sop_classifier.classifier")
+
+
+def _role(place: Place) -> Iterator[Piece]:
+    yield from beneath("", "albert", bert.embedder(place.words))
+    yield from linear(f"{place.role}.widening", "albert.encoder.embedding_hidden_mapping_in")
+    yield from stack(place.transformer, "albert.encoder")
+    yield from linear(f"{place.pooling}.dense", "albert.pooler")
+
+
+def _heads(model: Any) -> Iterator[Piece]:
+    yield from bert.word_heads("predictions.dense", "predictions.LayerNorm", "predictions.bias")
+    yield from linear("heads.sentence_order.classifier", "sop_classifier.classifier")
+
+
+ONE_BLOCK = {"num_hidden_groups": 1, "inner_group_num": 1}
+SIZES = bert.SIZES._replace(
+    same=bert.STACK | {"table_width": "embedding_size"},
+    always={name: value for name, value in bert.SIZES.always.items() if name != "embedding_width"} | {"shared": True},
+    alone=bert.ALONE | {"has_widening": True},
+    constants=bert.ABSOLUTE | ONE_BLOCK,
+    defaults=bert.SIZES.defaults | ONE_BLOCK | {"hidden_act": "gelu_new"},
+)
+ALBERT = Family(
+    name="albert",
+    kind="albert",
+    classes={
+        "AlbertForPreTraining": ("masked_language", "sentence_order"),
+        "AlbertForMaskedLM": ("masked_language",),
+        "AlbertModel": (),
+    },
+    parts=(Part(("text",), SIZES, _role),),
+    heads=_heads,
+    prefix="albert.",
+)

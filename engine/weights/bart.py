@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.weights.bert import PLAIN
+from engine.weights.family import Family, Part, Place
 from engine.weights.pieces import Piece, linear
+from engine.weights.sizes import Sizes
+
+CLS_ID = 1
+"""What a text that is written begins with."""
 
 
 def embedder(ours: str, theirs: str) -> Iterator[Piece]:
@@ -32,3 +38,50 @@ def _block(ours: str, theirs: str, decoder: bool) -> Iterator[Piece]:
     yield from linear(f"{ours}.feed_forward.inner", f"{theirs}.fc1")
     yield from linear(f"{ours}.feed_forward.output", f"{theirs}.fc2")
     yield from linear(f"{ours}.feed_forward.norm", f"{theirs}.final_layer_norm")
+
+
+def _sizes(part: str, **alone: str) -> Sizes:
+    return Sizes(
+        same={
+            "width": "d_model",
+            "layers": f"{part}_layers",
+            "heads": f"{part}_attention_heads",
+            "mlp_width": f"{part}_ffn_dim",
+            "activation": "activation_function",
+        },
+        always=PLAIN
+        | {
+            "norm": "post",
+            "eps": 1e-5,
+            "positions": "learned",
+            "position_offset": 2,
+            "types": 0,
+            "embedding_norm": True,
+            "embedding_width": None,
+            "page": None,
+        },
+        alone=alone,
+        written={"max_positions": "max_position_embeddings", "dropout": "dropout", "attention_dropout": "attention_dropout"},
+        constants={"scale_embedding": False},
+        defaults={"scale_embedding": False, "activation_function": "gelu"},
+    )
+
+
+def _role(place: Place, part: str) -> Iterator[Piece]:
+    theirs = f"model.{part}"
+    yield Piece(f"{place.words}.words", ("model.shared.weight",))
+    yield from embedder(place.words, theirs)
+    yield from stack(place.transformer, theirs, place.layers, decoder=part == "decoder")
+
+
+BART = Family(
+    name="bart",
+    kind="bart",
+    classes={"BartForConditionalGeneration": ()},
+    parts=(
+        Part(("text",), _sizes("encoder", mask="full"), lambda place: _role(place, "encoder")),
+        Part(("decoder",), _sizes("decoder", source="text", shares="words"), lambda place: _role(place, "decoder")),
+    ),
+    prefix="model.",
+    settings=lambda model: {"decoder_start_token_id": CLS_ID},
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from engine.weights.family import WORD_HEADS, Family, Part, Place
 from engine.weights.pieces import Piece, beneath, linear
@@ -30,13 +31,23 @@ PLAIN = {
 }
 """Options of a stack that most have as they are."""
 POST = PLAIN | {"norm": "post", "positions": "learned", "embedding_norm": True, "embedding_width": None}
-ALONE = {"queries": 0, "image": None, "kinds": False, "source": None, "text": True, "mask": "full", "page": None}
+ALONE = {
+    "queries": 0,
+    "image": None,
+    "kinds": False,
+    "source": None,
+    "text": True,
+    "mask": "full",
+    "page": None,
+    "has_types": True,
+}
 """What a text encoder has nothing for."""
 ROWS = {
     "types": "type_vocab_size",
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
+PAD_ID = 0
 ABSOLUTE = {"position_embedding_type": "absolute"}
 SIZES = Sizes(
     same=STACK,
@@ -133,7 +144,7 @@ def word_heads(dense: str, norm: str, bias: str) -> Iterator[Piece]:
         yield from masked_language(dense, norm, bias, head)
 
 
-def _bert_heads() -> Iterator[Piece]:
+def _bert_heads(model: Any) -> Iterator[Piece]:
     yield from word_heads(*BERT_HEAD)
     yield from linear("heads.next_sentence.classifier", "cls.seq_relationship")
 
@@ -149,7 +160,7 @@ BERT = Family(
     parts=(Part(ROLES, SIZES, lambda place: encoder(place, "bert")),),
     heads=_bert_heads,
     prefix="bert.",
-    spellings=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
+    older=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
 )
 ROBERTA = Family(
     name="roberta",
@@ -167,8 +178,9 @@ ROBERTA = Family(
             lambda place: encoder(place, "roberta"),
         ),
     ),
-    heads=lambda: word_heads("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    heads=lambda model: word_heads("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
     prefix="roberta.",
+    swapped=lambda tokenizer: (PAD_ID, tokenizer.cls_id),  # what has pad_token_id counts for no position
 )
 LAYOUTLM = Family(
     name="layoutlm",
@@ -181,7 +193,7 @@ LAYOUTLM = Family(
             lambda place: encoder(place, "layoutlm", page=True),
         ),
     ),
-    heads=lambda: word_heads(*BERT_HEAD),
+    heads=lambda model: word_heads(*BERT_HEAD),
     prefix="layoutlm.",
     settings=lambda model: {"max_2d_position_embeddings": 1024},
 )

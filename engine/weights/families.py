@@ -5,10 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.weights import bert, vision
+from engine.weights import (
+    albert,
+    bart,
+    bert,
+    blip,
+    clip,
+    distilbert,
+    electra,
+    gpt2,
+    layoutlmv2,
+    opt,
+    q_former,
+    t5,
+    vilt,
+    vision,
+)
 from engine.weights.family import Family
 
-FAMILIES: tuple[Family, ...] = (bert.BERT, bert.ROBERTA, bert.LAYOUTLM, vision.VIT)
+FAMILIES: tuple[Family, ...] = (
+    bert.BERT,
+    bert.ROBERTA,
+    albert.ALBERT,
+    distilbert.DISTILBERT,
+    electra.ELECTRA,
+    electra.GENERATOR,
+    bert.LAYOUTLM,
+    layoutlmv2.LAYOUTLMV2,
+    gpt2.GPT2,
+    gpt2.GPT,
+    opt.OPT,
+    t5.T5,
+    bart.BART,
+    vision.VIT,
+    vision.MAE,
+    clip.CLIP,
+    clip.CLIP_VISION,
+    clip.SIGLIP,
+    clip.SIGLIP_VISION,
+    vilt.VILT,
+    blip.BLIP,
+    blip.BLIP_CAPTIONS,
+    q_former.BLIP2_STAGE1,
+    q_former.BLIP2_STAGE2,
+)
 """Of those that a model could be written as the first is taken."""
 
 

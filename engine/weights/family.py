@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.sections import Model
 from engine.weights.pieces import Piece, beneath
 from engine.weights.sizes import Sizes
 
@@ -60,7 +59,7 @@ class Part(NamedTuple):
         return config if self.section is None else config.get(self.section) or {}
 
 
-def no_pieces() -> Iterator[Piece]:
+def no_pieces(model: Any) -> Iterator[Piece]:
     return iter(())
 
 
@@ -74,13 +73,23 @@ class Family:
     classes: Mapping[str, tuple[str, ...]]
     """Heads that a class of `transformers` needs; the first is taken whose heads are all there."""
     parts: tuple[Part, ...]
-    heads: Callable[[], Iterator[Piece]] = no_pieces
-    """What belongs to no role: read with the role that words are predicted from, or with the whole."""
+    heads: Callable[[Any], Iterator[Piece]] = no_pieces
+    """What of a model belongs to no role: read with the role that words are predicted from, or with the whole."""
     prefix: str = ""
     """Before the names of all that is not a head, but in folders of the bare model."""
     spellings: tuple[tuple[str, str], ...] = ()
     """How files spell what we name as the classes of `transformers` do today."""
+    older: tuple[tuple[str, str], ...] = ()
+    """How some files spell what others spell as told."""
     sizes: Sizes = Sizes({})
     """Of `model` itself."""
-    settings: Callable[[Model], dict[str, Any]] = lambda model: {}
-    """Other entries of config.json, by section where it has them."""
+    settings: Callable[[Any], dict[str, Any]] = lambda model: {}
+    """Other entries of the config.json of a model, by section where it has them."""
+    agreeing: tuple[str, ...] = ()
+    """Of these, what must agree where a folder fills heads."""
+    swapped: Callable[[Any], tuple[int, int]] | None = None
+    """Ids of a tokenizer that have to change places, where the family reads one of them otherwise than we do."""
+    encloses: bool = True
+    """Whether a text is read between [CLS] and [SEP]."""
+    is_written: bool = True
+    """Whether a model can become such a folder."""

@@ -46,10 +46,17 @@ def renamed(tensors: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         name = family.prefix + name if is_bare else name
-        for spelled, ours in family.spellings:
-            name = name.replace(spelled, ours)
+        for published, ours in (*family.older, *family.spellings):
+            name = name.replace(published, ours)
         found[name] = tensor
     return found
+
+
+def spelled(name: str, family: Family) -> str:
+    """As files spell what we name as the classes of today."""
+    for published, ours in family.spellings:
+        name = name.replace(ours, published)
+    return name
 
 
 def _read_config(asked: str, path: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.weights import bert
-from engine.weights.pieces import Piece, linear
+from engine.weights.family import Family, Part, Place
+from engine.weights.pieces import Piece, beneath, linear
 from engine.weights.reshaped import Biases, LastRow
 
 TABLES = ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")
@@ -37,3 +38,39 @@ def joint(layers: int, *, picture_type: bool = False) -> Iterator[Piece]:
     yield from linear("image.norm", "visual_LayerNorm")
     yield from stack("transformer", "encoder", layers)
     yield from linear("pooling.dense", "pooler.dense")
+
+
+SIZES = bert.SIZES._replace(
+    same=bert.STACK
+    | {
+        "relative_position.count": "rel_pos_bins",
+        "relative_position.max_distance": "max_rel_pos",
+        "relative_box.count": "rel_2d_pos_bins",
+        "relative_box.max_distance": "max_rel_2d_pos",
+    },
+    always={
+        **{name: value for name, value in bert.SIZES.always.items() if not name.startswith("relative_")},
+        "biases": "no_key",
+        "page": "concat",
+        "image.kind": "grid",
+        "image.positions": "text",
+    },
+    constants={"fast_qkv": True, "has_relative_attention_bias": True, "has_spatial_attention_bias": True},
+    defaults=bert.SIZES.defaults
+    | {"fast_qkv": True, "has_relative_attention_bias": True, "has_spatial_attention_bias": True}
+    | {"rel_pos_bins": 32, "max_rel_pos": 128, "rel_2d_pos_bins": 64, "max_rel_2d_pos": 256},
+)
+
+
+def _role(place: Place) -> Iterator[Piece]:
+    return beneath("joint", "layoutlmv2", joint(place.layers, picture_type=place.stack.image.type_of_text is not None))
+
+
+LAYOUTLMV2 = Family(
+    name="layoutlmv2",
+    kind="layoutlmv2",
+    classes={"LayoutLMv2Model": ()},
+    parts=(Part(("joint",), SIZES, _role),),
+    prefix="layoutlmv2.",
+    is_written=False,  # the names of its backbone are detectron2's
+)

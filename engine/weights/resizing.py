@@ -50,6 +50,11 @@ def fits(name: str, wanted: torch.Size, got: torch.Size) -> bool:
     return got[1:] == wanted[1:] if by_row else got == wanted
 
 
+def holds_words(name: str) -> bool:
+    """Whether the rows of a parameter are those of the vocabulary."""
+    return name.endswith(".words") or name in WORD_BIASES
+
+
 def copy_rows(name: str, found: Tensor, target: Tensor) -> str | None:
     """Fill the rows in common; a note where these are not all."""
     rows = min(len(found), len(target))

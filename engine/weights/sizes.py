@@ -36,9 +36,11 @@ DERIVED: dict[str, Callable[[Any], Any]] = {
     "image_size": image_size,
     "head_width": lambda stack: stack.width // stack.heads,
     "table_width": lambda stack: stack.embedding_width or stack.width,
+    "has_widening": lambda stack: stack.embedding_width is not None,
     "mlp_per_width": lambda stack: stack.mlp_width / stack.width,
     "position_rows": lambda stack: stack.max_positions + stack.position_offset,
     "feed_forward": feed_forward,
+    "has_types": lambda stack: stack.types > 0,
 }
 """What is no field of a section, but follows from some."""
 
@@ -54,6 +56,11 @@ def option(section: Any, path: str) -> Any:
         return DERIVED[name](inner) if name in DERIVED else getattr(inner, name, ABSENT)
 
     return functools.reduce(step, path.split("."), section)
+
+
+def spelled(section: Any, path: str) -> str:
+    """As the option is written within the section."""
+    return path.replace("picture.", "" if isinstance(section, ImageInput) else "image.")
 
 
 class Sizes(NamedTuple):
@@ -77,7 +84,7 @@ class Sizes(NamedTuple):
         wanted = {**self.always, **(self.alone if whole else {})}
         found = {path: option(section, path) for path in wanted}
         return [
-            f"{where}.{path} must be {wanted[path]}, got {value}"
+            f"{where}.{spelled(section, path)} must be {wanted[path]}, got {value}"
             for path, value in found.items()
             if value is not ABSENT and value != wanted[path]
         ]
@@ -99,7 +106,7 @@ class Sizes(NamedTuple):
             if path == "layers" and wanted is not None:
                 wanted = value if shallower and value < wanted else wanted - first
             if value is not ABSENT and value != wanted:
-                lines.append(f"{where}.{path} must be {wanted}, got {value}")
+                lines.append(f"{where}.{spelled(section, path)} must be {wanted}, got {value}")
         return lines + self.unlike(where, section)
 
     def completed(self, theirs: Mapping[str, Any]) -> dict[str, Any]:

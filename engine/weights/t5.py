@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.weights.family import Family, Part, Place
 from engine.weights.pieces import Piece, linear
+from engine.weights.sizes import Sizes
+
+PAD_ID = 0
+"""What its decoder begins with."""
 
 
 def stack(ours: str, theirs: str, layers: int, *, decoder: bool, gated: bool) -> Iterator[Piece]:
@@ -36,3 +41,72 @@ def _block(ours: str, theirs: str, decoder: bool, gated: bool) -> Iterator[Piece
         }
     for name, sources in maps.items():
         yield from linear(f"{ours}.{name}", *sources, biased=False)
+
+
+def _sizes(layers: str, **always: object) -> Sizes:
+    tied = {"tie_word_embeddings": True}
+    return Sizes(
+        same={
+            "width": "d_model",
+            "layers": layers,
+            "heads": "num_heads",
+            "head_width": "d_kv",
+            "mlp_width": "d_ff",
+            "eps": "layer_norm_epsilon",
+            "feed_forward": "feed_forward_proj",
+            "relative_position.count": "relative_attention_num_buckets",
+            "relative_position.max_distance": "relative_attention_max_distance",
+        },
+        always={
+            "norm": "pre",
+            "norm_kind": "rms",
+            "final_norm": True,
+            "biases": "none",
+            "shared": False,
+            "softmax_scale": 1.0,
+            "relative_box": None,
+            "positions": "none",
+            "types": 0,
+            "embedding_norm": False,
+            "embedding_width": None,
+            "page": None,
+            **always,
+        },
+        written={"dropout": "dropout_rate"},
+        constants=tied,
+        defaults=tied
+        | {
+            "feed_forward_proj": "relu",
+            "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6,
+            "num_decoder_layers": lambda settings: settings["num_layers"],
+        },
+    )
+
+
+def _role(place: Place, theirs: str) -> Iterator[Piece]:
+    yield Piece(f"{place.words}.words", ("shared.weight",))
+    yield from stack(place.transformer, theirs, place.layers, decoder=theirs == "decoder", gated=place.stack.gated)
+
+
+T5 = Family(
+    name="t5",
+    kind="t5",
+    classes={"T5ForConditionalGeneration": ()},
+    parts=(
+        Part(
+            ("text",),
+            _sizes("num_layers", **{"relative_position.bidirectional": True})._replace(alone={"mask": "full"}),
+            lambda place: _role(place, "encoder"),
+        ),
+        Part(
+            ("decoder",),
+            _sizes("num_decoder_layers", **{"relative_position.bidirectional": False})._replace(
+                alone={"source": "text", "shares": "words"}
+            ),
+            lambda place: _role(place, "decoder"),
+        ),
+    ),
+    encloses=False,
+    settings=lambda model: {"decoder_start_token_id": PAD_ID, "is_encoder_decoder": True},
+)

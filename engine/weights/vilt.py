@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.weights.pieces import Piece, linear
+from engine.weights.bert import PLAIN, ROWS, STACK, word_heads
+from engine.weights.family import Family, Part
+from engine.weights.pieces import Piece, beneath, linear
 from engine.weights.reshaped import Filters, Table
+from engine.weights.sizes import Sizes
 
 BLOCK = {
     "self_attention.query_key_value": [f"attention.attention.{part}" for part in ("query", "key", "value")],
@@ -33,3 +36,37 @@ def joint(layers: int) -> Iterator[Piece]:
             yield from linear(f"transformer.blocks.{layer}.{name}", *(f"encoder.layer.{layer}.{s}" for s in sources))
     yield from linear("transformer.final_norm", "layernorm")
     yield from linear("pooling.dense", "pooler.dense")
+
+
+SIZES = Sizes(
+    same=STACK | {"image.patch_size": "patch_size"},
+    always=PLAIN
+    | {
+        "norm": "pre",
+        "final_norm": True,
+        "kinds": True,
+        "positions": "learned",
+        "position_offset": 0,
+        "embedding_norm": True,
+        "embedding_width": None,
+        "page": None,
+        "image.kind": "patches",
+        "image.patch_bias": True,
+        "image.embedding_norm": False,
+        "image.positions": "learned",
+        "image.class_token": True,
+    },
+    alone={"queries": 0, "source": None, "mask": "full", "text": True, "has_types": True, "pooling": "pooler"},
+    written=ROWS | {"max_positions": "max_position_embeddings", "image.image_size": "image_size"},
+    constants={"qkv_bias": True},
+    defaults={"qkv_bias": True, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "patch_size": 32, "image_size": 384},
+)
+VILT = Family(
+    name="vilt",
+    kind="vilt",
+    classes={"ViltForMaskedLM": ("masked_language",), "ViltModel": ()},
+    parts=(Part(("joint",), SIZES, lambda place: beneath("joint", "vilt", joint(place.layers))),),
+    heads=lambda model: word_heads("mlm_score.transform.dense", "mlm_score.transform.LayerNorm", "mlm_score.decoder.bias"),
+    prefix="vilt.",
+    settings=lambda model: {"modality_type_vocab_size": 2, "max_image_length": -1},
+)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from engine.weights.bert import PLAIN, STACK
 from engine.weights.family import Family, Part, Place
-from engine.weights.pieces import Piece, linear
+from engine.weights.pieces import Piece, beneath, linear
 from engine.weights.reshaped import Filters, Pixels, Row, Table
 from engine.weights.sizes import Sizes
 
@@ -102,7 +103,7 @@ VIT_SIZES = Sizes(
         "picture.patch_bias": True,
         "picture.embedding_norm": False,
     },
-    alone={"picture.positions": "learned", "picture.class_token": True, "mask": "full"},
+    alone={"picture.positions": "learned", "picture.class_token": True, "mask": "full", "text": False, "queries": 0},
     written={
         "picture.image_size": "image_size",
         "dropout": "hidden_dropout_prob",
@@ -111,10 +112,24 @@ VIT_SIZES = Sizes(
     constants={"qkv_bias": True},
     defaults={"qkv_bias": True, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "patch_size": 16, "image_size": 224},
 )
+SPELLINGS = (
+    ("vit.encoder.layer.", "vit.layers."),
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
 
 
 def _vit(place: Place) -> Iterator[Piece]:
     return place.beneath("vit", vit(place.layers, pooler=place.role == "image"))
+
+
+def _classes(model: Any) -> dict[str, Any]:
+    head = model.heads["classification"] if "classification" in model.heads else None
+    return {} if head is None else {"num_labels": len(head.classifier.weight)}
 
 
 VIT = Family(
@@ -122,15 +137,56 @@ VIT = Family(
     kind="vit",
     classes={"ViTForImageClassification": ("classification",), "ViTModel": ()},
     parts=(Part(("image", "joint"), VIT_SIZES, _vit),),
-    heads=lambda: linear("heads.classification.classifier", "classifier"),
+    heads=lambda model: linear("heads.classification.classifier", "classifier"),
     prefix="vit.",
-    spellings=(
-        ("vit.encoder.layer.", "vit.layers."),
-        ("attention.attention.query", "attention.q_proj"),
-        ("attention.attention.key", "attention.k_proj"),
-        ("attention.attention.value", "attention.v_proj"),
-        ("attention.output.dense", "attention.o_proj"),
-        ("intermediate.dense", "mlp.fc1"),
-        ("output.dense", "mlp.fc2"),
+    spellings=SPELLINGS,
+    settings=_classes,
+)
+
+
+def _mae(place: Place) -> Iterator[Piece]:
+    return place.beneath("vit", vit(place.layers, pooler=False))
+
+
+def _mae_heads(model: Any) -> Iterator[Piece]:
+    """What predicts the pixels, and its table of sines, which is written too."""
+    if (head := _decoder_of(model)) is not None:
+        own = Table("places.table", ("decoder_pos_embed",)), *mae_decoder(len(head.transformer.blocks))
+        yield from beneath("heads.masked_patches", "decoder", own)
+
+
+def _mae_settings(model: Any) -> dict[str, Any]:
+    if (head := _decoder_of(model)) is None:
+        return {}
+    block = head.transformer.blocks[0]
+    return {
+        "decoder_hidden_size": head.narrowing.out_features,
+        "decoder_num_hidden_layers": len(head.transformer.blocks),
+        "decoder_num_attention_heads": block.self_attention.heads,
+        "decoder_intermediate_size": block.feed_forward.inner.out_features,
+        "norm_pix_loss": True,
+    }
+
+
+def _decoder_of(model: Any) -> Any:
+    return model.heads["masked_patches"] if "masked_patches" in model.heads else None
+
+
+MAE = Family(
+    name="vit_mae",
+    kind="vit_mae",
+    classes={"ViTMAEForPreTraining": ("masked_patches",)},
+    parts=(
+        Part(
+            ("image", "joint"),
+            VIT_SIZES._replace(alone={**VIT_SIZES.alone, "picture.positions": "sinusoidal"}),
+            _mae,
+        ),
     ),
+    heads=_mae_heads,
+    prefix="vit.",
+    spellings=SPELLINGS,
+    older=(("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),),
+    settings=_mae_settings,
+    agreeing=("decoder_num_hidden_layers", "decoder_num_attention_heads"),
 )

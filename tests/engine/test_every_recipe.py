@@ -2,11 +2,14 @@
 samples that it learns by heart."""
 
 import functools
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from meta_step import step_on_meta, to_meta
 from shared_cache import shared_cache
+from torch import nn
 
 from engine.batch import Batch
 from engine.build import build_model
@@ -14,6 +17,7 @@ from engine.config import Config
 from engine.data import Tokenizer, TrainingSets, held_out_batches, load_source, load_training_sets, make_tokenizer, training_stream
 from engine.data.builtin import folder_sets
 from engine.evaluation import describe, evaluate
+from engine.models import VisionLanguageModel
 from engine.objectives import PretrainingModule
 from engine.recipes import table
 from engine.training.averages import Averages
@@ -27,7 +31,7 @@ LONGEST = 150
 """Steps in which every loss of eight samples has to fall to LEARNT of what it was."""
 LEARNT = 0.25
 LEFT = {
-    "distillation": 1.01,  # of a teacher that knows nothing and says so: at its own entropy from the beginning
+    "distillation": 1.01,  # of a teacher that knows nothing and says so: at its own entropy from the beginning; see below
     "masked_patches": 0.5,  # 96 patches of 192 pixels, by a decoder of width 32
 }
 """Losses of which more is left."""
@@ -62,8 +66,10 @@ def eight_of_each_task(config: Config, cache: Path) -> dict[tuple[str, ...] | No
 def test_as_many_parameters_as_published(name):
     config = table.recipe(name)
     assert config.name == name
-    parameters = table.num_parameters(table.model_of(config))
+    model = table.model_of(config)
+    parameters = table.num_parameters(model)
     assert config.system is None or config.system.agrees(parameters), table.count(config, parameters)
+    assert not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()), "of one rank's batch alone"
 
 
 def test_the_readme_names_every_recipe():
@@ -93,11 +99,27 @@ def test_blip2_trains_queries_and_what_stands_around_them(name, learning):
 def test_blocks_name_parts_and_counts():
     block = table.describe("uniter_base")
     assert "112,936,839 = 112,938,887 of the release - 2,048" in block and "12 x 768, 12 heads, post-norm" in block
+    assert block.splitlines()[-1].split() == ["status", "settings", "as", "published"]
+
+
+@pytest.mark.parametrize(
+    "name, drawn",
+    [
+        ("bert_base", []),
+        ("gpt2", ["◣"]),
+        ("blip2_stage1", ["█ █ queries, query_matching", "█ █ text", "█ · queries, query_contrastive", "· █ text",
+                          "█ · queries, causal_language", "█ ◣ text"]),
+        ("blip2_stage2", ["◣ · prefix", "█ ◣ text"]),
+    ],
+)  # fmt: skip
+def test_mask_tables_are_drawn(name, drawn):
+    rows = [" ".join(line.split()) for line in table.describe(name).splitlines()]
+    assert sorted(row for row in rows if row[0] in "█◣·") == sorted(drawn)
 
 
 @pytest.mark.parametrize("name", table.names())
 def test_smallest_size_trains_and_evaluates(name, shared_cache):
-    """All losses are finite and every parameter that learns has had a gradient."""
+    """All losses are finite, every parameter that learns has had a gradient, and no step waits for the device."""
     config = smallest(name, shared_cache)
     config.train.max_steps = STEPS
     if config.train.buckets is not None:
@@ -131,6 +153,27 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
         assert len([name for name in measured if name.startswith("loss")]) >= 2, f"{objective} is not beside what is known blindly"
         beside_other_images = objective == "masked_language" and config.model.reads_pictures is not None
         assert not beside_other_images or "loss_shuffled_image" in measured
+    assert step_on_meta(to_meta(module.train()), batch)
+
+
+def learning_by_heart(
+    config: Config, model: VisionLanguageModel, batches: Collection[Batch], rate: float = 1e-2
+) -> Iterator[dict[str, float]]:
+    """The losses of every step, dropout aside."""
+    freeze(FROZEN.get(config.name, config.optimizer.freeze), model.named_parameters())
+    module = PretrainingModule(model, config.objectives.active).eval()
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=rate)
+    copies = Averages(module, lambda parameter: [parameter])
+    for _ in range(LONGEST):
+        losses = {}
+        for batch in batches:
+            total, named, _ = module(batch)
+            total.backward()
+            losses |= {loss: value.item() for loss, value in named.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        copies.follow()
+        yield losses
 
 
 @pytest.mark.parametrize("name", table.names())
@@ -141,20 +184,23 @@ def test_eight_samples_are_learnt_by_heart(name, shared_cache):
     batches = eight_of_each_task(config, shared_cache).values()
     torch.manual_seed(0)
     model = build_model(config, opened(name, shared_cache)[1].vocab_size)
-    freeze(FROZEN.get(name, config.optimizer.freeze), model.named_parameters())
-    module = PretrainingModule(model, config.objectives.active).eval()
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=rate)
-    copies = Averages(module, lambda parameter: [parameter])
-    first, losses = {}, {}
-    for _ in range(LONGEST):
-        for batch in batches:
-            total, named, _ = module(batch)
-            total.backward()
-            losses |= {loss: value.item() for loss, value in named.items()}
-        optimizer.step()
-        optimizer.zero_grad()
-        copies.follow()
-        first = first or dict(losses)
+    first = {}
+    for losses in learning_by_heart(config, model, batches, rate):
+        first = first or losses
         if all(losses[loss] <= LEFT.get(loss, LEARNT) * first[loss] for loss in first):
             return
     pytest.fail(f"{name}: from {first} to {losses}")
+
+
+def test_what_a_teacher_says_of_eight_texts_is_learnt_by_heart(shared_cache):
+    """Of the cross-entropy that is more than the teacher's own entropy."""
+    config = smallest("distilbert", shared_cache)
+    (batch,) = eight_of_each_task(config, shared_cache).values()
+    torch.manual_seed(0)
+    model, how = build_model(config, opened("distilbert", shared_cache)[1].vocab_size), config.objectives.distillation
+    teacher = model.heads["distillation"].teacher
+    teacher.text.embedder.words.normal_()  # so that it has something to say
+    said = torch.softmax(teacher.logits(how._read(model, batch)[1]) / how.temperature, dim=1)
+    own = -torch.xlogy(said, said).sum(1).mean().item() * how.temperature**2 * how.soft
+    more = [losses["distillation"] - own for losses in learning_by_heart(config, model, [batch])]
+    assert 0 < min(more) < LEARNT * more[0]

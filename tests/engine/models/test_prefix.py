@@ -50,7 +50,8 @@ def batch() -> Batch:
     view = NextWords(places, torch.cat(targets))
     numbers = torch.arange(count, dtype=torch.int32)
     whole = vk.SegmentLayout([[n, SIDE**2] for n in LENGTHS])
-    return Batch(whole, Text(ids, text), picture, numbers.long(), numbers, {OBJECTIVE.name: view}, counts={OBJECTIVE.name: len(view)})
+    views, counts = {OBJECTIVE.name: view}, {OBJECTIVE.name: len(view)}
+    return Batch(whole, Text(ids, text), picture, numbers.long(), numbers, views, counts=counts)
 
 
 def public_model(model: VisionLanguageModel) -> tuple[nn.Module, list]:
@@ -116,8 +117,8 @@ def test_relative_bias_counts_through_the_prefix():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"pooled_prefix": 2, "reads": "attention"}, "pooled_prefix needs source image and reads prefix, got image and attention"),
-        ({"pooled_prefix": 2, "source": "joint"}, "pooled_prefix needs source image and reads prefix, got joint and prefix"),
+        ({"pooled_prefix": 2, "reads": "attention"}, "needs source image and reads prefix, got image and attention"),
+        ({"pooled_prefix": 2, "source": "joint"}, "needs source image and reads prefix, got joint and prefix"),
         ({"pooled_prefix": 0}, "model.decoder.pooled_prefix must be positive, got 0"),
         ({"layers": 0}, "model.decoder.layers must be at least 1, got 0"),
     ],

@@ -16,6 +16,7 @@ from engine.objectives.masked_language import MaskedLanguage
 
 SIZES = {"width": 32, "layers": 1, "heads": 2, "mlp_width": 32}
 CELLS = 4
+MASKED = Objectives(denoising=Denoising(), masked_language=MaskedLanguage())
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_a_picture_may_be_all_that_is_read(mixed):
         ({"sets": {"one": sections.DataSet("builtin", {"denoising": 1.0})}}, "leave out data.sets and data.regions"),
         ({"joint": sections.JointStack(**SIZES)}, "model.joint must read text and image"),
         ({"batch": 6}, "data.texts.per_step must be at most half of train.global_batch = 6, got 4"),
-        ({"objectives": Objectives(denoising=Denoising(), masked_language=MaskedLanguage())}, "masked_language is for samples that all"),
+        ({"objectives": MASKED}, "objectives.masked_language is for samples that all have an image"),
     ],
 )
 def test_what_cannot_be_mixed(mixed, options, message):

@@ -1,0 +1,185 @@
+"""A model as a folder that `from_pretrained` of `transformers` opens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from engine.data import Tokenizer
+from engine.data.tokenization.tokenizer import CLS, MASK, PAD, SEP, UNK
+from engine.models import VisionLanguageModel
+from engine.sections import require
+from engine.weights.families import FAMILIES
+from engine.weights.family import Family, Part, Place
+from engine.weights.folder import spelled
+from engine.weights.pieces import Piece
+from engine.weights.resizing import holds_words
+
+WRITABLE = {family.name: family for family in FAMILIES if family.is_written}
+
+
+class Plan(NamedTuple):
+    """What becomes of a model."""
+
+    family: Family
+    places: list[tuple[Part, Place]]
+    has_heads: bool
+    """Whether what predicts is written too: not beside a role that it does not read."""
+
+
+def write(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer, family: str | None, role: str | None) -> list[str]:
+    """Write a whole model, or one role of it, as the family that is named, or the first that it is. Lines that say what was
+    written and what was not."""
+    plan = plan_of(model, family, role)
+    swap = plan.family.swapped(tokenizer) if plan.family.swapped is not None else None
+    tensors, written = tensors_of(plan, model, swap)
+    folder.mkdir(parents=True, exist_ok=True)
+    drafts = {name: folder / f"{name}.draft" for name in ("model.safetensors", "config.json")}
+    save_file(tensors, drafts["model.safetensors"], metadata={"format": "pt"})
+    settings = config_of(plan, model, tokenizer)
+    drafts["config.json"].write_text(json.dumps(settings, indent=2) + "\n")
+    if model.options.reads_text:
+        drafts |= write_tokenizer(folder, tokenizer, plan.family.encloses, swap)
+    for name, draft in drafts.items():
+        os.replace(draft, folder / name)
+    left = dict.fromkeys(".".join(name.split(".")[:2]) for name, _ in model.named_parameters() if name not in written)
+    left = [name for name in left if not name.startswith("teacher.")]
+    lines = [f"wrote {len(tensors)} tensors to {folder}, a {settings['architectures'][0]}"]
+    return lines + ([f"not written: {', '.join(left)}"] if left else [])
+
+
+def plan_of(model: VisionLanguageModel, name: str | None, role: str | None) -> Plan:
+    """The family, or one line that says why there is none."""
+    options = model.options
+    roles = [role] if role is not None else options.roles
+    require(role is None or role in options.roles, f"the role must be one of {', '.join(options.roles)}, got {role}")
+    require(name is None or name in WRITABLE, f"the family must be one of {', '.join(WRITABLE)}, got {name}")
+    reasons = {}
+    for family in WRITABLE.values() if name is None else [WRITABLE[name]]:
+        places = list(home_of(family, roles, options))
+        plan = Plan(family, places, predicts(places, model))
+        left = set(roles) - {place.role for _, place in places}
+        reasons[family.name] = unlike(plan, model)
+        if len(places) != len(family.parts) or (left and name is None):
+            reasons[family.name] = [f"it has other roles than {', '.join(roles)}"]
+        if not reasons[family.name]:
+            return plan
+    if name is not None:
+        raise ValueError(f"the model is no {name}: {'; '.join(reasons[name])}")
+    raise ValueError(
+        f"`transformers` has no class that we know for a model with the roles {', '.join(roles)} as they are; it has "
+        f"{', '.join(WRITABLE)}: name one of them to hear what differs, or one role to write it alone"
+    )
+
+
+def unlike(plan: Plan, model: VisionLanguageModel) -> list[str]:
+    """What a folder of a family has nothing for."""
+    found = [line for part, place in plan.places for line in part.sizes.unlike(f"model.{place.role}", place.stack, whole=True)]
+    if model.options.co_attention is not None:
+        found.append("model.co_attention must be None")
+    needed = list(plan.family.classes.values())[-1]
+    if plan.has_heads and not set(needed) <= set(model.heads):
+        found.append(f"objectives must have {', '.join(needed)}")
+    return found
+
+
+def home_of(family: Family, roles: list[str], options: Any) -> Iterator[tuple[Part, Place]]:
+    """Which of the roles each part of a family would be made of."""
+    for part in family.parts:
+        role = next((role for role in part.roles if role in roles and (role != "fusion" or len(part.roles) == 1)), None)
+        if role is not None:
+            yield part, Place(role, getattr(options, role))
+
+
+def predicts(places: list[tuple[Part, Place]], model: VisionLanguageModel) -> bool:
+    """Whether heads read any of these roles: those that words are predicted from, a writer, or pictures alone."""
+    readers = {model.last_role if model.options.reads_text else "image", "generator", "decoder"}
+    return bool(readers & {place.role for _, place in places})
+
+
+def pieces_of(plan: Plan, model: VisionLanguageModel) -> Iterator[Piece]:
+    for part, place in plan.places:
+        yield from part.pieces(place)
+    if plan.has_heads:
+        yield from plan.family.heads(model)
+
+
+def tensors_of(plan: Plan, model: VisionLanguageModel, swap: tuple[int, int] | None) -> tuple[dict[str, Tensor], set[str]]:
+    """Theirs by their names, and the names of ours that they were made of."""
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tensors: dict[str, Tensor] = {}
+    written = set()
+    for piece in pieces_of(plan, model):
+        if piece.ours not in own:
+            continue
+        parameter = own[piece.ours].detach().cpu()
+        if swap is not None and holds_words(piece.ours):
+            first, second = swap
+            parameter = parameter.clone()
+            parameter[[first, second]] = parameter[[second, first]]
+        for name, tensor in piece.write(parameter).items():
+            tensors[spelled(name, plan.family)] = tensor.contiguous().clone()
+        written.add(piece.ours)
+    return tensors, written
+
+
+def config_of(plan: Plan, model: VisionLanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What config.json says."""
+    family = plan.family
+    heads = set(model.heads) if plan.has_heads else set()
+    name = next((name for name, needed in family.classes.items() if set(needed) <= heads), list(family.classes)[-1])
+    settings: dict[str, Any] = {"model_type": family.kind, "architectures": [name], **family.sizes.config(model.options)}
+    for part, place in plan.places:
+        inner = settings.setdefault(part.section, {}) if part.section is not None else settings
+        if any(piece.ours.endswith(".words") for piece in part.pieces(place)):
+            inner |= {"vocab_size": model.vocab_size, **special_ids(tokenizer, family)}
+        inner |= part.sizes.config(place.stack)
+    for name, value in family.settings(model).items():
+        settings[name] = {**settings[name], **value} if isinstance(settings.get(name), dict) else value
+    return settings
+
+
+def special_ids(tokenizer: Tokenizer, family: Family) -> dict[str, int]:
+    swap = family.swapped(tokenizer) if family.swapped is not None else (0, 0)
+    ids = {"pad_token_id": 0, "bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id}
+    return {name: {swap[0]: swap[1], swap[1]: swap[0]}.get(number, number) for name, number in ids.items()}
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, encloses: bool, swap: tuple[int, int] | None) -> dict[str, Path]:
+    """The tokenizer as `AutoTokenizer` reads it; drafts by the names they are to have."""
+    whole = json.loads(tokenizer.model.to_str())
+    if swap is not None:
+        exchange(whole, *swap)
+    model = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    if encloses:
+        special = [(token, model.token_to_id(token)) for token in (CLS, SEP)]
+        pair = f"{CLS} $A {SEP} $B:1 {SEP}:1"
+        model.post_processor = TemplateProcessing(single=f"{CLS} $A {SEP}", pair=pair, special_tokens=special)
+    drafts = {name: folder / f"{name}.draft" for name in ("tokenizer.json", "tokenizer_config.json")}
+    model.save(str(drafts["tokenizer.json"]))
+    names = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK, "unk_token": UNK}
+    names |= {"bos_token": CLS, "eos_token": SEP, "tokenizer_class": "PreTrainedTokenizerFast"}
+    drafts["tokenizer_config.json"].write_text(json.dumps(names, indent=2) + "\n")
+    return drafts
+
+
+def exchange(whole: dict[str, Any], first: int, second: int) -> None:
+    """Let two pieces of a tokenizer.json change their ids."""
+    other = {first: second, second: first}
+    vocabulary = whole["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        whole["model"]["vocab"] = {piece: other.get(number, number) for piece, number in vocabulary.items()}
+    else:
+        vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+        whole["model"]["unk_id"] = other.get(whole["model"]["unk_id"], whole["model"]["unk_id"])
+    for token in whole["added_tokens"]:
+        token["id"] = other.get(token["id"], token["id"])
+    whole["added_tokens"].sort(key=lambda token: token["id"])
