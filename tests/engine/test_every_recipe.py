@@ -35,7 +35,7 @@ LEFT = {
     "masked_patches": 0.5,  # 96 patches of 192 pixels, by a decoder of width 32
 }
 """Losses of which more is left."""
-FROZEN = {"blip2_stage2": ["image.embedder", "image.transformer.blocks"]}
+FROZEN = {"blip2_stage2": ["image.embedder", "image.transformer.blocks"], "frozen": []}
 """Where less is frozen than published: a language model that knows nothing says nothing, whatever stands before its words."""
 
 
