@@ -187,8 +187,8 @@ class GridEmbedder(ImageEmbedder):
         if isinstance(image, Cells):
             return image
         pooled = POOLS[self.options.grid_pooling](self.backbone(image.values), tuple(self.options.max_grid))
-        pooled = pooled.flatten(2).transpose(1, 2).flatten(0, 1)
-        rows, codes = self.projection(F.normalize(pooled, dim=1) if self.options.unit_cells else pooled), None
+        cells = pooled.flatten(2).transpose(1, 2).flatten(0, 1)
+        rows, codes = self.projection(F.normalize(cells, dim=1) if self.options.unit_cells else cells), None
         if self.dictionary is not None:
             rows, codes = self.dictionary(rows)
         return Cells(rows, even_grid(len(pooled), tuple(self.options.max_grid), rows.device), codes)
