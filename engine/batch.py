@@ -149,6 +149,17 @@ class MaskedRegions(OnDevice):
 
 
 @dataclass
+class HiddenCodes(OnDevice):
+    """Visual codes that the model must not see: in each picture all cells that have the code of one of them."""
+
+    places: Places
+    """That cell, one of each picture."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+@dataclass
 class Words:
     """The text of one sample, as objectives prepare it and `collate` makes `Text` of it."""
 

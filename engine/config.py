@@ -35,6 +35,7 @@ TINY = {
     "model.momentum": 0.9,
     "model.image.patch_size": 8,
     "model.joint.image.patch_size": 8,
+    "model.joint.image.codes": 64,
     "objectives.masked_patches.width": 32,
     "objectives.masked_patches.layers": 2,
     "objectives.masked_patches.heads": 2,
@@ -58,6 +59,8 @@ TINY = {
     "evaluation.rerank_top": 4,
 }
 """What `--tiny true` caps, and at how much, where the run has it."""
+TINY_STAGES = 2
+"""Of a backbone: a tiny picture still has 4 x 4 cells."""
 
 
 @dataclass
@@ -164,7 +167,7 @@ class Config:
         if picture is None:
             return
         pyramid = picture.backbone.endswith("_fpn")
-        picture.backbone = "resnet18_fpn" if pyramid else "resnet18"
+        picture.backbone, picture.stages = ("resnet18_fpn", None) if pyramid else ("resnet18", TINY_STAGES)
         if picture.kind == "grid":
             cells = self.data.image_size // picture.cell_side
             picture.max_grid = tuple(max(1, min(side, cells)) for side in picture.max_grid)

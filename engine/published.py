@@ -65,35 +65,44 @@ def plan_of(model: VisionLanguageModel, name: str | None, role: str | None) -> P
     reasons = {}
     for family in WRITABLE.values() if name is None else [WRITABLE[name]]:
         places = list(home_of(family, roles, options))
-        if len(places) != len(family.parts) or {place.role for _, place in places} != set(roles):
-            reasons[family.name] = f"it has other roles than {', '.join(roles)}"
-            continue
-        unlike = [line for part, place in places for line in part.sizes.unlike(f"model.{place.role}", place.stack, whole=True)]
-        has_heads = role in (None, "generator", head_role(model))
-        if has_heads and not any(set(heads) <= set(model.heads) for heads in family.classes.values()):
-            unlike.append(f"objectives must have {', '.join(list(family.classes.values())[-1])}")
-        if not unlike:
-            return Plan(family, places, has_heads)
-        reasons[family.name] = "; ".join(unlike)
+        plan = Plan(family, places, predicts(places, model))
+        left = set(roles) - {place.role for _, place in places}
+        reasons[family.name] = unlike(plan, model)
+        if len(places) != len(family.parts) or (left and name is None):
+            reasons[family.name] = [f"it has other roles than {', '.join(roles)}"]
+        if not reasons[family.name]:
+            return plan
     if name is not None:
-        raise ValueError(f"the model is no {name}: {reasons[name]}")
+        raise ValueError(f"the model is no {name}: {'; '.join(reasons[name])}")
     raise ValueError(
         f"`transformers` has no class that we know for a model with the roles {', '.join(roles)} as they are; it has "
         f"{', '.join(WRITABLE)}: name one of them to hear what differs, or one role to write it alone"
     )
 
 
+def unlike(plan: Plan, model: VisionLanguageModel) -> list[str]:
+    """What a folder of a family has nothing for."""
+    found = [line for part, place in plan.places for line in part.sizes.unlike(f"model.{place.role}", place.stack, whole=True)]
+    if model.options.co_attention is not None:
+        found.append("model.co_attention must be None")
+    needed = list(plan.family.classes.values())[-1]
+    if plan.has_heads and not set(needed) <= set(model.heads):
+        found.append(f"objectives must have {', '.join(needed)}")
+    return found
+
+
 def home_of(family: Family, roles: list[str], options: Any) -> Iterator[tuple[Part, Place]]:
     """Which of the roles each part of a family would be made of."""
     for part in family.parts:
-        role = next((role for role in part.roles if role in roles and role != "fusion"), None)
+        role = next((role for role in part.roles if role in roles and (role != "fusion" or len(part.roles) == 1)), None)
         if role is not None:
             yield part, Place(role, getattr(options, role))
 
 
-def head_role(model: VisionLanguageModel) -> str:
-    """The role whose states are predicted from."""
-    return model.last_role if model.options.reads_text else "image"
+def predicts(places: list[tuple[Part, Place]], model: VisionLanguageModel) -> bool:
+    """Whether heads read any of these roles: those that words are predicted from, a writer, or pictures alone."""
+    readers = {model.last_role if model.options.reads_text else "image", "generator", "decoder"}
+    return bool(readers & {place.role for _, place in places})
 
 
 def pieces_of(plan: Plan, model: VisionLanguageModel) -> Iterator[Piece]:

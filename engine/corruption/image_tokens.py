@@ -1,4 +1,4 @@
-"""Which tokens of a picture are hidden: regions, patches, or all places of one visual code."""
+"""Which tokens of a picture are hidden: regions or patches."""
 
 import numpy as np
 
@@ -15,8 +15,3 @@ def keep_patches(count: int, hidden: float, random: np.random.Generator) -> tupl
     kept = int(count * (1 - hidden))
     order = np.argsort(random.random(count))
     return np.sort(order[:kept]), np.sort(order[kept:])
-
-
-def positions_of_one_code(codes: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """After SOHO: every position that has the code of one drawn position, so that no copy of it is left to read."""
-    return np.flatnonzero(codes == codes[random.integers(codes.size)])

@@ -8,14 +8,16 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.batch import IMAGE, Batch, MaskedRegions, MaskedWords, Text
+from engine.batch import IMAGE, Batch, HiddenCodes, MaskedRegions, MaskedWords, Text
 from engine.models import sharing
 from engine.models.co_attention import CoAttention
+from engine.models.embedding import Cells, GridEmbedder, cells_of_one_code
 from engine.models.features import FeatureHead, scale_within
 from engine.models.initialization import initialize
 from engine.models.momentum import MomentumCopy
@@ -168,11 +170,11 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             source = self._once(batch, "joint source", lambda: self.joint.source_of(self.image_states(batch))) if reads else None
             return self.joint(
                 text,
-                batch.image,
+                self._pictures(batch),
                 self._joint_layout(batch, view),
                 self.rng,
                 image_layout=batch.image_layout,
-                masked=_hidden_rows(batch, view),
+                masked=self._hidden_tokens(batch, view),
                 mask=mask,
                 source=source,
                 selected=selected,
@@ -199,6 +201,15 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             return self.decoder(text, layout, self.rng, source, selected)
 
         return self._of_all(batch, f"decoder {view} {source_view}", selected, read)
+
+    def cells(self, batch: Batch) -> Cells:
+        """What the backbone of the joint stream makes of the pictures, for all passes."""
+        return self._once(batch, "cells", lambda: self.joint.image.cells(batch.image))
+
+    def hidden_cells(self, batch: Batch, view: str) -> Tensor:
+        """bool `[N]`: the cells whose codes a view hides."""
+        drawn = batch.views[view].places.rows(batch.image_layout)
+        return cells_of_one_code(self.cells(batch).codes, drawn, batch.image_layout)
 
     def masked_states(self, batch: Batch, view: str) -> Tensor:
         """`[M, D]`: states of the words or regions that a view hides, where all else is read; those of other tokens are
@@ -269,6 +280,16 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             return None
         width = image.width if stack.source is not None else None
         return Joint(stack, vocab_size, streams, self.impl, feature_values=values, source_width=width)
+
+    def _pictures(self, batch: Batch) -> Any:
+        """As the joint stream reads them."""
+        as_cells = isinstance(self.joint.image, GridEmbedder) and batch.image is not None
+        return self.cells(batch) if as_cells else batch.image
+
+    def _hidden_tokens(self, batch: Batch, view: str | None) -> Tensor | None:
+        """Of the pictures: rows of regions, or a bool for each cell."""
+        hides_codes = view is not None and isinstance(batch.views[view], HiddenCodes)
+        return self.hidden_cells(batch, view) if hides_codes else _hidden_rows(batch, view)
 
     def _make_decoder(self, vocab_size: int, streams: itertools.count) -> Decoder | None:
         stack = self.options.decoder

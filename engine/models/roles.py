@@ -241,7 +241,7 @@ class Joint(nn.Module):
         source: Source | None = None,
         selected: SelectedRows | None = None,
     ) -> Tokens:
-        """States over `layout`, which is `layout_of` the batch; `masked` `[M]` are the rows of the image to hide."""
+        """States over `layout`, which is `layout_of` the batch; `masked` are the tokens of the image to hide."""
         return self.transformer(
             self.embed(text, image, layout, rng, image_layout, masked),
             rng=rng,

@@ -73,6 +73,10 @@ class ImageInput:
     corners and area, added as they are (ViLBERT), to 0 where a region is hidden."""
     backbone: Literal["resnet18", "resnet50", "resnet101", "resnet18_fpn", "resnext101_fpn"] = "resnet50"
     """Of a grid. fpn: the finest level of a feature pyramid; resnext101_fpn: over a ResNeXt-101 32x8d (LayoutLMv2)."""
+    grid_pooling: Literal["mean", "max"] = "mean"
+    """How the backbone's last map becomes the grid (SOHO: max)."""
+    codes: int = 0
+    """Codes of a visual dictionary, which every cell of a grid is mixed with (SOHO: 2048); 0: none."""
     stages: int | None = None
     """How many of the backbone's four stages there are (null: all; SimVLM: 3, at a sixteenth of the resolution)."""
     backbone_norm: Literal["frozen", "batch"] = "frozen"
@@ -87,6 +91,11 @@ class ImageInput:
     def check_input(self, where: str, width: int) -> None:
         """Refuse what does not fit a stream of this width."""
         require_positive(self, where, "patch_size")
+        require_not_negative(self, where, "codes")
+        require(
+            self.codes == 0 or self.kind == "grid",
+            f"{where}.codes are chosen by the cells of a backbone: {where}.kind must be grid, got {self.kind}",
+        )
         require(
             self.stages is None or (1 <= self.stages <= 4 and not self.backbone.endswith("_fpn")),
             f"{where}.stages must be 1 to 4 of a backbone without a pyramid, got {self.stages} of {self.backbone}",

@@ -35,6 +35,7 @@ class ImageStack(ImageInput, Stack):
         super().__post_init__()
         self.check_input("model.image", self.width)
         require(self.positions != "text", "model.image.positions text needs the text beside it, as model.joint has it")
+        require(self.codes == 0, "model.image.codes are hidden in the joint stream alone, as model.joint.image has them")
         require(self.type_of_text is None, "model.image.type_of_text needs the text beside it, as model.joint has it")
 
 

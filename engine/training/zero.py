@@ -308,11 +308,14 @@ class Engine:
                 release(self._skeleton)
 
     def _fill_skeleton(self) -> nn.Module:
+        """Small parameters, whole between steps, stay so: gathering cuts them up again behind itself, and the module that
+        reads them next would be found to need more than in the steps that DeepSpeed has recorded."""
         import deepspeed
 
         assert self._skeleton is not None
         for target, source in zip(self._skeleton.parameters(), self.module.parameters(), strict=True):
-            with deepspeed.zero.GatheredParameters([source]):
+            is_whole = source.ds_status == deepspeed.runtime.zero.partition_parameters.ZeroParamStatus.AVAILABLE
+            with contextlib.nullcontext() if is_whole else deepspeed.zero.GatheredParameters([source]):
                 target.data = source.detach().clone()
         for target, source in zip(self._skeleton.buffers(), self.module.buffers(), strict=True):
             target.data = source.detach().clone()

@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.weights import albert, bart, bert, clip, distilbert, electra, gpt2, layoutlmv2, opt, t5, vilt, vision
+from engine.weights import (
+    albert,
+    bart,
+    bert,
+    blip,
+    clip,
+    distilbert,
+    electra,
+    gpt2,
+    layoutlmv2,
+    opt,
+    q_former,
+    t5,
+    vilt,
+    vision,
+)
 from engine.weights.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -29,6 +44,10 @@ FAMILIES: tuple[Family, ...] = (
     clip.SIGLIP,
     clip.SIGLIP_VISION,
     vilt.VILT,
+    blip.BLIP,
+    blip.BLIP_CAPTIONS,
+    q_former.BLIP2_STAGE1,
+    q_former.BLIP2_STAGE2,
 )
 """Of those that a model could be written as the first is taken."""
 

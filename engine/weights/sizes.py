@@ -58,6 +58,11 @@ def option(section: Any, path: str) -> Any:
     return functools.reduce(step, path.split("."), section)
 
 
+def spelled(section: Any, path: str) -> str:
+    """As the option is written within the section."""
+    return path.replace("picture.", "" if isinstance(section, ImageInput) else "image.")
+
+
 class Sizes(NamedTuple):
     """What must agree, what such a model always has, and what is written without being compared."""
 
@@ -79,7 +84,7 @@ class Sizes(NamedTuple):
         wanted = {**self.always, **(self.alone if whole else {})}
         found = {path: option(section, path) for path in wanted}
         return [
-            f"{where}.{path} must be {wanted[path]}, got {value}"
+            f"{where}.{spelled(section, path)} must be {wanted[path]}, got {value}"
             for path, value in found.items()
             if value is not ABSENT and value != wanted[path]
         ]
@@ -101,7 +106,7 @@ class Sizes(NamedTuple):
             if path == "layers" and wanted is not None:
                 wanted = value if shallower and value < wanted else wanted - first
             if value is not ABSENT and value != wanted:
-                lines.append(f"{where}.{path} must be {wanted}, got {value}")
+                lines.append(f"{where}.{spelled(section, path)} must be {wanted}, got {value}")
         return lines + self.unlike(where, section)
 
     def completed(self, theirs: Mapping[str, Any]) -> dict[str, Any]:

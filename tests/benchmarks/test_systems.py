@@ -2,9 +2,11 @@
 
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from benchmarks import systems
 from engine.recipes import table
@@ -77,3 +79,24 @@ def test_a_loss_that_is_not_below_is_marked(recorded):
     systems.main(["vit_b16"])
     (row,) = [line for line in recorded.page.read_text().splitlines() if line.startswith("| `vit_b16`")]
     assert "| 40 | 0.5 |" in row and row.endswith("| masked_language | 5 | 4 (unigram) | **not below** |")
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path, monkeypatch):
+    commands = []
+
+    def finish(command, check):
+        commands.append(command)
+        if "--config" in command:
+            run = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text())
+            folder = tmp_path / run["name"]
+            folder.mkdir()
+            (folder / "summary.json").write_text(json.dumps(run["init_from"]))
+        else:
+            Path(command[-1]).mkdir()
+
+    monkeypatch.setattr(systems.subprocess, "run", finish)
+    shared, listed = systems.described(systems.SETTINGS)
+    begun = systems.train(systems.small("distilbert", shared, listed["distilbert"]), tmp_path)
+    assert begun == {"teacher": str(tmp_path / "bert_deep-published")}
+    assert [command[-2:] for command in commands[1:2]] == [[str(tmp_path / "bert_deep"), begun["teacher"]]]
+    assert [Path(command[command.index("--config") + 1]).stem for command in commands[::2]] == ["bert_deep", "distilbert"]

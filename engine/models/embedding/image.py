@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.batch import Patches, Regions
+from engine.batch import Patches, Pixels, Regions
+from engine.models.embedding.dictionary import VisualDictionary
 from engine.models.embedding.places import TabledPlaces, boxes_of_cells, even_grid, make_places
 from engine.models.embedding.resnet import BACKBONES, NORMS, Backbone
 from engine.models.embedding.rows import Rows, table
@@ -46,7 +48,7 @@ class ImageEmbedder(nn.Module):
     def rows(
         self, image: Any, layout: vk.SegmentLayout, text: TextEmbedder | None = None, masked: Tensor | None = None
     ) -> list[Rows]:
-        """One part per segment; `masked` `[M]` are the rows to hide."""
+        """One part per segment; `masked` are the rows to hide: int64 `[M]` of regions, bool `[n]` of cells."""
         dense, positions = self.project(image, masked), self.places_of(image)
         tables, columns = [], [torch.empty(len(dense), 0, dtype=torch.int32, device=dense.device)]
         for more, ids in (self._placed(positions), self._as_text(positions, layout, text)):
@@ -152,23 +154,50 @@ class RegionEmbedder(ImageEmbedder):
         return self.box_norm(self.box_projection(boxes), impl=self.impl) + rows
 
 
+@dataclass(frozen=True)
+class Cells:
+    """Pictures as a backbone has left them, in packed order."""
+
+    values: Tensor
+    """[N, D]."""
+    positions: Tensor
+    """int32 [N, 2]: row and column in the grid."""
+    codes: Tensor | None
+    """int64 [N], where there is a visual dictionary."""
+
+
+POOLS = {"mean": nn.functional.adaptive_avg_pool2d, "max": nn.functional.adaptive_max_pool2d}
+
+
 class GridEmbedder(ImageEmbedder):
-    """The last map of a convolutional backbone, pooled to the grid, and a linear map of each cell."""
+    """The last map of a convolutional backbone, pooled to the grid, and a linear map of each cell; behind that SOHO's
+    visual dictionary, where a masked cell shows `mask_row`."""
 
     def __init__(self, options: ImageInput, width: int, eps: float, impl: str):
         super().__init__(options, width, eps, impl)
         cut = {} if options.stages is None else {"stages": options.stages}
         self.backbone: Backbone = BACKBONES[options.backbone](norm=NORMS[options.backbone_norm], **cut)
-        self.projection = Linear(self.backbone.channels, width, impl)
+        self.projection = Linear(self.backbone.channels, width, impl, bias=not options.codes)
+        self.dictionary = VisualDictionary(options.codes, width, impl) if options.codes else None
+        self.mask_row = table(1, width) if options.codes else None
 
-    def project(self, image: Any, masked: Tensor | None) -> Tensor:
-        grid = tuple(self.options.max_grid)
-        pixels = image.values.to(self.projection.weight.dtype)
-        pooled = nn.functional.adaptive_avg_pool2d(self.backbone(pixels), grid)
-        cells = pooled.flatten(2).transpose(1, 2).flatten(0, 1)
-        return self.projection(cells)
+    def cells(self, image: Pixels | Cells) -> Cells:
+        """What does not depend on what is masked, so that the passes over a batch may share it."""
+        if isinstance(image, Cells):
+            return image
+        pooled = POOLS[self.options.grid_pooling](self.backbone(image.values), tuple(self.options.max_grid))
+        rows, codes = self.projection(pooled.flatten(2).transpose(1, 2).flatten(0, 1)), None
+        if self.dictionary is not None:
+            rows, codes = self.dictionary(rows)
+        return Cells(rows, even_grid(len(pooled), tuple(self.options.max_grid), rows.device), codes)
 
-    def places_of(self, image: Any) -> Tensor:
+    def project(self, image: Pixels | Cells, masked: Tensor | None) -> Tensor:
+        rows = self.cells(image).values
+        return rows if masked is None else torch.where(masked[:, None], self.mask_row, rows)
+
+    def places_of(self, image: Pixels | Cells) -> Tensor:
+        if isinstance(image, Cells):
+            return image.positions
         return even_grid(len(image.values), tuple(self.options.max_grid), image.values.device)
 
 

@@ -55,6 +55,16 @@ class Backbone(nn.Module):
     channels: int
 
 
+class Stem(nn.Conv2d):
+    """Reads pixels of any type. It looks at its weight itself: in another module's forward ZeRO-3 would not have it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 64, 7, 2, padding=3, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels.to(self.weight.dtype))
+
+
 class ResNet(Backbone):
     """A stem at a quarter of the resolution and four stages, or the first `stages` of them, each but the first at half of
     what it reads."""
@@ -70,7 +80,7 @@ class ResNet(Backbone):
         group_width: int = 64,
     ):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), norm(64)
+        self.conv1, self.bn1 = Stem(), norm(64)
         inputs = 64
         self.stage_channels = []
         for stage, depth in enumerate(depths[:stages]):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.corruption.image_tokens import choose_regions, keep_patches, positions_of_one_code
+from engine.corruption.image_tokens import choose_regions, keep_patches
 from engine.data.plan.order import Purpose, generator
 
 
@@ -34,13 +34,3 @@ def test_patches_are_kept_in_the_order_of_the_noise():
     noise = np.random.default_rng(5).random(8)
     kept, _ = keep_patches(8, 0.5, np.random.default_rng(5))
     assert set(kept) == set(np.argsort(noise)[:4])
-
-
-def test_all_places_of_the_code_of_a_place_are_hidden():
-    """A code is drawn as often as it has places."""
-    codes = np.asarray([7, 3, 7, 7, 9])
-    found = [tuple(positions_of_one_code(codes, np.random.default_rng(seed))) for seed in range(3000)]
-    shares = {(0, 2, 3): 0.6, (1,): 0.2, (4,): 0.2}
-    assert set(found) == set(shares)
-    for places, share in shares.items():
-        assert abs(found.count(places) / 3000 - share) < 4 * np.sqrt(share * (1 - share) / 3000)

@@ -44,6 +44,7 @@ QUERIES = JointStack(**SIZES, norm="post", queries=3, source="image", cross_ever
 WRITER = DecoderStack(**SIZES, source="text", shares="words")
 TEXT = {"source": "builtin-text", "held_out": "builtin-text", "max_caption_tokens": 24}
 PAGES = JointStack(**SIZES, page="concat", image=ImageInput(kind="grid", backbone="resnet18_fpn", positions="text"))
+CODED = ImageInput(kind="grid", backbone="resnet18", max_grid=(2, 2), positions="sinusoidal", codes=16)
 PAGE_DATA = {"source": "builtin-pages", "held_out": "builtin-pages", "image_size": 32}
 CASES = {
     "next_sentence": ({"text": READER}, {**TEXT, "documents": "next_sentence"}, {}),
@@ -63,6 +64,7 @@ CASES = {
     "document_classes": ({"text": READER}, PAGE_DATA, {"classes": 40}),
     "covered_lines": ({"joint": PAGES}, PAGE_DATA, {}),
     "page_matching": ({"joint": PAGES}, PAGE_DATA, {}),
+    "masked_visual_codes": ({"joint": JointStack(**SIZES, image=CODED)}, {}, {"scale": 5.0}),
     "sigmoid_contrastive": (TOWERS, {}, {}),
     "late_interaction": (TOWERS, {}, {}),
     "query_contrastive": ({"image": IMAGE, "joint": QUERIES}, {}, {"label_smoothing": 0.1}),

@@ -37,6 +37,10 @@ TEXT_EPS, IMAGE_EPS = {"layer_norm_eps": 1e-12}, {"layer_norm_eps": 1e-6}
 NARROW = WORDS | TEXT_EPS | {"embedding_size": 20}
 DISTILBERT = {"vocab_size": VOCAB, "dim": 24, "n_layers": LAYERS, "n_heads": 3, "hidden_dim": 40}
 SMALL_DECODER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+QUERIES = 4
+BLIP = {"text_config": WORDS | {"encoder_hidden_size": 24} | TEXT_EPS, "vision_config": PICTURE | IMAGE_EPS}
+Q_FORMER = {"encoder_hidden_size": 24, "cross_attention_frequency": 2} | TEXT_EPS
+OPT = WORDS | {"model_type": "opt", "ffn_dim": 40, "word_embed_proj_dim": 24, "bos_token_id": 1, "eos_token_id": 2}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -121,6 +125,48 @@ def joint_states(ours: VisionLanguageModel, theirs: nn.Module, their_ids: Callab
     return ours.pooled(tokens), theirs.base_model(ids, visible().long(), None, pixels).pooler_output
 
 
+def matched(ours: VisionLanguageModel, theirs: nn.Module, their_ids: Callable) -> tuple[Tensor, Tensor]:
+    """Logits of BLIP's pairs."""
+    ids = ids_of()
+    pixels, patches, layout = pixels_of(len(LENGTHS))
+    tokens = ours.text.embed(Text(ids[visible()], layout_of()), layout_of(), None)
+    fused = ours.fuse(tokens, ours.source_of(ours.image(patches, layout, None)))
+    return ours.heads["matching"](fused.hidden, fused.layout), theirs(ids, pixels, attention_mask=visible().long()).itm_score
+
+
+def captioned(ours: VisionLanguageModel, theirs: nn.Module, their_ids: Callable) -> tuple[Tensor, Tensor]:
+    ids = ids_of()
+    pixels, patches, layout = pixels_of(len(LENGTHS))
+    hidden = ours.decoder(Text(ids[visible()], layout_of()), layout_of(), None, ours.image(patches, layout, None)).hidden
+    logits = ours.heads["causal_language"].logits(hidden, ours.words_of("decoder"))
+    return logits, theirs(pixels, ids, attention_mask=visible().long()).logits[visible()]
+
+
+def matched_by_queries(ours: VisionLanguageModel, theirs: nn.Module, their_ids: Callable) -> tuple[Tensor, Tensor]:
+    ids = ids_of()
+    pixels, patches, images = pixels_of(len(LENGTHS))
+    layout = ours.joint.layout_of(layout_of(), layout_of(), None)
+    source = ours.joint.source_of(ours.image(patches, images, None))
+    read = ours.joint(Text(ids[visible()], layout_of()), None, layout, None, source=source, mask="full")
+    found = ours.heads["query_matching"](vk.segment_mean(read.hidden, read.layout, 0))
+    return found, theirs(pixels, ids, visible().long(), use_image_text_matching_head=True).logits_per_image
+
+
+def written_behind_queries(ours: VisionLanguageModel, theirs: nn.Module, their_ids: Callable) -> tuple[Tensor, Tensor]:
+    ids = ids_of()
+    pixels, patches, images = pixels_of(len(LENGTHS))
+    source = ours.joint.source_of(ours.image(patches, images, None))
+    queries = ours.joint(None, None, ours.joint.layout_of(layout_of(), None, None), None, source=source)
+    read = ours.decoder(Text(ids[visible()], layout_of()), layout_of(), None, queries)
+    found = vk.take_segments(read.hidden, read.layout, (1,))
+    seen = theirs.vision_model(pixels).last_hidden_state
+    queries = theirs.qformer(query_embeds=theirs.query_tokens.expand(len(ids), -1, -1), encoder_hidden_states=seen)
+    rows = torch.cat((theirs.language_projection(queries.last_hidden_state), theirs.get_input_embeddings()(ids)), dim=1)
+    shown = torch.cat((torch.ones(len(ids), QUERIES, dtype=torch.bool), visible()), dim=1)
+    states = theirs.language_model.model(inputs_embeds=rows, attention_mask=shown.long()).last_hidden_state
+    return found, states[:, QUERIES:][visible()]
+
+
 class Case(NamedTuple):
     """A recipe, the class that it is, and what states of both are compared."""
 
@@ -132,6 +178,8 @@ class Case(NamedTuple):
     """By path within `model`, or within the objectives."""
     role: str | None = None
     """That is read and written alone; null: the whole."""
+    family: str | None = None
+    """That is asked for; null: the first that the model is."""
 
 
 def sizes(*roles: str, **more) -> dict:
@@ -147,6 +195,7 @@ def picture(role: str = "image") -> dict:
     return shape | {f"{role}.patch_size": PATCH, f"{role}.max_grid": [SIDE, SIDE]}
 
 
+BLIP_SIZES = picture() | words("text", "decoder") | sizes("fusion") | {"projection_dim": 12}
 CASES = {
     "bert": Case("bert_base", "BertForPreTraining", WORDS | TEXT_EPS, text_states, words("text")),
     "roberta": Case(
@@ -224,6 +273,34 @@ CASES = {
     "vilt": Case(
         "vilt_b32", "ViltForMaskedLM", WORDS | PICTURE | IMAGE_EPS, joint_states, words("joint") | picture("joint.image")
     ),
+    "blip": Case(
+        "blip_base", "BlipForImageTextRetrieval", BLIP | {"image_text_hidden_size": 12}, matched, BLIP_SIZES, None, "blip"
+    ),
+    "blip_captions": Case("blip_base", "BlipForConditionalGeneration", BLIP, captioned, BLIP_SIZES, None, "blip_captions"),
+    "blip2_stage1": Case(
+        "blip2_stage1",
+        "Blip2ForImageTextRetrieval",
+        {
+            "vision_config": PICTURE | IMAGE_EPS,
+            "qformer_config": WORDS | Q_FORMER | {"use_qformer_text_input": True},
+            "num_query_tokens": QUERIES,
+            "image_text_hidden_size": 12,
+        },
+        matched_by_queries,
+        picture() | words("joint") | {"joint.queries": QUERIES, "projection_dim": 12},
+    ),
+    "blip2_stage2": Case(
+        "blip2_stage2",
+        "Blip2ForConditionalGeneration",
+        {
+            "vision_config": PICTURE | IMAGE_EPS,
+            "qformer_config": WORDS | Q_FORMER,
+            "num_query_tokens": QUERIES,
+            "text_config": OPT,
+        },
+        written_behind_queries,
+        picture() | sizes("joint") | words("decoder") | {"joint.queries": QUERIES},
+    ),
     "layoutlm": Case("layoutlm_base", "LayoutLMForMaskedLM", WORDS | TEXT_EPS, paged_states, words("joint", pooling="pooler")),
 }
 
@@ -260,7 +337,7 @@ def test_there_and_back(name, tmp_path):
     idle = [line.partition(": ")[2] for line in lines if line.startswith("not used")]
     assert set(", ".join(idle).split(", ")) <= {"", "final_logits_bias", *waves}
     ids = exchanged(case)
-    first, *left = write(tmp_path / "ours", model, TOKENIZER, None, case.role)
+    first, *left = write(tmp_path / "ours", model, TOKENIZER, case.family, case.role)
     assert first.endswith(f", a {case.public}")
     again, told = public.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told

@@ -8,14 +8,18 @@ from stack_parity import LENGTHS, InDouble, layout_of, redraw, visible
 from engine.batch import Patches, Text
 from engine.build import build_model
 from engine.config import Config
+from engine.data.tokenization.training import train_tokenizer
+from engine.export import export
 from engine.initial_weights import load_initial_weights
 from engine.models import VisionLanguageModel
 from engine.models.embedding.places import even_grid
+from engine.models.masks import mask_table
 from engine.recipes import table
 
 transformers = pytest.importorskip("transformers")
 
 VOCAB, PATCH = 50, 4
+TOKENIZER = train_tokenizer([f"word{number} glyph{number}" for number in range(99)], "wordpiece", 120, False)
 SIZES = {"width": 24, "layers": 2, "heads": 3, "mlp_width": 40}
 THEIRS = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -110,7 +114,7 @@ def test_the_copy_that_follows_begins_with_the_same(tmp_path):
             "image",
             "vit",
             ["--model.image.embedding_norm=true", "--model.image.layers=3"],
-            "does not fit: model.image.layers must be 2, got 3; model.image.picture.embedding_norm must be False, got True",
+            "does not fit: model.image.layers must be 2, got 3; model.image.embedding_norm must be False, got True",
         ),
     ],
 )
@@ -121,3 +125,90 @@ def test_what_does_not_fit_a_role(tmp_path, role, folder, more, told):
     with pytest.raises(ValueError) as caught:
         begun("albef_base", {role: tmp_path / folder}, *size, *more)
     assert str(caught.value).endswith(told)
+
+
+BLIP2 = [
+    *(f"--model.joint.{name}={value}" for name, value in {"max_positions": 16, "queries": 4}.items()),
+    f"--data.image_size={3 * PATCH}",
+    "--model.image.max_grid=[3,3]",
+    f"--model.image.patch_size={PATCH}",
+    "--data.max_caption_tokens=16",
+]
+CLIP_TOWER = ["embedding_norm=true", "patch_bias=false", "activation=quick_gelu", "eps=1e-5"]
+
+
+@torch.no_grad()
+def test_blip2s_first_stage_begins_as_bert_and_most_of_clip(tmp_path):
+    """Networks of queries begin as those of words; the last norm of the picture is not CLIP's, whose last block is left out."""
+    clip = saved(tmp_path / "clip", "CLIPVisionModel", num_hidden_layers=3, image_size=3 * PATCH, patch_size=PATCH)
+    bert = saved(tmp_path / "bert", "BertModel", vocab_size=VOCAB, max_position_embeddings=16)
+    folders = {"image": tmp_path / "clip", "joint": tmp_path / "bert"}
+    tower = [f"--model.image.{option}" for option in CLIP_TOWER]
+    model, lines = begun("blip2_stage1", folders, *BLIP2, *tower, roles=("image", "joint"))
+    pixels, image, layout = pictures(3)
+    with InDouble():
+        before_last = clip.double()(pixels, output_hidden_states=True).hidden_states[2]
+        model.image.transformer.final_norm = None
+        torch.testing.assert_close(model.image(image, layout, None).hidden, before_last.flatten(0, 1), **CLOSE)
+    layer = bert.encoder.layer[1]
+    for network in model.joint.transformer.blocks[1].feed_forwards:
+        assert torch.equal(network.inner.weight.float(), layer.intermediate.dense.weight)
+        assert torch.equal(network.norm.bias.float(), layer.output.LayerNorm.bias)
+    left = lines[-1].partition(": ")[2].split(", ")
+    assert "image.transformer.final_norm.weight" in left and "joint.queries" in left
+    assert not any("self_attention" in name or "feed_forward" in name for name in left)
+
+
+@torch.no_grad()
+def test_the_second_stage_goes_on_from_a_run_of_the_first_and_an_opt(tmp_path):
+    shape = ["--model.image.layers=2", *BLIP2]
+    sized = {"layers": 2, "width": 24, "heads": 3, "mlp_width": 40}
+    sizes = [f"--model.{role}.{name}={value}" for role in ("image", "joint") for name, value in sized.items()]
+    config = table.recipe("blip2_stage1", *sizes, *shape)
+    first = redraw(build_model(config, TOKENIZER.vocab_size)).float()
+    export(tmp_path / "run", first, config, TOKENIZER)
+    opt_sizes = {"ffn_dim": 40, "vocab_size": VOCAB, "max_position_embeddings": 16, "word_embed_proj_dim": 24}
+    opt = saved(tmp_path / "opt", "OPTForCausalLM", **opt_sizes)
+    folders = {"image": tmp_path / "run", "joint": tmp_path / "run", "decoder": tmp_path / "opt"}
+    more = [*(option for option in BLIP2 if "joint.max_positions" not in option), "--model.decoder.max_positions=16"]
+    second, lines = begun("blip2_stage2", folders, *more, roles=("image", "joint", "decoder"))
+    own, taken = second.float().joint, first.joint
+    assert torch.equal(own.queries.learned, taken.queries.learned)
+    assert torch.equal(own.queries_norm.weight, taken.text.norm.weight)
+    for block, source in zip(own.transformer.blocks, taken.transformer.blocks, strict=True):
+        assert torch.equal(block.feed_forward.output.weight, source.feed_forwards[0].output.weight)
+        assert torch.equal(block.self_attention.query_key_value.bias, source.self_attention.query_key_value.bias)
+    reading, read = (role.transformer.blocks[0].cross_attention.key_value for role in (own, taken))
+    assert torch.equal(reading.weight, read.weight)
+    assert torch.equal(second.image.transformer.final_norm.weight, first.image.transformer.final_norm.weight)
+    assert lines[-1] == "left at their initialisation: decoder.prefix"
+    ids = torch.randint(3, VOCAB, (len(LENGTHS), max(LENGTHS)))
+    tokens = second.double().decoder.embed(Text(ids[visible()], layout_of()), layout_of(), None)
+    found = second.decoder.transformer(tokens, mask=mask_table("causal", ["text"]))
+    with InDouble():
+        expected = opt.double().model(ids, visible().long()).last_hidden_state[visible()]
+    torch.testing.assert_close(found.hidden, expected, **CLOSE)
+
+
+def test_a_run_fills_a_role_that_computes_the_same(tmp_path):
+    config = table.recipe("bert_base", "--tiny=true")
+    model = redraw(build_model(config, TOKENIZER.vocab_size)).float()
+    export(tmp_path, model, config, TOKENIZER)
+    other = table.recipe("bert_base", "--tiny=true", f"--init_from.model={tmp_path}")
+    again = build_model(other, TOKENIZER.vocab_size)
+    assert load_initial_weights(other, again) == [f"loaded {len(model.state_dict())} tensors of {tmp_path} into the model"]
+    assert all(torch.equal(own, taken) for own, taken in zip(again.parameters(), model.parameters(), strict=True))
+    another = table.recipe("bert_base", "--tiny=true", f"--init_from.text={tmp_path}", "--model.text.eps=1e-5")
+    with pytest.raises(ValueError, match="does not fit: model.text.eps must be 1e-12, got 1e-05"):
+        load_initial_weights(another, build_model(another, TOKENIZER.vocab_size))
+
+
+@torch.no_grad()
+def test_vilt_begins_as_a_vit(tmp_path):
+    vit = saved(tmp_path, "ViTModel", image_size=3 * PATCH, patch_size=PATCH, layer_norm_eps=1e-6)
+    places = ["--model.joint.image.max_grid=[5,5]", f"--model.joint.image.patch_size={PATCH}", f"--data.image_size={3 * PATCH}"]
+    model, lines = begun("vilt_b32", {"joint": tmp_path}, *places, "--model.joint.max_positions=40", roles=("joint",))
+    assert "joint.image.places.table interpolated from 3 x 3 to 5 x 5 places" in lines[1]
+    assert torch.equal(model.joint.image.class_token.float(), vit.embeddings.cls_token[0])
+    assert torch.equal(model.joint.transformer.final_norm.weight.float(), vit.layernorm.weight)
+    assert {"joint.text", "joint.kinds", "joint.pooling"} <= set(lines[-1].partition(": ")[2].split(", "))
