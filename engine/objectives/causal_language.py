@@ -50,13 +50,16 @@ class CausalLanguage(WritingObjective):
             ids = np.concatenate((draw.tokenizer.sentinel_ids[:1], sample.text.ids[1:]))
             sample.views[OPENED] = Words(ids, sample.text.words)
 
+    def mask_of_joint(self, joint: Any) -> str:
+        return joint.mask if joint.mask in ("causal", "prefix") or not joint.text else "prefix"
+
     def writer(self, model: Any) -> str:
         return next(name for name in WRITERS if getattr(model, name) is not None)
 
     def written(self, model: Any, batch: Batch) -> tuple[Tokens, int]:
         role, view = self.writer(model), OPENED if self.opening == "sentinel" else None
         if role == "joint":
-            writes = model.options.joint.mask in ("causal", "prefix")
-            return model.joint_states(batch, view, mask=None if writes else "prefix"), model.joint.segment("text")
+            mask = self.mask_of_joint(model.options.joint)
+            return model.joint_states(batch, view, mask=mask), model.joint.segment("text")
         read = model.decoder_states(batch, view) if role == "decoder" else model.text_states(batch, view)
         return read, read.layout.num_segments - 1

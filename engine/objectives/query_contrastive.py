@@ -22,6 +22,10 @@ from engine.objectives.parts.retrieval import both_ways, contrast
 from engine.sections import require, require_share
 
 
+ALONE = "separate"
+"""The mask table of both sides of the contrast."""
+
+
 @dataclass
 class QueryContrastive(BatchCoupledObjective):
     """Image-text contrastive loss whose similarities are the largest over the queries (ITC of BLIP-2).
@@ -40,6 +44,9 @@ class QueryContrastive(BatchCoupledObjective):
     def check(self, config: Any) -> None:
         super().check(config)
         require_queries(config, self.name)
+
+    def mask_of_joint(self, joint: Any) -> str:
+        return ALONE
 
     def build_head(self, model: Any) -> nn.Module:
         options = model.options
@@ -104,7 +111,7 @@ def require_queries(config: Any, objective: str) -> None:
 
 def compared(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Queries `[B, Q, E]`, texts `[B, E]` and the scale."""
-    read: Tokens = model.joint_states(batch, mask="separate")
+    read: Tokens = model.joint_states(batch, mask=ALONE)
     queries, texts = (read.layout.starts[:, model.joint.segment(name)].long() for name in ("queries", "text"))
     own = queries[:, None] + torch.arange(model.options.joint.queries, device=queries.device)
     rows = vk.take_rows(read.hidden, torch.cat((own.flatten(), texts)), impl=model.impl)

@@ -27,6 +27,10 @@ from engine.objectives.query_contrastive import compared, require_queries, simil
 from engine.sections import require
 
 
+TOGETHER = "full"
+"""The mask table of a pair that is to be told."""
+
+
 @dataclass
 class QueryMatching(Objective):
     """Image-text matching with hard negatives, by all queries (ITM of BLIP-2).
@@ -50,6 +54,9 @@ class QueryMatching(Objective):
             "objectives.query_matching draws from all pairs of a step, whose states are not kept: it takes one micro-batch "
             f"per rank and step, got {micro_steps}",
         )
+
+    def mask_of_joint(self, joint: Any) -> str:
+        return TOGETHER
 
     def build_head(self, model: Any) -> nn.Module:
         return nn.Linear(model.options.joint.width, 2)
@@ -87,7 +94,7 @@ def logits_of(model: Any, text: Text, source: Source) -> Tensor:
     """`[B, 2]`: does not belong together, does."""
     layout = model.joint.layout_of(text.layout, text.layout, None).with_sample_ids(text.layout.sample_ids)
     queries = SelectedRows.whole(layout, (model.joint.segment("queries"),))
-    read = model.joint(text, None, layout, model.rng, mask="full", source=source, selected=queries)
+    read = model.joint(text, None, layout, model.rng, mask=TOGETHER, source=source, selected=queries)
     # A linear map of the mean is the mean of the maps.
     return widened(model.heads["query_matching"](vk.segment_mean(read.hidden, read.layout, 0, impl=model.impl)))
 

@@ -6,11 +6,12 @@ import textwrap
 from pathlib import Path
 
 import torch
-from torch import nn
+import vlkernels as vk
 
 from engine.build import build_model
 from engine.config import Config
 from engine.models import VisionLanguageModel
+from engine.models.masks import mask_table
 from engine.sections import ImageInput
 from engine.training.command_line import parse
 
@@ -46,11 +47,12 @@ def describe(name: str) -> str:
     model = model_of(config)
     rows = {"paper": config.system.paper if config.system is not None else "none: of this project"}
     for role in config.model.roles:
-        rows[role] = describe_role(config, role) + draw(getattr(model, role))
+        rows[role] = "\n".join([describe_role(config, role), *draw(config, role, model)])
     if (between := config.model.co_attention) is not None:
         rows["co-attention"] = f"{between.layers} x {between.width}, {between.heads} heads, image and text read each other"
     rows["objectives"] = ", ".join(config.objectives.active)
     rows["parameters"] = count(config, num_parameters(model))
+    rows["status"] = config.system.status if config.system is not None else "for trials"
     return "\n".join([name, *(line for title, text in rows.items() for line in lines(title, text))])
 
 
@@ -70,10 +72,34 @@ def describe_role(config: Config, role: str) -> str:
     return ", ".join([*filter(None, parts), *([f"reads {source}"] if source is not None else [])])
 
 
-def draw(role: nn.Module) -> str:
-    """Its mask table behind a line break: rows are who sees, columns who is seen; none where all see all."""
-    mask = getattr(role, "mask", None)
-    return "" if mask is None else f"\n{mask}"
+def draw(config: Config, role: str, model: VisionLanguageModel) -> list[str]:
+    """Its mask tables: rows are who sees, columns who is seen; none where all see all. Behind those of a joint stream stand
+    the segments, and whose the table is where objectives have different ones."""
+    stack = getattr(config.model, role)
+    if role == "joint":
+        return draw_joint(config, model.joint.segments)
+    if getattr(stack, "reads", None) == "prefix":
+        return drawn(stack.prefix_mask if stack.prefix_mask == "causal" else "prefix", ["prefix", "text"])
+    mask = getattr(getattr(model, role), "mask", None)
+    return [] if mask is None else str(mask).splitlines()
+
+
+def draw_joint(config: Config, segments: list[str]) -> list[str]:
+    """A table for every kind that an objective asks for."""
+    readers: dict[str, list[str]] = {}
+    for name, objective in config.objectives.active.items():
+        readers.setdefault(objective.mask_of_joint(config.model.joint), []).append(name)
+    if list(readers) == ["full"]:
+        return []
+    several = len(readers) > 1
+    return [line for kind, names in readers.items() for line in drawn(kind, segments, ", ".join(names) if several else "")]
+
+
+def drawn(kind: str, segments: list[str], readers: str = "") -> list[str]:
+    """A table, the segments beside its rows."""
+    mask = mask_table(kind, segments) or vk.SegmentMask([["full"] * len(segments)] * len(segments))
+    rows = [f"{row}  {segment}" for row, segment in zip(str(mask).splitlines(), segments, strict=True)]
+    return [f"{rows[0]}, {readers}" if readers else rows[0], *rows[1:]]
 
 
 def count(config: Config, parameters: int) -> str:

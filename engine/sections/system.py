@@ -17,6 +17,9 @@ class System:
 
     paper: str = ""
     """Authors and year."""
+    recalled: list[str] | None = None
+    """Settings, or whole sections of them, that are from memory: neither read in the paper nor in the release (null: nobody
+    has compared the recipe with them)."""
     counted: str = "the paper"
     """Whose parameters are counted: a class of `transformers`, the release or the paper."""
     parameters: int | None = None
@@ -32,6 +35,13 @@ class System:
             not self.difference or (self.precision == "exact" and self.parameters is not None),
             "system.difference explains an exact count: give system.parameters, and no system.precision rounded",
         )
+
+    @property
+    def status(self) -> str:
+        """What the settings rest on."""
+        if self.recalled is None:
+            return "settings not compared with the paper"
+        return f"settings as published, from memory {', '.join(self.recalled)}" if self.recalled else "settings as published"
 
     def agrees(self, parameters: int) -> bool:
         """Whether a model of so many parameters is the published one, as far as a count can tell."""

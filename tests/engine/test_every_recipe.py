@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from meta_step import step_on_meta, to_meta
 from shared_cache import shared_cache
+from torch import nn
 
 from engine.batch import Batch
 from engine.build import build_model
@@ -61,8 +63,10 @@ def eight_of_each_task(config: Config, cache: Path) -> dict[tuple[str, ...] | No
 def test_as_many_parameters_as_published(name):
     config = table.recipe(name)
     assert config.name == name
-    parameters = table.num_parameters(table.model_of(config))
+    model = table.model_of(config)
+    parameters = table.num_parameters(model)
     assert config.system is None or config.system.agrees(parameters), table.count(config, parameters)
+    assert not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()), "of one rank's batch alone"
 
 
 def test_the_readme_names_every_recipe():
@@ -92,11 +96,27 @@ def test_blip2_trains_queries_and_what_stands_around_them(name, learning):
 def test_blocks_name_parts_and_counts():
     block = table.describe("uniter_base")
     assert "112,936,839 = 112,938,887 of the release - 2,048" in block and "12 x 768, 12 heads, post-norm" in block
+    assert block.splitlines()[-1].split() == ["status", "settings", "as", "published"]
+
+
+@pytest.mark.parametrize(
+    "name, drawn",
+    [
+        ("bert_base", []),
+        ("gpt2", ["◣"]),
+        ("blip2_stage1", ["█ █ queries, query_matching", "█ █ text", "█ · queries, query_contrastive", "· █ text",
+                          "█ · queries, causal_language", "█ ◣ text"]),
+        ("blip2_stage2", ["◣ · prefix", "█ ◣ text"]),
+    ],
+)  # fmt: skip
+def test_mask_tables_are_drawn(name, drawn):
+    rows = [" ".join(line.split()) for line in table.describe(name).splitlines()]
+    assert sorted(row for row in rows if row[0] in "█◣·") == sorted(drawn)
 
 
 @pytest.mark.parametrize("name", table.names())
 def test_smallest_size_trains_and_evaluates(name, shared_cache):
-    """All losses are finite and every parameter that learns has had a gradient."""
+    """All losses are finite, every parameter that learns has had a gradient, and no step waits for the device."""
     config = smallest(name, shared_cache)
     config.train.max_steps = STEPS
     if config.train.buckets is not None:
@@ -130,6 +150,7 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
         assert len([name for name in measured if name.startswith("loss")]) >= 2, f"{objective} is not beside what is known blindly"
         beside_other_images = objective == "masked_language" and config.model.reads_pictures is not None
         assert not beside_other_images or "loss_shuffled_image" in measured
+    assert step_on_meta(to_meta(module.train()), batch)
 
 
 def learning_by_heart(config: Config, model: VisionLanguageModel, batches: Collection[Batch]) -> Iterator[dict[str, float]]:

@@ -90,6 +90,10 @@ class Objective:
         """Share of the samples that show no image at all; of pages."""
         return 0.0
 
+    def mask_of_joint(self, joint: Any) -> str:
+        """The mask table under which it reads the joint stream, of which this is the section."""
+        return joint.mask
+
     def check(self, config: Any) -> None:
         """Refuse a run that this objective cannot be part of; `config` is the whole of it."""
         for role in self.roles:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from meta_step import step_on_meta, to_meta
 from random_batch import random_batch, small_model
 from random_pairs import TASKS, region_batch, small_one_stream
 
@@ -11,19 +12,9 @@ from engine.training.command_line import parse
 LOSSES = {task: {task} for task in TASKS} | {"random_matching": {"random_matching", "word_region_alignment"}}
 
 
-def step_on_meta(module, batch):
-    """Forward and backward of the batch's losses on tensors without data."""
-    batch = batch.to("meta")
-    batch.normalizers = {name: torch.tensor(1.0, device="meta") for name in batch.counts}
-    loss, losses, _ = module(batch)
-    loss.backward()
-    return losses
-
-
 def module_on_meta(recipe, model):
     objectives = parse([f"--config=engine/recipes/{recipe}.yaml"]).objectives
-    model.rng.to("meta")
-    return PretrainingModule(model, objectives.active).to("meta")
+    return to_meta(PretrainingModule(model, objectives.active))
 
 
 @pytest.fixture
