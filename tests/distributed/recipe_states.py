@@ -10,6 +10,7 @@ from engine import pretrain
 from engine.batch import Batch
 from engine.build import build_model
 from engine.config import Config
+from engine.models.batch_norm import BatchNorm
 from engine.objectives import PretrainingModule
 from engine.training import zero
 from engine.training.command_line import parse
@@ -21,10 +22,11 @@ KINDS = {
     "plain": ("vit_b16", "--optimizer.lr=1"),
     "tied": ("t5_base", "--optimizer.lr=1", "--tokenizer.kind=bpe"),  # two trainings of a unigram tokenizer may differ
     "frozen": ("blip2_stage2", "--optimizer.lr=10"),
+    "mixed": ("simvlm_base", "--optimizer.lr=0.3", "--tokenizer.kind=bpe"),
     "momentum": ("albef_base", "--optimizer.lr=0.3", "--objectives.matching.negatives=global"),
 }
 """Words of t5_base embed both of its texts and are its head; its tables of relative bias belong to a stack and are read by
-the blocks. Copies and queues of albef_base follow the steps. Rates let norms move by far more than the spacing of float32
+the blocks. simvlm_base has documents beside its pairs, and norms by the pictures of all ranks. Copies and queues of albef_base follow the steps. Rates let norms move by far more than the spacing of float32
 around 1."""
 
 
@@ -55,9 +57,17 @@ def plain(kind: str, cache: str, dtype: torch.dtype) -> Iterator[dict[str, torch
         module(batch)[0].backward()
         keys = features_of_copy(model, batch)
         optimizer.step()
+        move_statistics(model)
         model.rng.advance()
         follow(model, keys, step)
     yield states(model)
+
+
+def move_statistics(model: torch.nn.Module) -> None:
+    """Of batch norms."""
+    for part in model.modules():
+        if isinstance(part, BatchNorm):
+            part.after_step(applied=True)
 
 
 def whole(window: list[Batch], dtype: torch.dtype) -> Batch:
