@@ -24,7 +24,7 @@ from engine.objectives.parts.normalization import negatives_group, normalizer, r
 from engine.objectives.parts.objective import Losses, Objective, Report
 from engine.objectives.parts.other_images import other_images
 from engine.objectives.query_contrastive import compared, require_queries, similarities
-from engine.sections import require
+from engine.sections import require, require_not_negative
 
 
 TOGETHER = "full"
@@ -36,10 +36,17 @@ class QueryMatching(Objective):
     """Image-text matching with hard negatives, by all queries (ITM of BLIP-2).
 
     Two-way cross-entropy on three pairs per sample, as of `matching`; queries and text see each other, and the logits are
-    means over the queries. Negatives are drawn from the pairs of all ranks, as often as query_contrastive confuses them.
+    means over the queries. Negatives are drawn from the pairs of all ranks, with the softmax of `hardness` times the scores of
+    query_contrastive.
     """
 
     roles: ClassVar[tuple[str, ...]] = ("joint",)
+
+    hardness: float = 1.0
+    """Factor on the scores that negatives are drawn by; as of `matching`."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "objectives.query_matching", "hardness")
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -63,7 +70,7 @@ class QueryMatching(Objective):
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Losses, Report]:
         group = negatives_group("global")
-        hard_texts, hard_images = draw_negatives(model, batch, group)
+        hard_texts, hard_images = draw_negatives(model, batch, group, self.hardness)
         text, source = pair_up(model, batch, hard_texts.clamp(min=0), hard_images.clamp(min=0), group)
         total, accuracy = loss_of_pairs(logits_of(model, text, source), hard_texts, hard_images)
         return {self.name: total * normalizer(batch, "pairs")}, {f"{self.name}_accuracy": accuracy}
@@ -100,7 +107,7 @@ def logits_of(model: Any, text: Text, source: Source) -> Tensor:
 
 
 @torch.no_grad()
-def draw_negatives(model: Any, batch: Batch, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def draw_negatives(model: Any, batch: Batch, group: dist.ProcessGroup | None, hardness: float) -> tuple[Tensor, Tensor]:
     """A hard text per image and a hard image per text: rows of the batch of all ranks, -1 for none."""
     queries, texts, scale = compared(model, batch)
     pairs, first, everyone = len(texts), 0, texts
@@ -113,7 +120,7 @@ def draw_negatives(model: Any, batch: Batch, group: dist.ProcessGroup | None) ->
     return vk.hard_negatives(
         scores,
         places,
-        scale,
+        hardness * scale,
         labels=batch.labels,
         rng=model.rng,
         stream=model.negatives_stream,

@@ -20,13 +20,14 @@ from engine.evaluation import describe, evaluate
 from engine.models import VisionLanguageModel
 from engine.objectives import PretrainingModule
 from engine.recipes import table
+from engine.training.averages import Averages
 from engine.training.optimizer import freeze
 
 __all__ = ["shared_cache"]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
-LONGEST = 120
+LONGEST = 150
 """Steps in which every loss of eight samples has to fall to LEARNT of what it was."""
 LEARNT = 0.25
 LEFT = {
@@ -34,6 +35,8 @@ LEFT = {
     "masked_patches": 0.5,  # 96 patches of 192 pixels, by a decoder of width 32
 }
 """Losses of which more is left."""
+FROZEN = {"blip2_stage2": ["image.embedder", "image.transformer.blocks"], "frozen": []}
+"""Where less is frozen than published: a language model that knows nothing says nothing, whatever stands before its words."""
 
 
 def smallest(name: str, cache: Path) -> Config:
@@ -153,11 +156,14 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
     assert step_on_meta(to_meta(module.train()), batch)
 
 
-def learning_by_heart(config: Config, model: VisionLanguageModel, batches: Collection[Batch]) -> Iterator[dict[str, float]]:
+def learning_by_heart(
+    config: Config, model: VisionLanguageModel, batches: Collection[Batch], rate: float = 1e-2
+) -> Iterator[dict[str, float]]:
     """The losses of every step, dropout aside."""
-    freeze(config.optimizer.freeze, model.named_parameters())
+    freeze(FROZEN.get(config.name, config.optimizer.freeze), model.named_parameters())
     module = PretrainingModule(model, config.objectives.active).eval()
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=rate)
+    copies = Averages(module, lambda parameter: [parameter])
     for _ in range(LONGEST):
         losses = {}
         for batch in batches:
@@ -166,17 +172,20 @@ def learning_by_heart(config: Config, model: VisionLanguageModel, batches: Colle
             losses |= {loss: value.item() for loss, value in named.items()}
         optimizer.step()
         optimizer.zero_grad()
+        copies.follow()
         yield losses
 
 
-@pytest.mark.parametrize("name", [name for name in table.names() if table.recipe(name).data.tiny_source in folder_sets.NAMES])
+@pytest.mark.parametrize("name", table.names())
 def test_eight_samples_are_learnt_by_heart(name, shared_cache):
-    config = smallest(name, shared_cache)
+    config, rate = smallest(name, shared_cache), 1e-2
+    if config.data.source not in folder_sets.NAMES:  # with 0.02 at this width matching stands at even odds for long
+        config.model.initializer_range, rate = 0.1, 5e-3
     batches = eight_of_each_task(config, shared_cache).values()
     torch.manual_seed(0)
     model = build_model(config, opened(name, shared_cache)[1].vocab_size)
     first = {}
-    for losses in learning_by_heart(config, model, batches):
+    for losses in learning_by_heart(config, model, batches, rate):
         first = first or losses
         if all(losses[loss] <= LEFT.get(loss, LEARNT) * first[loss] for loss in first):
             return

@@ -138,7 +138,7 @@ def test_three_losses_and_their_gradients_are_the_definitions():
         ours, batch = nn.ModuleDict({"joint": model.joint, "heads": model.heads}), batch_of()
         pieces = copy_weights(ours, theirs, names())
         losses = torch.stack([objective(model, batch)[0][name] for name, objective in OBJECTIVES.items()])
-        hard = [drawn.tolist() for drawn in draw_negatives(model, batch, None)]
+        hard = [drawn.tolist() for drawn in draw_negatives(model, batch, None, 1.0)]
         image = model.image_states(batch)
         sources = image.hidden.detach().split(image.layout.lengths.sum(1).tolist())
         expected = (theirs.contrast(TEXTS, sources), theirs.match(TEXTS, sources, *hard), theirs.write(TEXTS, sources))
@@ -154,10 +154,23 @@ def test_negatives_are_what_the_best_query_confuses():
         queries, texts, _ = compared(model, batch)
     scores = similarities(queries, texts)
     others = scores.masked_fill(torch.eye(len(TEXTS), dtype=torch.bool), -torch.inf)
-    hard_texts, hard_images = draw_negatives(model, batch, None)
+    hard_texts, hard_images = draw_negatives(model, batch, None, 1.0)
     assert torch.equal(hard_texts, others.argmax(1)) and torch.equal(hard_images, others.argmax(0))
     batch = dataclasses.replace(batch, labels=torch.tensor([0, 0, 0, 1]))
-    assert [drawn.tolist()[:3] for drawn in draw_negatives(model, batch, None)] == [[3, 3, 3]] * 2
+    assert [drawn.tolist()[:3] for drawn in draw_negatives(model, batch, None, 1.0)] == [[3, 3, 3]] * 2
+
+
+def test_negatives_of_no_hardness_are_drawn_alike():
+    """Whatever queries confuse."""
+    model, batch, drawn = built(), batch_of(), []
+    model.heads["query_contrastive"].limits = 1.0, math.exp(10.0)
+    torch.nn.init.constant_(model.heads["query_contrastive"].logit_scale, 10.0)
+    for _ in range(300):
+        model.rng.advance()
+        drawn.append(torch.stack(draw_negatives(model, batch, None, 0.0)))
+    counts = F.one_hot(torch.stack(drawn), len(TEXTS)).sum(0)
+    others = ~torch.eye(len(TEXTS), dtype=torch.bool).expand_as(counts)
+    assert not counts[~others].any() and (counts[others] - 100).abs().max() < 40
 
 
 def test_words_behind_the_sentinel_see_queries_and_their_own_past():

@@ -8,12 +8,11 @@ import pytest
 import torch
 import vlkernels as vk
 
-from engine.batch import Batch, HiddenCodes, Pixels, Places, Sample, Words
+from engine.batch import HiddenCodes, Pixels, Places, Sample, Words
 from engine.build import build_model
 from engine.data import collate
 from engine.data.plan.order import generator
 from engine.models.embedding import Cells, cells_of_one_code
-from engine.models.states import FollowsSteps
 from engine.models.transformer import Tokens
 from engine.objectives import PretrainingModule
 from engine.objectives.masked_visual_codes import MaskedVisualCodes, shares
@@ -88,9 +87,7 @@ def test_a_model_without_codes_is_refused():
         MaskedVisualCodes().check(config)
 
 
-@pytest.fixture
-def step() -> tuple[PretrainingModule, Batch]:
-    """Masked words and masked codes of one batch."""
+def test_losses_that_share_a_batch_share_the_cells():
     off = "--data.sets=null", "--objectives.random_matching=null"
     config = table.recipe("soho", "--tiny=true", "--model.joint.image.max_grid=[2,2]", *off)
     objectives, samples = config.objectives.active, [picture() for _ in range(3)]
@@ -99,25 +96,9 @@ def step() -> tuple[PretrainingModule, Batch]:
         sample.text = Words(np.arange(4, 9), np.arange(5))
         for objective in objectives.values():
             objective.prepare(sample, Draw(tokenizer, lambda number=number: generator(number, 0, 0, 1)))
-    return PretrainingModule(build_model(config, 40), objectives), collate(samples, range(3))
-
-
-def test_losses_that_share_a_batch_share_the_cells(step):
-    module, batch = step
-    image, calls = module.model.joint.image, []
-    image.backbone.register_forward_hook(lambda *_: calls.append(1))
-    total, losses, _ = module(batch)
+    model, calls = build_model(config, 40), []
+    model.joint.image.backbone.register_forward_hook(lambda *_: calls.append(1))
+    total, losses, _ = PretrainingModule(model, objectives)(collate(samples, range(3)))
     assert losses.keys() == {"masked_language", NAME} and len(calls) == 1
     total.backward()
-    assert image.mask_row.grad.any() and image.backbone.conv1.weight.grad.any()
-
-
-def test_a_step_waits_for_the_device_nowhere(step):
-    """On tensors without data every look at a value raises."""
-    module, batch = step
-    module.model.rng.to("meta")
-    module.to("meta")(batch.to("meta"))[0].backward()
-    parts = [part for part in module.modules() if isinstance(part, FollowsSteps)]
-    assert len(parts) > 2
-    for part in parts:
-        part.after_step(applied=True)
+    assert model.joint.image.mask_row.grad.any() and model.joint.image.backbone.conv1.weight.grad.any()
