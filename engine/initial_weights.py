@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from engine.config import Config
 from engine.models import VisionLanguageModel
@@ -16,17 +17,21 @@ from engine.weights.families import FAMILIES, family_of
 from engine.weights.family import Family, Part, Place
 from engine.weights.folder import Folder
 from engine.weights.pieces import Piece
-from engine.weights.resizing import PLACES, Grid, copy_places, copy_rows, fits
+from engine.weights.resizing import PLACES, Grid, copy_places, copy_rows, fits, holds_words
+from engine.weights.vocabulary import copy_words
 
 TEACHER = "heads.distillation.teacher"
 WORDS_OF_TEACHER = "heads.masked_language."
 """What fills its head of words."""
 
 
-def load_initial_weights(config: Config, model: VisionLanguageModel) -> list[str]:
-    """Fill the parts of `model` that `init_from` names; lines that say what was loaded and what was not."""
+def load_initial_weights(
+    config: Config, model: VisionLanguageModel, words: Mapping[str, int] | None = None
+) -> list[str]:
+    """Fill the parts of `model` that `init_from` names; lines that say what was loaded and what was not. `words` are the
+    ids of the run's tokens: rows of words are then taken by word, from folders with a tokenizer of their own."""
     known = ["model", *config.model.roles, *(["teacher"] if "distillation" in model.heads else [])]
-    lines, filling = [], Filling(model)
+    lines, filling = [], Filling(model, words)
     for asked, path in config.init_from.items():
         require(asked in known, f"init_from: the part must be one of {', '.join(known)}, got {asked}")
         lines += filling.take(asked, Folder.read(f"init_from.{asked}", Path(path)))
@@ -45,8 +50,8 @@ class Source(NamedTuple):
 class Filling:
     """A model, and what of it has been filled."""
 
-    def __init__(self, model: VisionLanguageModel):
-        self.model = model
+    def __init__(self, model: VisionLanguageModel, words: Mapping[str, int] | None):
+        self.model, self.words = model, words
         self.parameters = {
             name: parameter
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -60,14 +65,18 @@ class Filling:
         folder, sources = sources_of_run(asked, folder, self) if folder.is_run else sources_of_family(asked, folder, self.model)
         used: set[str] = set()
         notes: list[str] = []
+        filled: list[str] = []
         for source in sources:
             for piece in source.pieces:
                 if piece.ours in self.parameters:  # else a table or a head that the run has not
                     self._fill(piece, source.settings, folder, used, notes)
+                    filled.append(piece.ours)
         folder.require(bool(used), f"has nothing for model.{asked}")
         lines = [f"loaded {len(used)} tensors of {folder.path} into {'the model' if asked == 'model' else f'model.{asked}'}"]
         if notes:
-            lines.append(f"of tables of another size: {', '.join(notes)}")
+            lines.append(f"of tables of other rows: {', '.join(notes)}")
+        if self.words is not None and folder.words is None and any(holds_words(name) for name in filled):
+            lines.append(f"rows of words were taken by their numbers: {folder.path} has no tokenizer.json")
         if idle := sorted(folder.tensors.keys() - used):
             lines.append(f"not used of {folder.path}: {', '.join(idle)}")
         return lines
@@ -93,18 +102,24 @@ class Filling:
             optional = name.startswith("heads.") or ".pooling.dense." in name or id(target) in self.taken
             folder.require(optional, f"has no {', '.join(missing)}")
             return
-        found = piece.read(folder.tensors)
-        told = f"does not fit: model.{name} must be {list(found.shape)}, got {list(target.shape)}"
-        folder.require(fits(name, target.shape, found.shape), told)
-        if name.endswith(PLACES):
-            places = self.model.get_submodule(name.rpartition(".")[0])
-            note = copy_places(name, found, target, Grid.of_theirs(settings, found), Grid.of_ours(places, target))
-        else:
-            note = copy_rows(name, found, target)
+        note = self._copy(name, piece.read(folder.tensors), target, settings, folder)
         if note is not None and id(target) not in self.taken:
             notes.append(note)
         self.taken.add(id(target))
         used.update(piece.theirs)
+
+    def _copy(
+        self, name: str, found: Tensor, target: Tensor, settings: Mapping[str, Any], folder: Folder
+    ) -> str | None:
+        """Fill a parameter; a note where the folder has other rows."""
+        told = f"does not fit: model.{name} must be {list(found.shape)}, got {list(target.shape)}"
+        folder.require(fits(name, target.shape, found.shape), told)
+        if name.endswith(PLACES):
+            places = self.model.get_submodule(name.rpartition(".")[0])
+            return copy_places(name, found, target, Grid.of_theirs(settings, found), Grid.of_ours(places, target))
+        if holds_words(name) and self.words is not None and folder.words is not None:
+            return copy_words(name, found, target, folder.words, self.words)
+        return copy_rows(name, found, target)
 
 
 def sources_of_family(asked: str, folder: Folder, model: VisionLanguageModel) -> tuple[Folder, list[Source]]:
@@ -174,16 +189,19 @@ def in_teacher(pieces: Iterable[Piece]) -> Iterator[Piece]:
 def sources_of_run(asked: str, folder: Folder, filling: Filling) -> tuple[Folder, list[Source]]:
     """Of a folder that a run has ended in, role by role."""
     options, settings = filling.model.options, folder.config["model"]
-    roles = options.roles if asked == "model" else [asked]
-    roles = [role for role in roles if settings.get(role) is not None]
-    folder.require(bool(roles), f"has nothing for model.{asked}")
-    differing = [line for role in roles for line in runs.differing(f"model.{role}", getattr(options, role), settings[role])]
+    asked_for = options.roles if asked == "model" else [asked]
+    there = {role: found for role in asked_for if (found := runs.role_there(role, settings)) is not None}
+    folder.require(bool(there), f"has nothing for model.{asked}")
+    differing, sources = [], []
+    for role, found in there.items():
+        differing += runs.differing(f"model.{role}", getattr(options, role), settings[found])
+        sources.append(Source(list(runs.pieces(role, found, filling.parameters, folder.tensors)), settings[found]))
     folder.require(not differing, f"does not fit: {'; '.join(differing)}")
-    sources = [Source(list(runs.pieces(role, filling.parameters, folder.tensors)), settings[role]) for role in roles]
-    others = [name for name in filling.parameters if module_of(name).partition(".")[0] not in options.roles]
     if asked in ("model", head_role(filling.model)):
-        heads = [name for name in others if name in folder.tensors and (asked == "model" or name.startswith("heads."))]
-        sources.append(Source(list(runs.pieces("model", heads, folder.tensors)), {}))
+        taken = tuple(f"{role}." for role in options.roles)
+        others = [name for name in filling.parameters if not name.startswith(taken) and name in folder.tensors]
+        heads = [name for name in others if asked == "model" or name.startswith("heads.")]
+        sources.append(Source([Piece(name, (name,)) for name in heads], {}))
     return folder, sources
 
 

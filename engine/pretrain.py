@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         sets, held_out, tokenizer = open_data(config, ranks, start)
         checkpoints = Checkpoints(config, ranks, Path(config.folder) / CHECKPOINTS)
         saved = checkpoints.newest(start / CHECKPOINTS)
-        engine, learning_rate = build_engine(config, ranks, tokenizer.vocab_size, new=saved is None)
+        engine, learning_rate = build_engine(config, ranks, tokenizer.vocab_size, saved is None, tokenizer.ids)
         rng = engine.module.model.rng
         progress = checkpoints.load(saved, engine, rng) if saved else Progress()
         require_steps_left(config, progress)
@@ -106,13 +106,14 @@ def open_data(config: Config, ranks: zero.Ranks, start: Path) -> tuple[TrainingS
 
 
 def build_engine(
-    config: Config, ranks: zero.Ranks, vocab_size: int, new: bool = True
+    config: Config, ranks: zero.Ranks, vocab_size: int, new: bool = True, words: Mapping[str, int] | None = None
 ) -> tuple[zero.Engine, LearningRate]:
-    """Model, objectives and optimizer under ZeRO. Weights of a new run depend on seed and init_from alone."""
+    """Model, objectives and optimizer under ZeRO. Weights of a new run depend on seed and init_from alone; `words` are the
+    ids of its tokens, by which it takes rows of a folder with other ones."""
     torch.manual_seed(config.seed)
     model = build_model(config, vocab_size)
     model.rng.state[0] = config.seed
-    for line in ranks.main_first(lambda: load_initial_weights(config, model)) if new else ():
+    for line in ranks.main_first(lambda: load_initial_weights(config, model, words)) if new else ():
         if ranks.is_main:
             print(line, flush=True)
     if model.teacher is not None:

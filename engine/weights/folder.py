@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.sections import require
 from engine.weights.family import Family
+from engine.weights.vocabulary import read_words
 
 
 class Folder(NamedTuple):
@@ -22,10 +23,12 @@ class Folder(NamedTuple):
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    words: dict[str, int] | None
+    """Ids by token, where it has a tokenizer."""
 
     @classmethod
     def read(cls, asked: str, path: Path) -> Folder:
-        return cls(asked, path, _read_config(asked, path), _read_tensors(asked, path))
+        return cls(asked, path, _read_config(asked, path), _read_tensors(asked, path), _read_words(asked, path))
 
     @property
     def is_run(self) -> bool:
@@ -68,6 +71,13 @@ def _read_config(asked: str, path: Path) -> dict[str, Any]:
         raise ValueError(f"{asked}: {file} cannot be read ({error})") from None
     require(isinstance(settings, dict), f"{asked}: {file} must be an object")
     return settings
+
+
+def _read_words(asked: str, path: Path) -> dict[str, int] | None:
+    try:
+        return read_words(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{asked}: the tokenizer of {path} cannot be read ({error})") from None
 
 
 def _read_tensors(asked: str, path: Path) -> dict[str, Tensor]:

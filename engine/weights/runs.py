@@ -22,13 +22,18 @@ def differing(where: str, section: Any, settings: Mapping[str, Any]) -> list[str
     return [f"{where}.{name} must be {settings[name]}, got {found[name]}" for name in names if found[name] != settings[name]]
 
 
-def pieces(role: str, names: Iterable[str], tensors: Mapping[str, Any]) -> Iterator[Piece]:
-    """Of the parameters `names` those of a role, or of heads and all else that is of none (`model`)."""
+def role_there(role: str, settings: Mapping[str, Any]) -> str | None:
+    """The role of a run that can fill one of ours: the same, or the text that a language model was trained as."""
+    there = "text" if role == "decoder" and settings.get("decoder") is None else role
+    return there if settings.get(there) is not None else None
+
+
+def pieces(role: str, there: str, names: Iterable[str], tensors: Mapping[str, Any]) -> Iterator[Piece]:
+    """Of the parameters `names` those of a role, as the run's role `there` has them; of another role what both have."""
     for name in names:
-        if role == "model" or name.startswith(f"{role}."):
-            yield Piece(name, (_source(name, tensors),))
-
-
-def _source(name: str, tensors: Mapping[str, Any]) -> str:
-    others = (name.replace(ours, theirs) for ours, theirs in OTHERWISE)
-    return next((one for one in (name, *others) if one in tensors), name)
+        if name.startswith(f"{role}."):
+            source = f"{there}.{name.removeprefix(f'{role}.')}"
+            others = (source.replace(ours, theirs) for ours, theirs in OTHERWISE)
+            found = next((one for one in (source, *others) if one in tensors), None)
+            if found is not None or role == there:
+                yield Piece(name, (found or source,))

@@ -11,6 +11,7 @@ from engine.batch import Batch
 from engine.build import build_model
 from engine.config import Config
 from engine.models.batch_norm import BatchNorm
+from engine.models.codebook import Codebook
 from engine.objectives import PretrainingModule
 from engine.training import zero
 from engine.training.command_line import parse
@@ -24,10 +25,12 @@ KINDS = {
     "frozen": ("blip2_stage2", "--optimizer.lr=10"),
     "mixed": ("simvlm_base", "--optimizer.lr=0.3", "--tokenizer.kind=bpe"),
     "momentum": ("albef_base", "--optimizer.lr=0.3", "--objectives.matching.negatives=global"),
+    "codebook": ("soho", "--optimizer.lr=0.1", "--optimizer.rules={}", "--schedule.decay_at=[]"),
 }
 """Words of t5_base embed both of its texts and are its head; its tables of relative bias belong to a stack and are read by
-the blocks. simvlm_base has documents beside its pairs, and norms by the pictures of all ranks. Copies and queues of albef_base follow the steps. Rates let norms move by far more than the spacing of float32
-around 1."""
+the blocks. simvlm_base has documents beside its pairs. Copies and queues of albef_base follow the steps, as codes of soho
+and batch norms of both backbones do. Rates let norms move by far more than the spacing of
+float32 around 1."""
 
 
 def configuration(kind: str, cache: str, stage: int = 2) -> Config:
@@ -57,17 +60,9 @@ def plain(kind: str, cache: str, dtype: torch.dtype) -> Iterator[dict[str, torch
         module(batch)[0].backward()
         keys = features_of_copy(model, batch)
         optimizer.step()
-        move_statistics(model)
         model.rng.advance()
         follow(model, keys, step)
     yield states(model)
-
-
-def move_statistics(model: torch.nn.Module) -> None:
-    """Of batch norms."""
-    for part in model.modules():
-        if isinstance(part, BatchNorm):
-            part.after_step(applied=True)
 
 
 def whole(window: list[Batch], dtype: torch.dtype) -> Batch:
@@ -88,7 +83,11 @@ def features_of_copy(model: torch.nn.Module, batch: Batch) -> dict[str, torch.Te
 
 @torch.no_grad()
 def follow(model: torch.nn.Module, keys: dict[str, torch.Tensor], step: int) -> None:
-    """Copies near what they follow; the oldest features of the queues give way."""
+    """Copies near what they follow; the oldest features of the queues give way. Codes and the statistics of batch norms
+    follow what this process alone has seen."""
+    for part in model.modules():
+        if isinstance(part, (Codebook, BatchNorm)):
+            part.after_step(applied=True)
     for own, source in model.teacher.parameter_pairs() if model.teacher is not None else ():
         own.copy_(MOMENTUM * own + (1 - MOMENTUM) * source)
     for side, new in keys.items():

@@ -120,7 +120,7 @@ def test_tables_of_another_size_give_the_rows_in_common(tmp_path):
     fresh = model.words.detach().clone()
     lines = load_initial_weights(config, model)
     assert lines[1] == (
-        "of tables of another size: joint.text.words the first 50 rows (it has 54, the file 50), "
+        "of tables of other rows: joint.text.words the first 50 rows (it has 54, the file 50), "
         "joint.text.positions the first 12 rows (it has 12, the file 16), "
         "heads.masked_language.bias the first 50 rows (it has 54, the file 50)"
     )

@@ -45,6 +45,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.model.get_vocab_size()
 
+    @property
+    def ids(self) -> dict[str, int]:
+        """Of every token."""
+        return self.model.get_vocab()
+
     def encode(self, caption: str, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, words): at most `max_tokens` ids with [CLS] and [SEP], and the word of each, specials -1."""
         encoding = self.model.encode(caption, add_special_tokens=False)

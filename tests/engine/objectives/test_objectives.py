@@ -1,5 +1,7 @@
 """Values by hand, and the batches that leave an objective nothing to do."""
 
+import math
+
 import torch
 from live_bytes import LiveBytes
 from random_batch import random_batch, small_model
@@ -107,3 +109,22 @@ def test_hardness_chooses_between_uniform_and_the_hardest():
         counts[torch.arange(5), draw_negatives(model, batch, None, 0.0)[0]] += 1
     assert counts.diagonal().sum() == 0
     assert (counts[~torch.eye(5, dtype=torch.bool)] - 100).abs().max() < 45
+
+
+def test_negatives_are_drawn_by_the_scale_of_the_contrast():
+    """Hardness multiplies it: what one of them is more, the other may be less."""
+
+    def drawn(scale: float, hardness: float) -> list[torch.Tensor]:
+        model, batch = small_model(), random_batch(range(5))
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(scale))
+        found = []
+        for _ in range(20):
+            model.rng.advance()
+            found += draw_negatives(model, batch, None, hardness)
+        return found
+
+    def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+        return all(map(torch.equal, one, other))
+
+    assert same(drawn(64.0, 0.5), drawn(8.0, 4.0)) and not same(drawn(64.0, 0.5), drawn(8.0, 0.5))

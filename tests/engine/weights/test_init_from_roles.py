@@ -1,5 +1,7 @@
 """Runs that begin role by role: each reads as the public model whose weights it took, or a part of one."""
 
+import json
+
 import pytest
 import torch
 import vlkernels as vk
@@ -88,7 +90,7 @@ def test_albef_begins_as_a_vit_and_a_bert_cut_in_two(tmp_path):
 def test_another_grid_is_interpolated_as_in_vit(tmp_path):
     model, lines, vit, _ = albef(tmp_path, 5)
     pixels, image, layout = pictures(5)
-    assert "of tables of another size: image.embedder.places.table interpolated from 3 x 3 to 5 x 5 places" in lines
+    assert "of tables of other rows: image.embedder.places.table interpolated from 3 x 3 to 5 x 5 places" in lines
     with InDouble():
         states = vit.double()(pixels, interpolate_pos_encoding=True).last_hidden_state
         found = model.image(image, layout, None).hidden
@@ -203,6 +205,19 @@ def test_a_run_fills_a_role_that_computes_the_same(tmp_path):
         load_initial_weights(another, build_model(another, TOKENIZER.vocab_size))
 
 
+def test_a_decoder_begins_as_the_text_of_a_run(tmp_path):
+    config = table.recipe("gpt2", "--tiny=true")
+    model = redraw(build_model(config, TOKENIZER.vocab_size)).float()
+    export(tmp_path, model, config, TOKENIZER)
+    more = ["--model.decoder.position_offset=0", "--model.decoder.activation=gelu_tanh"]
+    other = table.recipe("blip2_stage2", "--tiny=true", *more, f"--init_from.decoder={tmp_path}")
+    writer = build_model(other, TOKENIZER.vocab_size)
+    assert "decoder.prefix" in load_initial_weights(other, writer)[-1]
+    assert torch.equal(writer.decoder.embedder.words, model.text.embedder.words)
+    inner, source = (role.transformer.blocks[1].feed_forward.inner for role in (writer.decoder, model.text))
+    assert torch.equal(inner.weight, source.weight)
+
+
 @torch.no_grad()
 def test_vilt_begins_as_a_vit(tmp_path):
     vit = saved(tmp_path, "ViTModel", image_size=3 * PATCH, patch_size=PATCH, layer_norm_eps=1e-6)
@@ -212,3 +227,42 @@ def test_vilt_begins_as_a_vit(tmp_path):
     assert torch.equal(model.joint.image.class_token.float(), vit.embeddings.cls_token[0])
     assert torch.equal(model.joint.transformer.final_norm.weight.float(), vit.layernorm.weight)
     assert {"joint.text", "joint.kinds", "joint.pooling"} <= set(lines[-1].partition(": ")[2].split(", "))
+
+
+def small_bert(folder) -> Config:
+    sizes = [f"--model.text.{key}={value}" for key, value in SIZES.items()]
+    return table.recipe("bert_base", *sizes, f"--init_from.text={folder}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.txt"])
+def test_rows_of_words_are_taken_by_word(tmp_path, kind):
+    """The folder has other numbers for the words of the run, and another name for one of its special tokens."""
+    theirs = saved(tmp_path, "BertForMaskedLM", vocab_size=VOCAB, max_position_embeddings=64)
+    ours = {"[PAD]": 0, "[CLS]": 1, "glyph": 2, "word": 3, "unknown": 4}
+    named = ["word", "other", "glyph", "<s>" if kind == "tokenizer.json" else "[CLS]", "[PAD]"]
+    if kind == "tokenizer.json":
+        pieces = {word: number for number, word in enumerate(named[:3])}
+        added = [{"id": 3, "content": "<s>"}, {"id": 4, "content": "[PAD]"}]
+        (tmp_path / kind).write_text(json.dumps({"model": {"vocab": pieces}, "added_tokens": added}))
+    else:
+        (tmp_path / kind).write_text("\n".join(named) + "\n")
+    config = small_bert(tmp_path)
+    model = build_model(config, len(ours))
+    fresh = model.words.clone()
+    lines = load_initial_weights(config, model, ours)
+    table_of_theirs, bias = theirs.bert.embeddings.word_embeddings.weight, theirs.cls.predictions.bias
+    assert torch.equal(model.words[:4], table_of_theirs[[4, 3, 2, 0]])
+    assert torch.equal(model.heads["masked_language"].bias[:4], bias[[4, 3, 2, 0]])
+    assert torch.equal(model.words[4], fresh[4])
+    assert "text.embedder.words 4 of its 5 rows by their words" in lines[1]
+
+
+def test_words_without_a_tokenizer_are_told(tmp_path):
+    saved(tmp_path, "BertModel", vocab_size=VOCAB, max_position_embeddings=64)
+    config = small_bert(tmp_path)
+    lines = load_initial_weights(config, build_model(config, VOCAB), {"word": 0})
+    assert f"rows of words were taken by their numbers: {tmp_path} has no tokenizer.json" in lines
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="init_from.text: the tokenizer of .* cannot be read"):
+        load_initial_weights(config, build_model(config, VOCAB))
