@@ -27,8 +27,8 @@ KINDS = {
     "codebook": ("soho", "--optimizer.lr=0.1", "--optimizer.rules={}", "--schedule.decay_at=[]"),
 }
 """Words of t5_base embed both of its texts and are its head; its tables of relative bias belong to a stack and are read by
-the blocks. Copies and queues of albef_base follow the steps, as codes and batch norms of soho do. Rates let norms move by far more than the spacing of float32
-around 1."""
+the blocks. Copies and queues of albef_base follow the steps, as codes and batch norms of soho do. Rates let norms move by
+far more than the spacing of float32 around 1."""
 
 
 def configuration(kind: str, cache: str, stage: int = 2) -> Config:
