@@ -187,6 +187,12 @@ class Config:
                 f"data.max_caption_tokens must not exceed model.{name}.max_positions = {text and text.max_positions}, "
                 f"got {data.max_caption_tokens}",
             )
+        longest = data.max_caption_tokens + model.prefix_tokens(data.max_caption_tokens, data.regions and data.regions.max_count)
+        require(
+            model.decoder is None or model.decoder.positions == "none" or longest <= model.decoder.max_positions,
+            f"data.max_caption_tokens and what stands before a text, {longest} tokens, must not exceed "
+            f"model.decoder.max_positions = {model.decoder and model.decoder.max_positions}",
+        )
         picture, where = model.reads_pictures, "model.image" if model.image is not None else "model.joint.image"
         regions = picture is not None and picture.kind == "regions"
         require(

@@ -46,14 +46,21 @@ def write(folder: Path, model: VisionLanguageModel, tokenizer: Tokenizer, family
     save_file(tensors, drafts["model.safetensors"], metadata={"format": "pt"})
     settings = config_of(plan, model, tokenizer)
     drafts["config.json"].write_text(json.dumps(settings, indent=2) + "\n")
-    if model.options.reads_text:
+    if any(holds_words(name) for name in written):
         drafts |= write_tokenizer(folder, tokenizer, plan.family.encloses, swap)
     for name, draft in drafts.items():
         os.replace(draft, folder / name)
-    left = dict.fromkeys(".".join(name.split(".")[:2]) for name, _ in model.named_parameters() if name not in written)
-    left = [name for name in left if not name.startswith("teacher.")]
+    left = left_of(model, written)
     lines = [f"wrote {len(tensors)} tensors to {folder}, a {settings['architectures'][0]}"]
     return lines + ([f"not written: {', '.join(left)}"] if left else [])
+
+
+def left_of(model: VisionLanguageModel, written: set[str]) -> list[str]:
+    """Parts of roles and heads of which something was not written, under whatever name; copies that follow are no loss."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    known = {id(named[name]) for name in written if name in named}
+    left = [name for name, parameter in model.named_parameters() if id(parameter) not in known]
+    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in left if not name.startswith("teacher.")))
 
 
 def plan_of(model: VisionLanguageModel, name: str | None, role: str | None) -> Plan:

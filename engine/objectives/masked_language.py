@@ -92,8 +92,8 @@ class MaskedLanguage(Objective):
         return head(copied.masked_states(batch, self.name)), copied.words, head.bias
 
     def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
-        """Found beside the text's own image, and beside another one of the batch; or, without images, beside what the
-        frequencies of the words tell."""
+        """Found beside what the frequencies of the words tell; and, where there are images, beside the text's own one and
+        beside another one of the batch."""
         totals, unigrams = Counter(), Unigrams(len(model.words))
         for batch in held_out.batches(self.name):
             seen = {"": batch}
@@ -109,9 +109,8 @@ class MaskedLanguage(Objective):
                     totals["accuracy" + beside] += self.found(model, one)
         require_some(unigrams.count, "masked words beside two different images")
         figures = {name: total / unigrams.count for name, total in totals.items()}
-        if "loss_shuffled_image" not in figures:
-            figures["loss_unigram"] = unigrams.entropy
-        return {self.name: figures | {"accuracy_chance": 1 / len(model.words)}}
+        figures |= {"loss_unigram": unigrams.entropy, "accuracy_chance": 1 / len(model.words)}
+        return {self.name: figures}
 
     def found(self, model: VisionLanguageModel, batch: Batch) -> float:
         """How many masked words have the highest logit."""

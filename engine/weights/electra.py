@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.weights import bert
-from engine.weights.family import Family, Part, Place
+from engine.weights.family import Family, Part
 from engine.weights.pieces import Piece, beneath, linear
 
 HEAD = "heads.replaced_tokens"

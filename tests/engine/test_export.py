@@ -118,6 +118,16 @@ def test_what_transformers_has_no_class_for(recipe, family, role, told, tmp_path
 def test_roles_of_albef_are_written_alone(tmp_path):
     _, tokenizer, model = small("albef_base")
     first, left = write(tmp_path / "image", model, tokenizer, None, "image")
-    assert first.endswith("a ViTModel") and "image" not in left.partition(": ")[2].split(", ")
+    assert first.endswith("a ViTModel") and not (tmp_path / "image" / "tokenizer.json").exists()
+    assert left.partition(": ")[2].split(", ")[:2] == ["logit_scale", "text.embedder"]
     assert write(tmp_path / "text", model, tokenizer, None, "text")[0].endswith("a BertModel")
     assert not list(tmp_path.glob("*/*.draft"))
+
+
+def test_what_is_shared_is_written_with_any_that_has_it(tmp_path):
+    """BLIP's decoder has all but self-attention from the text role."""
+    _, tokenizer, model = small("blip_base")
+    first, left = write(tmp_path, model, tokenizer, "blip_captions", None)
+    assert first.endswith("a BlipForConditionalGeneration")
+    named = left.partition(": ")[2].split(", ")
+    assert "text.embedder" not in named and {"text.transformer", "heads.matching"} <= set(named)

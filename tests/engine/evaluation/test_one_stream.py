@@ -91,14 +91,17 @@ def test_a_blind_model_is_exactly_at_its_baselines(targets):
         head.norm.bias.zero_()
     whole = region_batch(range(PAIRS))
     features = whole.image.features[whole.views["masked_region_features"].places.rows(whole.image_layout)]
+    words = torch.bincount(whole.views["masked_language"].targets, minlength=SIZES.vocab_size)
+    model.heads["masked_language"].bias.copy_((words / words.sum() + 1e-12).log())
     model.heads["masked_region_features"].bias.copy_(features.mean(0))
     model.heads["masked_region_classes"].classifier.bias.copy_((labels.mean(0) + 1e-12).log())
     model.heads["random_matching"].weight.zero_()
     model.heads["random_matching"].bias.zero_()
     results = evaluate(model, read, make_config(targets))
     for group in ("masked_language", "random_matching", "masked_region_features", "masked_region_classes"):
-        loss, other = (value for name, value in results[group].items() if name.startswith("loss"))
-        assert loss == pytest.approx(other, rel=1e-5), group
+        loss, *others = (value for name, value in results[group].items() if name.startswith("loss"))
+        assert others == pytest.approx([loss] * len(others), rel=1e-5) and others, group
+    assert {"loss_shuffled_image", "loss_unigram"} < results["masked_language"].keys()
     assert results["masked_language"]["accuracy"] == results["masked_language"]["accuracy_shuffled_image"]
     assert results["random_matching"]["accuracy"] == pytest.approx(1 - own_share())
     if targets == "hard":
