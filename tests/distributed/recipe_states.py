@@ -29,8 +29,7 @@ KINDS = {
 }
 """Words of t5_base embed both of its texts and are its head; its tables of relative bias belong to a stack and are read by
 the blocks. simvlm_base has documents beside its pairs. Copies and queues of albef_base follow the steps, as codes of soho
-and batch norms of both backbones do. Rates let norms move by far more than the spacing of
-float32 around 1."""
+and batch norms of both backbones do. Rates let norms move by far more than the spacing of float32 around 1."""
 
 
 def configuration(kind: str, cache: str, stage: int = 2) -> Config:
