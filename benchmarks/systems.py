@@ -142,8 +142,9 @@ def told(rows: Sequence[Row]) -> str:
         row = newest[name]
         begin = f"`{name}` | {row['steps']:,} | {row['lr']:.2g} | {row['core_seconds']:.0f}"
         for group, loss, what, blind in beside_blind(row["evaluation"]):
-            verdict = "" if loss < blind else "**not below**"
-            lines.append(f"| {begin} | {group} | {loss:.4g} | {blind:.4g} ({what}) | {verdict} |")
+            shown, beside = f"{loss:.4g}", f"{blind:.4g}"
+            verdict = "" if float(shown) < float(beside) else "**not below**"
+            lines.append(f"| {begin} | {group} | {shown} | {beside} ({what}) | {verdict} |")
             begin = " | | | "
     return "\n".join(lines) + "\n"
 

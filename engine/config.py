@@ -187,6 +187,7 @@ class Config:
                 f"data.max_caption_tokens must not exceed model.{name}.max_positions = {text and text.max_positions}, "
                 f"got {data.max_caption_tokens}",
             )
+        self._check_writer()
         picture, where = model.reads_pictures, "model.image" if model.image is not None else "model.joint.image"
         regions = picture is not None and picture.kind == "regions"
         require(
@@ -195,6 +196,17 @@ class Config:
         )
         if picture is not None and picture.kind == "patches":
             self._check_grid(picture, where)
+
+    def _check_writer(self) -> None:
+        decoder, words, regions = self.model.decoder, self.data.max_caption_tokens, self.data.regions
+        if decoder is None or decoder.positions == "none":
+            return
+        longest = words + self.model.prefix_tokens(words, regions and regions.max_count)
+        require(
+            longest <= decoder.max_positions,
+            f"data.max_caption_tokens and what stands before a text, {longest} tokens, must not exceed "
+            f"model.decoder.max_positions = {decoder.max_positions}",
+        )
 
     def _check_grid(self, picture: ImageInput, where: str) -> None:
         size = self.data.image_size

@@ -284,6 +284,21 @@ class Model:
         """Whether either tower reads its side of a pair alone, so that features can be compared."""
         return self.image is not None and self.text is not None and self.co_attention is None
 
+    def prefix_tokens(self, words: int, regions: int | None) -> int:
+        """The most that stand before the decoder's text, where texts have so many words and pictures so many regions."""
+        decoder = self.decoder
+        if decoder is None or decoder.source is None or decoder.reads != "prefix":
+            return 0
+        if decoder.pooled_prefix is not None:
+            return decoder.pooled_prefix
+        picture = {"image": self.image, "joint": self.joint and self.joint.image}.get(decoder.source)
+        cells = 0
+        if picture is not None:
+            cells = picture.class_token + picture.mean_token + (regions or picture.max_grid[0] * picture.max_grid[1])
+        if decoder.source == "joint":
+            return self.joint.queries + words * self.joint.text + cells
+        return cells if decoder.source == "image" else words
+
     def _check_what_roles_read(self) -> None:
         joins = {name: ("image", "text") for name in ("fusion", "co_attention") if getattr(self, name) is not None}
         needed = {f"model.{name}": roles for name, roles in joins.items()}

@@ -75,10 +75,14 @@ def test_a_failure_stops_nobody_and_is_told(recorded, capsys):
     assert "`vit_b16`" in recorded.page.read_text() and "`long`" not in recorded.page.read_text()
 
 
-def test_a_loss_that_is_not_below_is_marked(recorded):
+@pytest.mark.parametrize("loss, end", [(5.0, "5 | 4 (unigram) | **not below** |"), (3.0, "3 | 4 (unigram) |  |"),
+                                       (3.9999, "4 | 4 (unigram) | **not below** |")])  # fmt: skip
+def test_a_loss_that_is_not_below_is_marked(recorded, monkeypatch, loss, end):
+    """In the digits that are shown."""
+    monkeypatch.setitem(FIGURES, "loss", loss)
     systems.main(["vit_b16"])
     (row,) = [line for line in recorded.page.read_text().splitlines() if line.startswith("| `vit_b16`")]
-    assert "| 40 | 0.5 |" in row and row.endswith("| masked_language | 5 | 4 (unigram) | **not below** |")
+    assert "| 40 | 0.5 |" in row and row.endswith(f"| masked_language | {end}")
 
 
 def test_a_run_begins_with_the_weights_of_another(tmp_path, monkeypatch):

@@ -23,12 +23,13 @@ KINDS = {
     "plain": ("vit_b16", "--optimizer.lr=1"),
     "tied": ("t5_base", "--optimizer.lr=1", "--tokenizer.kind=bpe"),  # two trainings of a unigram tokenizer may differ
     "frozen": ("blip2_stage2", "--optimizer.lr=10"),
+    "mixed": ("simvlm_base", "--optimizer.lr=0.3", "--tokenizer.kind=bpe"),
     "momentum": ("albef_base", "--optimizer.lr=0.3", "--objectives.matching.negatives=global"),
     "codebook": ("soho", "--optimizer.lr=0.1", "--optimizer.rules={}", "--schedule.decay_at=[]"),
 }
 """Words of t5_base embed both of its texts and are its head; its tables of relative bias belong to a stack and are read by
-the blocks. Copies and queues of albef_base follow the steps, as codes and batch norms of soho do. Rates let norms move by far more than the spacing of float32
-around 1."""
+the blocks. simvlm_base has documents beside its pairs. Copies and queues of albef_base follow the steps, as codes of soho
+and batch norms of both backbones do. Rates let norms move by far more than the spacing of float32 around 1."""
 
 
 def configuration(kind: str, cache: str, stage: int = 2) -> Config:

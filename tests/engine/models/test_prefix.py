@@ -14,7 +14,9 @@ from engine.models.model import VisionLanguageModel
 from engine.objectives import add_heads
 from engine.objectives.causal_language import CausalLanguage
 from engine.objectives.parts.writing import NextWords
+from engine.recipes import table
 from engine.sections import DecoderStack, Distances, ImageStack, Model
+from engine.training.optimizer import freeze
 from engine.weights import gpt2
 
 transformers = pytest.importorskip("transformers")
@@ -99,6 +101,43 @@ def test_a_prefix_is_as_words_are_to_the_public_model(case):
     gradients = dict(zip((name for name, _ in theirs.named_parameters()), wanted[len(of_image) :], strict=True))
     for piece in pieces:
         torch.testing.assert_close(learning[f"decoder.{piece.ours}"].grad, piece.read(gradients), **TOLERANCE)
+
+
+def test_blip2_without_queries_is_a_linear_map_of_patches():
+    """Of the recipe, at its published size: what learns is the map, and the norm behind the frozen tower."""
+    config = table.recipe("blip2_stage2", "--model.joint=null", "--model.decoder.source=image")
+    model = table.model_of(config)
+    freeze(config.optimizer.freeze, model.named_parameters())
+    learning = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    norm = {f"image.transformer.final_norm.{part}": (1408,) for part in ("weight", "bias")}
+    assert learning == norm | {"decoder.prefix.weight": (2560, 1408), "decoder.prefix.bias": (2560,)}
+
+
+@pytest.mark.parametrize(
+    "name, more, before",
+    [
+        ("blip2_stage2", [], 32),
+        ("blip2_stage2", ["--model.joint=null", "--model.decoder.source=image"], 1 + 16 * 16),
+        ("frozen", ["--model.decoder.positions=learned"], 2),
+    ],
+)
+def test_positions_hold_prefix_and_text(name, more, before, capsys):
+    text = table.recipe(name).data.max_caption_tokens
+    table.recipe(name, *more, f"--model.decoder.max_positions={text + before}")
+    with pytest.raises(SystemExit):
+        table.recipe(name, *more, f"--model.decoder.max_positions={text + before - 1}")
+    assert f"{text + before} tokens, must not exceed model.decoder.max_positions" in capsys.readouterr().err
+
+
+def test_what_learns_of_frozen_are_its_backbone_and_two_maps():
+    config = table.recipe("frozen")
+    model = table.model_of(config)
+    freeze(config.optimizer.freeze, model.named_parameters())
+    learning = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert all(name.startswith(("image.embedder.", "decoder.prefix.")) for name in learning)
+    assert sum(dict(model.named_parameters())[name].numel() for name in learning) == (
+        25_557_032 - 2_049_000 + (2048 + 1) * 2048 + (2048 + 1) * 2 * 4096
+    )
 
 
 def test_relative_bias_counts_through_the_prefix():
