@@ -169,10 +169,10 @@ def test_the_second_stage_goes_on_from_a_run_of_the_first_and_an_opt(tmp_path):
     config = table.recipe("blip2_stage1", *sizes, *shape)
     first = redraw(build_model(config, TOKENIZER.vocab_size)).float()
     export(tmp_path / "run", first, config, TOKENIZER)
-    opt_sizes = {"ffn_dim": 40, "vocab_size": VOCAB, "max_position_embeddings": 16, "word_embed_proj_dim": 24}
+    opt_sizes = {"ffn_dim": 40, "vocab_size": VOCAB, "max_position_embeddings": 20, "word_embed_proj_dim": 24}
     opt = saved(tmp_path / "opt", "OPTForCausalLM", **opt_sizes)
     folders = {"image": tmp_path / "run", "joint": tmp_path / "run", "decoder": tmp_path / "opt"}
-    more = [*(option for option in BLIP2 if "joint.max_positions" not in option), "--model.decoder.max_positions=16"]
+    more = [*(option for option in BLIP2 if "joint.max_positions" not in option), "--model.decoder.max_positions=20"]
     second, lines = begun("blip2_stage2", folders, *more, roles=("image", "joint", "decoder"))
     own, taken = second.float().joint, first.joint
     assert torch.equal(own.queries.learned, taken.queries.learned)
