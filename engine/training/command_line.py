@@ -12,9 +12,11 @@ import textwrap
 import typing
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import docstring_parser
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from engine.config import Config
@@ -52,6 +54,8 @@ def parse(argv: list[str] | None = None) -> Config:
     """The configuration of a run. --help, --print_config and mistakes end the process."""
     with one_line_errors():
         arguments = drop_launcher_arguments(sys.argv[1:] if argv is None else argv)
+        for recipe in recipes_of(arguments):
+            refuse_repeated_keys(recipe)
         parser = make_parser()
         values = parser.parse_args(arguments).clone(with_meta=False)
         printed = values.pop("print_config")
@@ -93,6 +97,28 @@ def drop_launcher_arguments(argv: list[str]) -> list[str]:
         elif name != "--deepspeed":
             kept.append(argument)
     return kept
+
+
+def recipes_of(arguments: list[str]) -> list[Path]:
+    """The files that --config names, as far as they are there."""
+    given = [value for name, value in zip(arguments, arguments[1:]) if name == "--config"]
+    given += [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    return [path for path in map(Path, given) if path.is_file()]
+
+
+def refuse_repeated_keys(recipe: Path) -> None:
+    """Of a key that stands twice, yaml takes the last without a word."""
+    with contextlib.suppress(yaml.YAMLError):  # told by the parser
+        waiting = [("", yaml.compose(recipe.read_text(), yaml.SafeLoader))]
+        while waiting:
+            section, node = waiting.pop()
+            lines: dict[str, int] = {}
+            for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+                path, line = f"{section}{key.value}", key.start_mark.line + 1
+                if path in lines:
+                    raise ValueError(f"{recipe}: {path} is given twice, on lines {lines[path]} and {line}")
+                lines[path] = line
+                waiting.append((f"{path}.", value))
 
 
 class Parser(ArgumentParser):

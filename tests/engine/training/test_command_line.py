@@ -126,6 +126,13 @@ def test_an_unknown_key_in_a_recipe_is_one_clear_line(capsys, tmp_path):
     assert mistake(capsys, "--config", str(recipe)).startswith("unknown option optimizer.learning_rate")
 
 
+def test_a_key_that_stands_twice_in_a_recipe_is_one_clear_line(capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 1\noptimizer:\n  lr: 1.0e-3\n  clip: 1.0\n  lr: 2.0e-3\n")
+    for arguments in (["--config", str(recipe)], [f"--config={recipe}"]):
+        assert mistake(capsys, *arguments) == f"{recipe}: optimizer.lr is given twice, on lines 3 and 5"
+
+
 def test_only_rank_0_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stopped:
