@@ -68,7 +68,7 @@ systems: setup
 
 # Two workers of one thread each; the tests of a file share a worker and its fixtures.
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --timeout 300 tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --timeout 600 tests
 
 test-gpu: setup
 	$(RUN) -m pytest -m gpu tests
