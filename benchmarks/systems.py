@@ -73,18 +73,21 @@ def train(run: Settings, output: Path) -> dict[str, Any]:
     """The summary of a run in a process of its own. `init_from` names runs, whose weights it begins with."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / f"{run['name']}.yaml"
-    begun = {part: str(published(other, output)) for part, other in run["init_from"].items()}
+    begun = {part: str(finished(other, part, output)) for part, other in run["init_from"].items()}
     file.write_text(yaml.safe_dump({**run, "output": str(output), "init_from": begun}, sort_keys=False))
     command = [sys.executable, str(ROOT / "engine/pretrain.py"), "--config", str(file), "--train.resume", "never"]
     subprocess.run(command, check=True)
     return json.loads((output / run["name"] / "summary.json").read_text())
 
 
-def published(name: str, output: Path) -> Path:
-    """The weights of a run as `transformers` saves them. It is trained anew: those of an older commit would tell lies."""
-    folder = output / f"{name}-published"
+def finished(name: str, part: str, output: Path) -> Path:
+    """The weights of a run; a teacher's as `transformers` saves them. It is trained anew: those of an older commit would
+    tell lies."""
     shared, listed = described(SETTINGS)
     train(small(name, shared, listed[name]), output)
+    if part != "teacher":
+        return output / name
+    folder = output / f"{name}-published"
     subprocess.run([sys.executable, "-m", "engine.export", str(output / name), str(folder)], check=True)
     return folder
 

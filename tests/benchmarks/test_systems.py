@@ -104,3 +104,5 @@ def test_a_run_begins_with_the_weights_of_another(tmp_path, monkeypatch):
     assert begun == {"teacher": str(tmp_path / "bert_deep-published")}
     assert [command[-2:] for command in commands[1:2]] == [[str(tmp_path / "bert_deep"), begun["teacher"]]]
     assert [Path(command[command.index("--config") + 1]).stem for command in commands[::2]] == ["bert_deep", "distilbert"]
+    begun = systems.train(systems.small("frozen", shared, listed["frozen"]), tmp_path)
+    assert begun == {"decoder": str(tmp_path / "frozen_words")} and len(commands) == 5

@@ -56,7 +56,8 @@ def test_published_systems_train_in_half_precision_and_mark_settings_that_are():
     """ALBEF's released loop has no autocast: several times the cost of the same model. And what is said to be from memory
     is a setting: a name that has gone would mark nothing."""
     published = [config for config in map(table.recipe, table.names()) if config.system is not None]
-    assert len(published) > 25 and {config.precision for config in published} == {"bf16"}
+    in_full = {config.name for config in published if config.precision != "bf16"}
+    assert len(published) > 25 and in_full == {"vsepp"}  # a GRU upon a backbone that stands still
     for config in published:
         for path in config.system.recalled or ():
             assert functools.reduce(getattr, path.split("."), config) is not None, (config.name, path)

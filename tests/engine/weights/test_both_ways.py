@@ -296,10 +296,10 @@ CASES = {
             "vision_config": PICTURE | IMAGE_EPS,
             "qformer_config": WORDS | Q_FORMER,
             "num_query_tokens": QUERIES,
-            "text_config": OPT,
+            "text_config": OPT | {"max_position_embeddings": POSITIONS + QUERIES},
         },
         written_behind_queries,
-        picture() | sizes("joint") | words("decoder") | {"joint.queries": QUERIES},
+        picture() | sizes("joint") | sizes("decoder", max_positions=POSITIONS + QUERIES) | {"joint.queries": QUERIES},
     ),
     "layoutlm": Case("layoutlm_base", "LayoutLMForMaskedLM", WORDS | TEXT_EPS, paged_states, words("joint", pooling="pooler")),
 }
