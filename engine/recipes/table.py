@@ -75,15 +75,17 @@ def describe_role(config: Config, role: str) -> str:
 
 
 def draw(config: Config, role: str, model: VisionLanguageModel) -> list[str]:
-    """Its mask tables: rows are who sees, columns who is seen; none where all see all. Behind those of a joint stream stand
-    the segments, and whose the table is where objectives have different ones."""
+    """Its mask tables, where it attends at all: rows are who sees, columns who is seen; behind them stand the segments, and
+    whose the table is where objectives have different ones."""
     stack = getattr(config.model, role)
     if role == "joint":
         return draw_joint(config, model.joint.segments)
     if getattr(stack, "reads", None) == "prefix":
         return drawn(stack.prefix_mask if stack.prefix_mask == "causal" else "prefix", ["prefix", "text"])
-    mask = getattr(getattr(model, role), "mask", None)
-    return [] if mask is None else str(mask).splitlines()
+    if stack.layers == 0 or getattr(stack, "encoder", "transformer") == "gru":
+        return []
+    kind = "full" if getattr(getattr(model, role), "mask", None) is None else "causal"
+    return drawn(kind, ["image" if role == "image" else "text"])
 
 
 def draw_joint(config: Config, segments: list[str]) -> list[str]:
@@ -91,8 +93,6 @@ def draw_joint(config: Config, segments: list[str]) -> list[str]:
     readers: dict[str, list[str]] = {}
     for name, objective in config.objectives.active.items():
         readers.setdefault(objective.mask_of_joint(config.model.joint), []).append(name)
-    if list(readers) == ["full"]:
-        return []
     several = len(readers) > 1
     return [line for kind, names in readers.items() for line in drawn(kind, segments, ", ".join(names) if several else "")]
 

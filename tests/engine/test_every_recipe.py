@@ -105,11 +105,14 @@ def test_blocks_name_parts_and_counts():
 @pytest.mark.parametrize(
     "name, drawn",
     [
-        ("bert_base", []),
-        ("gpt2", ["◣"]),
-        ("blip2_stage1", ["█ █ queries, query_matching", "█ █ text", "█ · queries, query_contrastive", "· █ text",
+        ("bert_base", ["█ text"]),
+        ("gpt2", ["◣ text"]),
+        ("albef_base", ["█ image", "█ text", "█ text"]),
+        ("uniter_base", ["█ █ text", "█ █ image"]),
+        ("vsepp", []),
+        ("blip2_stage1", ["█ image", "█ █ queries, query_matching", "█ █ text", "█ · queries, query_contrastive", "· █ text",
                           "█ · queries, causal_language", "█ ◣ text"]),
-        ("blip2_stage2", ["◣ · prefix", "█ ◣ text"]),
+        ("blip2_stage2", ["█ image", "█ queries", "◣ · prefix", "█ ◣ text"]),
     ],
 )  # fmt: skip
 def test_mask_tables_are_drawn(name, drawn):
