@@ -14,7 +14,15 @@ from torch import nn
 from engine.batch import Batch
 from engine.build import build_model
 from engine.config import Config
-from engine.data import Tokenizer, TrainingSets, held_out_batches, load_source, load_training_sets, make_tokenizer, training_stream
+from engine.data import (
+    Tokenizer,
+    TrainingSets,
+    held_out_batches,
+    load_source,
+    load_training_sets,
+    make_tokenizer,
+    training_stream,
+)
 from engine.data.builtin import folder_sets
 from engine.evaluation import describe, evaluate
 from engine.models import VisionLanguageModel
@@ -153,7 +161,8 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
     assert describe(figures).count("\n") >= 1
     for objective in config.objectives.active:
         measured = figures.get(f"{objective}_loss", figures[objective])
-        assert len([name for name in measured if name.startswith("loss")]) >= 2, f"{objective} is not beside what is known blindly"
+        losses = [name for name in measured if name.startswith("loss")]
+        assert len(losses) >= 2, f"{objective} is not beside what is known blindly"
         beside_other_images = objective == "masked_language" and config.model.reads_pictures is not None
         assert not beside_other_images or "loss_shuffled_image" in measured
     assert step_on_meta(to_meta(module.train()), batch)
