@@ -80,13 +80,13 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(program: str = PROGRAM) -> Iterator[None]:
     """A mistake of the user ends the process with one line on stderr and code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
         if is_main():
-            print(f"{PROGRAM}: error: {unwrapped(' '.join(str(error).split()))}", file=sys.stderr)
+            print(f"{program}: error: {unwrapped(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
 
 
