@@ -16,7 +16,7 @@ from engine.build import build_model
 from engine.config import Config
 from engine.data.tokenization.training import train_tokenizer
 from engine.export import export, main, rebuild
-from engine.published import write
+from engine.published import Loaded, write
 from engine.training.command_line import parse
 
 
@@ -80,7 +80,7 @@ def test_ids_that_mean_something_else_there_change_places(recipe, tmp_path):
     """[CLS] has RoBERTa's id of padding, [SEP] one that CLIP does not take for the end of a text."""
     transformers = pytest.importorskip("transformers")
     _, tokenizer, model = small(recipe)
-    write(tmp_path, model, tokenizer, None, None)
+    write(tmp_path, Loaded(model, tokenizer, None), None, None)
     read = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "word7 glyph30 word199"
     own = tokenizer.encode(text, 64)[0].tolist()
@@ -104,30 +104,30 @@ def test_ids_that_mean_something_else_there_change_places(recipe, tmp_path):
         ("albef_base", "clip", None, "the model is no clip: model.image.patch_bias must be False, got True; .*model.text.norm must be pre"),
         ("bert_base", "roberta", None, "the model is no roberta: model.text.position_offset must be 2, got 0"),
         ("bert_base", "clip", None, "the model is no clip: it has other roles than text"),
-        ("bert_base", "layoutlmv2", None, "the family must be one of bert, roberta"),
+        ("bert_base", "resnet", None, "the family must be one of bert, roberta"),
         ("uniter_base", None, None, "no class that we know for a model with the roles joint"),
     ],
 )
 def test_what_transformers_has_no_class_for(recipe, family, role, told, tmp_path):
     _, tokenizer, model = small(recipe)
     with pytest.raises(ValueError, match=told):
-        write(tmp_path / "out", model, tokenizer, family, role)
+        write(tmp_path / "out", Loaded(model, tokenizer, None), family, role)
     assert not (tmp_path / "out").exists()
 
 
 def test_roles_of_albef_are_written_alone(tmp_path):
     _, tokenizer, model = small("albef_base")
-    first, left = write(tmp_path / "image", model, tokenizer, None, "image")
+    first, left = write(tmp_path / "image", Loaded(model, tokenizer, None), None, "image")
     assert first.endswith("a ViTModel") and not (tmp_path / "image" / "tokenizer.json").exists()
     assert left.partition(": ")[2].split(", ")[:2] == ["logit_scale", "text.embedder"]
-    assert write(tmp_path / "text", model, tokenizer, None, "text")[0].endswith("a BertModel")
+    assert write(tmp_path / "text", Loaded(model, tokenizer, None), None, "text")[0].endswith("a BertModel")
     assert not list(tmp_path.glob("*/*.draft"))
 
 
 def test_what_is_shared_is_written_with_any_that_has_it(tmp_path):
     """BLIP's decoder has all but self-attention from the text role."""
     _, tokenizer, model = small("blip_base")
-    first, left = write(tmp_path, model, tokenizer, "blip_captions", None)
+    first, left = write(tmp_path, Loaded(model, tokenizer, None), "blip_captions", None)
     assert first.endswith("a BlipForConditionalGeneration")
     named = left.partition(": ")[2].split(", ")
     assert "text.embedder" not in named and {"text.transformer", "heads.matching"} <= set(named)
