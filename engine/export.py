@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", help=f"{', '.join(WRITABLE)} (default: the first that the model is)")
     parser.add_argument("--role", help="the role of the model to write alone, such as image (default: the whole)")
     options = parser.parse_args(argv)
-    with one_line_errors():
+    with one_line_errors("export"):
         run = load(options.run)
         for line in write(options.folder, run, options.family, options.role):
             print(line)

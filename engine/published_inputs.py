@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -14,11 +14,24 @@ from engine.data.tokenization.tokenizer import CLS, MASK, PAD, SEP, UNK
 from engine.weights.family import Family
 
 TOKENIZER, TOKENIZER_CONFIG, PROCESSOR = "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"
+NAMES = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK, "unk_token": UNK}
+NAMES |= {"bos_token": CLS, "eos_token": SEP}
 BICUBIC = 3
 """Of PIL's filters, by which `ImageTransform` resizes."""
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, family: Family, swap: tuple[int, int] | None) -> dict[str, Path]:
+class Texts(NamedTuple):
+    """What a model reads as a text."""
+
+    longest: int
+    """In tokens."""
+    types: int
+    """Rows of the table that tells a second sentence from a first."""
+
+
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, texts: Texts, family: Family, swap: tuple[int, int] | None
+) -> dict[str, Path]:
     """The tokenizer as `AutoTokenizer` reads it; drafts by the names they are to have."""
     whole = json.loads(tokenizer.model.to_str())
     if swap is not None:
@@ -30,10 +43,30 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, family: Family, swap: tu
         model.post_processor = TemplateProcessing(single=f"{CLS} $A {SEP}", pair=pair, special_tokens=special)
     drafts = drafts_of(folder, TOKENIZER, TOKENIZER_CONFIG)
     model.save(str(drafts[TOKENIZER]))
-    names = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK, "unk_token": UNK}
-    names |= {"bos_token": CLS, "eos_token": SEP, "tokenizer_class": "PreTrainedTokenizerFast"}
-    drafts[TOKENIZER_CONFIG].write_text(json.dumps(names, indent=2) + "\n")
+    special_class = family.tokenizers.get(whole["model"]["type"])
+    settings: dict[str, Any] = {
+        **NAMES,
+        "tokenizer_class": special_class or "PreTrainedTokenizerFast",
+        "model_max_length": texts.longest,
+        "model_input_names": [
+            "input_ids",
+            *(["token_type_ids"] if texts.types > 1 else []),
+            *([] if family.reads_padding else ["attention_mask"]),
+        ],
+        **(as_bert(whole["normalizer"]) if special_class is not None else {}),
+    }
+    drafts[TOKENIZER_CONFIG].write_text(json.dumps(settings, indent=2) + "\n")
     return drafts
+
+
+def as_bert(normalizer: dict[str, Any] | None) -> dict[str, Any]:
+    """A normalizer in the words of classes that make BERT's of it."""
+    if normalizer is not None and normalizer["type"] == "BertNormalizer":
+        lowercase, accents = normalizer["lowercase"], normalizer["strip_accents"]
+        chinese = normalizer["handle_chinese_chars"]
+        return {"do_lower_case": lowercase, "strip_accents": accents, "tokenize_chinese_chars": chinese}
+    steps = [step["type"] for step in (normalizer or {}).get("normalizers", [normalizer or {"type": None}])]
+    return {"do_lower_case": "Lowercase" in steps, "strip_accents": False, "tokenize_chinese_chars": False}
 
 
 def exchange(whole: dict[str, Any], first: int, second: int) -> None:

@@ -134,6 +134,7 @@ SIGLIP = Family(
         "text_config": {"model_type": "siglip_text_model", "projection_size": model.options.projection_dim},
     },
     processor=SIGLIP_PROCESSOR,
+    reads_padding=True,
 )
 SIGLIP_VISION = Family(
     name="siglip_vision_model",

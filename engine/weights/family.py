@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from engine.weights.pieces import Piece, beneath
@@ -112,5 +112,9 @@ class Family:
     """Entries of config.json, by section, that follow from a run's transform of pictures."""
     normalization: Callable[[Any], tuple[Any, Any]] = normalization_of_processor
     """Of a folder: mean and deviation of its pictures' channels, red first; null where it does not say."""
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Classes of `transformers` that give more than ids, by the kind of a tokenizer's pieces; else a plain one does."""
+    reads_padding: bool = False
+    """Whether [PAD] is a token as any other, so that nothing tells which are."""
     is_written: bool = True
     """Whether a model can become such a folder."""

@@ -117,6 +117,7 @@ LAYOUTLMV2 = Family(
     parts=(Part(("joint",), SIZES, _role), pyramid.PART),
     prefix="layoutlmv2.",
     settings=_settings,
+    tokenizers={"WordPiece": "LayoutLMv2Tokenizer"},
     processor=Processor("LayoutLMv2ImageProcessor", entries=AS_BYTES),
     prepared=lambda transform: {pyramid.SECTION: pyramid.normalization(transform.mean, transform.std)},
     normalization=lambda folder: pyramid.read_normalization(folder.config),

@@ -35,7 +35,8 @@ def image_size(picture: ImageInput) -> int | list[int]:
 
 def type_of_picture(stack: Any) -> int | None:
     """The row of the text's types that its tokens have."""
-    return None if stack.image is None else stack.image.type_of_text
+    picture = getattr(stack, "image", None)
+    return None if picture is None else picture.type_of_text
 
 
 def feed_forward(stack: Any) -> str:

@@ -75,6 +75,12 @@ def test_a_run_becomes_a_folder_of_transformers(tmp_path, capsys):
         torch.testing.assert_close(found, theirs(**read(text, return_tensors="pt")).last_hidden_state[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_mistake_is_one_line_of_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path / "out")])
+    assert capsys.readouterr().err.startswith(f"export: error: {tmp_path} is not the folder of a finished run")
+
+
 @pytest.mark.parametrize("recipe", ["roberta_base", "clip_vit_b32"])
 def test_ids_that_mean_something_else_there_change_places(recipe, tmp_path):
     """[CLS] has RoBERTa's id of padding, [SEP] one that CLIP does not take for the end of a text."""
@@ -100,6 +106,7 @@ def test_ids_that_mean_something_else_there_change_places(recipe, tmp_path):
     ("recipe", "family", "role", "told"),
     [
         ("albef_base", None, None, "no class that we know for a model with the roles image, text, fusion"),
+        ("blip_base", None, None, "parts of it can be written as --family blip or blip_captions; it has"),
         ("albef_base", None, "decoder", "the role must be one of image, text, fusion, got decoder"),
         ("albef_base", "clip", None, "the model is no clip: model.image.patch_bias must be False, got True; .*model.text.norm must be pre"),
         ("bert_base", "roberta", None, "the model is no roberta: model.text.position_offset must be 2, got 0"),
