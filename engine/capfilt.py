@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="pictures at once")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    with one_line_errors():
+    with one_line_errors("capfilt"):
         captioner, judge = load(options.captioner), load(options.filter)
         require(captioner.model.decoder is not None, f"{options.captioner} has no decoder to write captions with")
         require("matching" in judge.model.heads, f"{options.filter} has no matching head to judge captions by")

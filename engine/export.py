@@ -13,7 +13,7 @@ import json
 import os
 import typing
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,10 +21,10 @@ from torch import Tensor
 
 from engine.build import build_model
 from engine.config import Config
-from engine.data import ImageTransform, Tokenizer, image_transform, load_tokenizer
+from engine.data import Tokenizer, image_transform, load_tokenizer
 from engine.models import VisionLanguageModel
 from engine.models.momentum import FeatureQueue, MomentumCopy
-from engine.published import WRITABLE, write
+from engine.published import WRITABLE, Loaded, write
 from engine.training.command_line import one_line_errors
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -39,20 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--family", help=f"{', '.join(WRITABLE)} (default: the first that the model is)")
     parser.add_argument("--role", help="the role of the model to write alone, such as image (default: the whole)")
     options = parser.parse_args(argv)
-    with one_line_errors():
+    with one_line_errors("export"):
         run = load(options.run)
-        for line in write(options.folder, run.model, run.tokenizer, options.family, options.role):
+        for line in write(options.folder, run, options.family, options.role):
             print(line)
     return 0
-
-
-class Loaded(NamedTuple):
-    """`model, tokenizer, transform = engine.load("runs/NAME")`"""
-
-    model: VisionLanguageModel
-    tokenizer: Tokenizer
-    transform: ImageTransform | None
-    """None where the model reads regions."""
 
 
 def export(folder: str | Path, model: VisionLanguageModel, config: Config, tokenizer: Tokenizer) -> None:
@@ -85,13 +76,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
     model.load_state_dict(weights, strict=False)
     if model.teacher is not None:
         model.teacher.begin()
-    transform = image_transform(config) if _reads_pixels(config) else None
-    return Loaded(model.to(device).eval(), tokenizer, transform)
-
-
-def _reads_pixels(config: Config) -> bool:
     picture = config.model.reads_pictures
-    return picture is not None and picture.kind == "patches"
+    transform = None if picture is None or picture.kind == "regions" else image_transform(config)
+    return Loaded(model.to(device).eval(), tokenizer, transform)
 
 
 def distinct_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +20,12 @@ from engine.weights.family import Family, Part, Place
 from engine.weights.folder import Folder
 from engine.weights.pieces import Piece
 from engine.weights.resizing import PLACES, Grid, copy_places, copy_rows, fits, holds_words
+from engine.weights.sizes import kept_line, option
 from engine.weights.vocabulary import copy_words
 
 TEACHER = "heads.distillation.teacher"
-COUNTERS = "num_batches_tracked"
-"""What torch's batch norms count, and nobody reads."""
+NO_WEIGHTS = ("num_batches_tracked", "position_ids", "pixel_mean", "pixel_std")
+"""What batch norms count, what places are called, and a normalisation that config.json tells too."""
 WORDS_OF_TEACHER = "heads.masked_language."
 """What fills its head of words."""
 
@@ -32,8 +35,9 @@ def load_initial_weights(
 ) -> list[str]:
     """Fill the parts of `model` that `init_from` names; lines that say what was loaded and what was not. `words` are the
     ids of the run's tokens: rows of words are then taken by word, from folders with a tokenizer of their own."""
+    data = config.data
     known = ["model", *config.model.roles, *(["teacher"] if "distillation" in model.heads else [])]
-    lines, filling = [], Filling(model, words)
+    lines, filling = [], Filling(model, words, (data.image_mean, data.image_std))
     for asked, path in config.init_from.items():
         require(asked in known, f"init_from: the part must be one of {', '.join(known)}, got {asked}")
         lines += filling.take(asked, Folder.read(f"init_from.{asked}", Path(path)))
@@ -47,13 +51,15 @@ class Source(NamedTuple):
 
     pieces: Iterable[Piece]
     settings: Mapping[str, Any]
+    kept: Sequence[str] = ()
+    """What the run has otherwise, and keeps."""
 
 
 class Filling:
     """A model, and what of it has been filled."""
 
-    def __init__(self, model: VisionLanguageModel, words: Mapping[str, int] | None):
-        self.model, self.words = model, words
+    def __init__(self, model: VisionLanguageModel, words: Mapping[str, int] | None, normalization: tuple[Any, Any]):
+        self.model, self.words, self.normalization = model, words, normalization
         self.tensors = {
             name: tensor
             for name, tensor in model.state_dict(keep_vars=True).items()
@@ -64,7 +70,7 @@ class Filling:
 
     def take(self, asked: str, folder: Folder) -> list[str]:
         """Fill one part of the model, or all of it that a folder has something for."""
-        folder, sources = sources_of_run(asked, folder, self) if folder.is_run else sources_of_family(asked, folder, self.model)
+        folder, sources = (sources_of_run if folder.is_run else sources_of_family)(asked, folder, self)
         used: set[str] = set()
         notes: list[str] = []
         filled: list[str] = []
@@ -77,11 +83,21 @@ class Filling:
         lines = [f"loaded {len(used)} tensors of {folder.path} into {'the model' if asked == 'model' else f'model.{asked}'}"]
         if notes:
             lines.append(f"of tables of other rows: {', '.join(notes)}")
+        if kept := [line for source in sources for line in source.kept]:
+            lines.append(f"the run keeps its own: {', '.join(kept)}")
         if self.words is not None and folder.words is None and any(holds_words(name) for name in filled):
             lines.append(f"rows of words were taken by their numbers: {folder.path} has no tokenizer.json")
-        if idle := sorted(name for name in folder.tensors.keys() - used if not name.endswith(COUNTERS)):
+        if idle := sorted(name for name in folder.tensors.keys() - used if not name.endswith(NO_WEIGHTS)):
             lines.append(f"not used of {folder.path}: {', '.join(idle)}")
         return lines
+
+    def other_normalization(self, *theirs: Any) -> list[str]:
+        """Where pictures are not those that the folder's weights have seen; it may not say."""
+        return [
+            kept_line(f"data.image_{name}", list(own), list(found))
+            for name, own, found in zip(("mean", "std"), self.normalization, theirs, strict=True)
+            if found is not None and not all(map(functools.partial(math.isclose, rel_tol=1e-3), own, found))
+        ]
 
     def begin_student(self) -> str:
         """Of a distillation."""
@@ -124,27 +140,34 @@ class Filling:
         return copy_rows(name, found, target)
 
 
-def sources_of_family(asked: str, folder: Folder, model: VisionLanguageModel) -> tuple[Folder, list[Source]]:
+def sources_of_family(asked: str, folder: Folder, filling: Filling) -> tuple[Folder, list[Source]]:
     """Of a folder of `transformers`, with names of today; refused in one line with all that differs."""
-    family = family_of(folder.config)
+    family, model = family_of(folder.config), filling.model
     kinds = ", ".join(sorted({one.kind for one in FAMILIES}))
     folder.require(family is not None, f"must be a folder of a {kinds}; got {folder.config.get('model_type')}")
-    places = list(places_of(asked, folder, family, model))
+    found = places_of(asked, folder, family, model)
+    places = [(part, place, part.sizes.completed(part.settings(folder.config))) for part, place in found]
+    has_heads = asked in ("model", "teacher", "generator", head_role(model))
     differing = family.sizes.differing("model", model.options, folder.config) if asked == "model" else []
-    sources = []
-    for part, place in places:
-        settings = part.sizes.completed(part.settings(folder.config))
+    kept = []
+    for part, place, settings in places:
         where, shallower = f"model.{place.role if asked == 'model' else asked}", may_be_shallower(place, model)
         differing += part.sizes.differing(where, place.stack, settings, place.first, shallower)
-        whole = place.first + place.layers == settings.get(part.sizes.same.get("layers"))
-        pieces = [piece for piece in part.pieces(place) if whole or ".final_norm." not in piece.ours]
-        sources.append(Source(pieces, settings))
-    if asked in ("model", "teacher", "generator", head_role(model)):
-        sources.append(Source(list(family.heads(model)), folder.config))
+        kept += part.sizes.kept(where, place.stack, settings)
+    if has_heads:
         found = {name: value for name, value in family.settings(model).items() if name in family.agreeing}
         wanted = {name: folder.config.get(name) for name in found}
         differing += [f"{name} must be {wanted[name]}, got {value}" for name, value in found.items() if value != wanted[name]]
     folder.require(not differing, f"does not fit: {'; '.join(differing)}")
+    if any(option(place.stack, "reads_pixels") for _, place, _ in places):
+        kept += filling.other_normalization(*family.normalization(folder))
+    sources = [Source((), {}, kept)]
+    for part, place, settings in places:
+        whole = place.first + place.layers == settings.get(part.sizes.same.get("layers"))
+        pieces = [piece for piece in part.pieces(place) if whole or ".final_norm." not in piece.ours]
+        sources.append(Source(pieces, settings))
+    if has_heads:
+        sources.append(Source(list(family.heads(model)), folder.config))
     if asked == "teacher":
         sources = [source._replace(pieces=in_teacher(source.pieces)) for source in sources]
     return folder.named_for(family), sources
@@ -161,11 +184,12 @@ def places_of(asked: str, folder: Folder, family: Family, model: VisionLanguageM
         homes = ((part, next((role for role in part.roles if role in given), None)) for part in family.parts)
         yield from ((part, Place(role, given[role])) for part, role in homes if role is not None)
         return
-    part = next((part for part in family.parts if asked in part.roles), None)
+    parts = [part for part in family.parts if asked in part.roles]
     can_fill = dict.fromkeys(role for part in family.parts for role in part.roles)
-    folder.require(part is not None, f"is a {family.name}, with weights for {', '.join(can_fill)}; it has none for {asked}")
+    folder.require(bool(parts), f"is a {family.name}, with weights for {', '.join(can_fill)}; it has none for {asked}")
     goes_on = asked == "fusion" and options.fusion.begins_with == "states"
-    yield part, Place(asked, given[asked], options.text.layers if goes_on else 0)
+    for part in parts:
+        yield part, Place(asked, given[asked], options.text.layers if goes_on else 0)
 
 
 def may_be_shallower(place: Place, model: VisionLanguageModel) -> bool:
@@ -194,11 +218,15 @@ def sources_of_run(asked: str, folder: Folder, filling: Filling) -> tuple[Folder
     asked_for = options.roles if asked == "model" else [asked]
     there = {role: found for role in asked_for if (found := runs.role_there(role, settings)) is not None}
     folder.require(bool(there), f"has nothing for model.{asked}")
-    differing, sources = [], []
+    differing, kept, sources = [], [], []
     for role, found in there.items():
         differing += runs.differing(f"model.{role}", getattr(options, role), settings[found])
+        kept += runs.kept(f"model.{role}", getattr(options, role), settings[found])
         sources.append(Source(list(runs.pieces(role, found, filling.tensors, folder.tensors)), settings[found]))
     folder.require(not differing, f"does not fit: {'; '.join(differing)}")
+    if any(option(getattr(options, role), "reads_pixels") for role in there):
+        kept += filling.other_normalization(*(folder.config["data"].get(f"image_{name}") for name in ("mean", "std")))
+    sources.append(Source((), {}, kept))
     if asked in ("model", head_role(filling.model)):
         taken = tuple(f"{role}." for role in options.roles)
         others = [name for name in filling.tensors if not name.startswith(taken) and name in folder.tensors]

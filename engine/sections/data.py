@@ -95,7 +95,7 @@ class Data:
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Standard deviation every channel is divided by."""
     resize: Literal["squash", "shorter", "fit"] = "squash"
-    """squash: to the square, whatever the aspect; shorter: the shorter side to image_size, then the centre square;
+    """squash: to the square, whatever the aspect; shorter: the shorter side to image_size, then the centre square (CLIP);
     fit: the shorter side to image_size, the aspect kept (in whole patches, at most model.image.max_grid), so that
     the number of patches varies."""
     max_patches: int | None = None

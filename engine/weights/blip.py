@@ -9,7 +9,7 @@ from engine.weights import bert, vision
 from engine.weights.bert import POST, STACK
 from engine.weights.clip import IMAGE as TOWER
 from engine.weights.clip import OF_IMAGE
-from engine.weights.family import Family, Part, Place
+from engine.weights.family import Family, Part, Place, Processor
 from engine.weights.pieces import Piece, beneath, linear
 from engine.weights.reshaped import Filters, Table
 from engine.weights.sizes import Sizes
@@ -120,6 +120,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 PICTURE = Part(("image", "joint"), IMAGE_SIZES, _picture, "vision_config")
+PROCESSOR = Processor("BlipImageProcessor")
 WRITER_SIZES = TEXT_SIZES._replace(alone=ALONE)
 BLIP = Family(
     name="blip",
@@ -133,6 +134,7 @@ BLIP = Family(
     heads=_retrieval_heads,
     sizes=Sizes({"projection_dim": "image_text_hidden_size"}, defaults={"image_text_hidden_size": 256}),
     settings=_settings,
+    processor=PROCESSOR,
 )
 BLIP_CAPTIONS = Family(
     name="blip_captions",
@@ -141,4 +143,5 @@ BLIP_CAPTIONS = Family(
     parts=(PICTURE, Part(("decoder",), WRITER_SIZES, lambda place: _words(place, "text_decoder.bert"), "text_config")),
     heads=_captioning_head,
     settings=_settings,
+    processor=PROCESSOR,
 )

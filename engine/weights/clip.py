@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.weights import vision
 from engine.weights.bert import PLAIN, STACK
-from engine.weights.family import Family, Part, Place
+from engine.weights.family import Family, Part, Place, Processor
 from engine.weights.pieces import Piece, linear
 from engine.weights.reshaped import Row
 from engine.weights.sizes import Sizes
@@ -94,6 +94,7 @@ def _siglip_heads(model: Any) -> Iterator[Piece]:
     yield Piece("heads.sigmoid_contrastive.value", ("logit_bias",))
 
 
+CLIP_PROCESSOR, SIGLIP_PROCESSOR = Processor("CLIPImageProcessor"), Processor("SiglipImageProcessor")
 CLIP = Family(
     name="clip",
     kind="clip",
@@ -109,6 +110,7 @@ CLIP = Family(
         "text_config": {"model_type": "clip_text_model", "projection_dim": model.options.projection_dim},
     },
     swapped=lambda tokenizer: (tokenizer.sep_id, tokenizer.vocab_size - 1),  # an end of text with id 2 is taken for another
+    processor=CLIP_PROCESSOR,
 )
 CLIP_VISION = Family(
     name="clip_vision_model",
@@ -116,6 +118,7 @@ CLIP_VISION = Family(
     classes={"CLIPVisionModel": ()},
     parts=(Part(("image", "joint"), CLIP_IMAGE, _image),),
     prefix="vision_model.",
+    processor=CLIP_PROCESSOR,
 )
 SIGLIP = Family(
     name="siglip",
@@ -130,6 +133,8 @@ SIGLIP = Family(
         "vision_config": {"model_type": "siglip_vision_model"},
         "text_config": {"model_type": "siglip_text_model", "projection_size": model.options.projection_dim},
     },
+    processor=SIGLIP_PROCESSOR,
+    reads_padding=True,
 )
 SIGLIP_VISION = Family(
     name="siglip_vision_model",
@@ -137,4 +142,5 @@ SIGLIP_VISION = Family(
     classes={"SiglipVisionModel": ()},
     parts=(Part(("image", "joint"), SIGLIP_IMAGE, _siglip_image),),
     prefix="vision_model.",
+    processor=SIGLIP_PROCESSOR,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from engine.weights.pieces import Piece, beneath
@@ -45,6 +45,17 @@ class Place(NamedTuple):
             yield piece._replace(ours=piece.ours.replace("joint.embedder.", "joint.image.", 1))
 
 
+class Processor(NamedTuple):
+    """What prepares the pictures of a folder."""
+
+    name: str
+    """A class of `transformers`."""
+    fits: bool = False
+    """Whether it keeps the aspect of a picture, as data.resize fit does; else it gives squares."""
+    entries: Mapping[str, Any] = {}
+    """Others than follow from a run's transform."""
+
+
 class Part(NamedTuple):
     """What of a folder fills one role."""
 
@@ -61,6 +72,11 @@ class Part(NamedTuple):
 
 def no_pieces(model: Any) -> Iterator[Piece]:
     return iter(())
+
+
+def normalization_of_processor(folder: Any) -> tuple[Any, Any]:
+    """As its preprocessor_config.json tells it."""
+    return folder.processor.get("image_mean"), folder.processor.get("image_std")
 
 
 @dataclass(frozen=True)
@@ -91,5 +107,14 @@ class Family:
     """Ids of a tokenizer that have to change places, where the family reads one of them otherwise than we do."""
     encloses: bool = True
     """Whether a text is read between [CLS] and [SEP]."""
+    processor: Processor | None = None
+    prepared: Callable[[Any], dict[str, Any]] = lambda transform: {}
+    """Entries of config.json, by section, that follow from a run's transform of pictures."""
+    normalization: Callable[[Any], tuple[Any, Any]] = normalization_of_processor
+    """Of a folder: mean and deviation of its pictures' channels, red first; null where it does not say."""
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Classes of `transformers` that give more than ids, by the kind of a tokenizer's pieces; else a plain one does."""
+    reads_padding: bool = False
+    """Whether [PAD] is a token as any other, so that nothing tells which are."""
     is_written: bool = True
     """Whether a model can become such a folder."""

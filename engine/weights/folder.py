@@ -25,10 +25,17 @@ class Folder(NamedTuple):
     tensors: dict[str, Tensor]
     words: dict[str, int] | None
     """Ids by token, where it has a tokenizer."""
+    processor: dict[str, Any]
+    """How pictures are prepared, where it says so."""
 
     @classmethod
     def read(cls, asked: str, path: Path) -> Folder:
-        return cls(asked, path, _read_config(asked, path), _read_tensors(asked, path), _read_words(asked, path))
+        config = path / "config.json"
+        what = "it must be a folder of `transformers` or of a finished run"
+        require(config.is_file(), f"{asked}: {path} has no config.json: {what}")
+        prepared = path / "preprocessor_config.json"
+        processor = _read_object(asked, prepared) if prepared.is_file() else {}
+        return cls(asked, path, _read_object(asked, config), _read_tensors(asked, path), _read_words(asked, path), processor)
 
     @property
     def is_run(self) -> bool:
@@ -62,9 +69,7 @@ def spelled(name: str, family: Family) -> str:
     return name
 
 
-def _read_config(asked: str, path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    require(file.is_file(), f"{asked}: {path} has no config.json: it must be a folder of `transformers` or of a finished run")
+def _read_object(asked: str, file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_bytes())
     except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.weights import opt
 from engine.weights.bert import PLAIN, STACK
-from engine.weights.blip import PICTURE
+from engine.weights.blip import PICTURE, PROCESSOR
 from engine.weights.family import Family, Part, Place
 from engine.weights.pieces import Piece, linear
 from engine.weights.reshaped import Table
@@ -123,6 +123,7 @@ BLIP2_STAGE1 = Family(
     heads=_retrieval_heads,
     sizes=Sizes({"projection_dim": "image_text_hidden_size"}, defaults={"image_text_hidden_size": 256}),
     settings=_settings,
+    processor=PROCESSOR,
 )
 BLIP2_STAGE2 = Family(
     name="blip2_stage2",
@@ -135,4 +136,5 @@ BLIP2_STAGE2 = Family(
     ),
     heads=lambda model: linear("decoder.prefix", "language_projection"),
     settings=_written_settings,
+    processor=PROCESSOR,
 )

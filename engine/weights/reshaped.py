@@ -66,6 +66,16 @@ class Filters(Piece):
         return {self.theirs[0]: parameter.reshape(-1, CHANNELS, side, side)}
 
 
+class BlueFirst(Piece):
+    """Filters of pictures; theirs read blue, green, red."""
+
+    def read(self, saved: Mapping[str, Tensor]) -> Tensor:
+        return saved[self.theirs[0]].flip(1)
+
+    def write(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {self.theirs[0]: parameter.flip(1)}
+
+
 class Pixels(Piece):
     """Values of a patch: channel by channel here, pixel by pixel in MAE."""
 

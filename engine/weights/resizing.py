@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.models.embedding.places import TabledPlaces
+from engine.sections import ImageInput
 from engine.weights.family import WORD_HEADS
 
 BY_ROW = (".words", ".positions", ".types")
@@ -42,6 +44,20 @@ class Grid(NamedTuple):
         height, width = (size, size) if isinstance(size, int) else size
         rows, columns = height // patch, width // patch
         return cls(rows, columns, len(table) - rows * columns)
+
+
+def of_grid(stack: Any, grid: tuple[int, int]) -> Any:
+    """The section of a role whose patches are a grid of this size."""
+    if isinstance(stack, ImageInput):
+        return dataclasses.replace(stack, max_grid=grid) if stack.kind == "patches" else stack
+    return dataclasses.replace(stack, image=of_grid(stack.image, grid)) if getattr(stack, "image", None) is not None else stack
+
+
+def rows_of_grid(table: Tensor, places: TabledPlaces, grid: tuple[int, int]) -> Tensor:
+    """What a smaller grid takes up of a table of places."""
+    rows, columns = grid
+    taken = table[places.first :].unflatten(0, (-1, places.grid_columns))[:rows, :columns]
+    return torch.cat((table[: places.first], taken.flatten(0, 1)))
 
 
 def fits(name: str, wanted: torch.Size, got: torch.Size) -> bool:

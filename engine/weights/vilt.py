@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.weights.bert import PLAIN, ROWS, STACK, word_heads
-from engine.weights.family import Family, Part
+from engine.weights.family import Family, Part, Processor
 from engine.weights.pieces import Piece, beneath, linear
 from engine.weights.reshaped import Filters, Table
 from engine.weights.sizes import Sizes
@@ -68,5 +68,6 @@ VILT = Family(
     parts=(Part(("joint",), SIZES, lambda place: beneath("joint", "vilt", joint(place.layers))),),
     heads=lambda model: word_heads("mlm_score.transform.dense", "mlm_score.transform.LayerNorm", "mlm_score.decoder.bias"),
     prefix="vilt.",
+    processor=Processor("ViltImageProcessor", fits=True),
     settings=lambda model: {"modality_type_vocab_size": 2, "max_image_length": -1},
 )

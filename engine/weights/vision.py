@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.weights.bert import PLAIN, STACK
-from engine.weights.family import Family, Part, Place
+from engine.weights.family import Family, Part, Place, Processor
 from engine.weights.pieces import Piece, beneath, linear
 from engine.weights.reshaped import Filters, Pixels, Row, Table
 from engine.weights.sizes import Sizes
@@ -132,6 +132,7 @@ def _classes(model: Any) -> dict[str, Any]:
     return {} if head is None else {"num_labels": len(head.classifier.weight)}
 
 
+PROCESSOR = Processor("ViTImageProcessor")
 VIT = Family(
     name="vit",
     kind="vit",
@@ -141,6 +142,7 @@ VIT = Family(
     prefix="vit.",
     spellings=SPELLINGS,
     settings=_classes,
+    processor=PROCESSOR,
 )
 
 
@@ -188,5 +190,6 @@ MAE = Family(
     spellings=SPELLINGS,
     older=(("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),),
     settings=_mae_settings,
+    processor=PROCESSOR,
     agreeing=("decoder_num_hidden_layers", "decoder_num_attention_heads"),
 )

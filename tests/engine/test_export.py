@@ -16,7 +16,7 @@ from engine.build import build_model
 from engine.config import Config
 from engine.data.tokenization.training import train_tokenizer
 from engine.export import export, main, rebuild
-from engine.published import write
+from engine.published import Loaded, write
 from engine.training.command_line import parse
 
 
@@ -75,12 +75,18 @@ def test_a_run_becomes_a_folder_of_transformers(tmp_path, capsys):
         torch.testing.assert_close(found, theirs(**read(text, return_tensors="pt")).last_hidden_state[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_mistake_is_one_line_of_the_command(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path / "out")])
+    assert capsys.readouterr().err.startswith(f"export: error: {tmp_path} is not the folder of a finished run")
+
+
 @pytest.mark.parametrize("recipe", ["roberta_base", "clip_vit_b32"])
 def test_ids_that_mean_something_else_there_change_places(recipe, tmp_path):
     """[CLS] has RoBERTa's id of padding, [SEP] one that CLIP does not take for the end of a text."""
     transformers = pytest.importorskip("transformers")
     _, tokenizer, model = small(recipe)
-    write(tmp_path, model, tokenizer, None, None)
+    write(tmp_path, Loaded(model, tokenizer, None), None, None)
     read = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "word7 glyph30 word199"
     own = tokenizer.encode(text, 64)[0].tolist()
@@ -100,34 +106,35 @@ def test_ids_that_mean_something_else_there_change_places(recipe, tmp_path):
     ("recipe", "family", "role", "told"),
     [
         ("albef_base", None, None, "no class that we know for a model with the roles image, text, fusion"),
+        ("blip_base", None, None, "parts of it can be written as --family blip or blip_captions; it has"),
         ("albef_base", None, "decoder", "the role must be one of image, text, fusion, got decoder"),
         ("albef_base", "clip", None, "the model is no clip: model.image.patch_bias must be False, got True; .*model.text.norm must be pre"),
         ("bert_base", "roberta", None, "the model is no roberta: model.text.position_offset must be 2, got 0"),
         ("bert_base", "clip", None, "the model is no clip: it has other roles than text"),
-        ("bert_base", "layoutlmv2", None, "the family must be one of bert, roberta"),
+        ("bert_base", "resnet", None, "the family must be one of bert, roberta"),
         ("uniter_base", None, None, "no class that we know for a model with the roles joint"),
     ],
 )
 def test_what_transformers_has_no_class_for(recipe, family, role, told, tmp_path):
     _, tokenizer, model = small(recipe)
     with pytest.raises(ValueError, match=told):
-        write(tmp_path / "out", model, tokenizer, family, role)
+        write(tmp_path / "out", Loaded(model, tokenizer, None), family, role)
     assert not (tmp_path / "out").exists()
 
 
 def test_roles_of_albef_are_written_alone(tmp_path):
     _, tokenizer, model = small("albef_base")
-    first, left = write(tmp_path / "image", model, tokenizer, None, "image")
+    first, left = write(tmp_path / "image", Loaded(model, tokenizer, None), None, "image")
     assert first.endswith("a ViTModel") and not (tmp_path / "image" / "tokenizer.json").exists()
     assert left.partition(": ")[2].split(", ")[:2] == ["logit_scale", "text.embedder"]
-    assert write(tmp_path / "text", model, tokenizer, None, "text")[0].endswith("a BertModel")
+    assert write(tmp_path / "text", Loaded(model, tokenizer, None), None, "text")[0].endswith("a BertModel")
     assert not list(tmp_path.glob("*/*.draft"))
 
 
 def test_what_is_shared_is_written_with_any_that_has_it(tmp_path):
     """BLIP's decoder has all but self-attention from the text role."""
     _, tokenizer, model = small("blip_base")
-    first, left = write(tmp_path, model, tokenizer, "blip_captions", None)
+    first, left = write(tmp_path, Loaded(model, tokenizer, None), "blip_captions", None)
     assert first.endswith("a BlipForConditionalGeneration")
     named = left.partition(": ")[2].split(", ")
     assert "text.embedder" not in named and {"text.transformer", "heads.matching"} <= set(named)

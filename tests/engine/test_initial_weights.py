@@ -159,7 +159,6 @@ def test_old_names_and_several_files(tmp_path):
             "model.joint.layers must be 3, got 2; model.joint.heads must be 4, got 2",
         ),
         ({"mlp_width": 64}, "model.joint.mlp_width must be 48, got 64"),
-        ({"eps": 1e-5}, "model.joint.eps must be 1e-12, got 1e-05"),
         ({"activation": "gelu_tanh"}, "model.joint.activation must be gelu, got gelu_tanh"),
         ({"norm": "pre"}, "model.joint.norm must be post, got pre"),
     ],

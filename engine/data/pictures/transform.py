@@ -59,15 +59,17 @@ class ImageTransform:
 
     def _resized(self, image: Image.Image) -> Image.Image:
         width, height = image.size
-        box = (0.0, 0.0, float(width), float(height))
-        target = (self.size, self.size)
         if self.resize == "shorter":
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box = (left, top, left + side, top + side)
-        elif self.resize == "fit":
-            target = self._fitting_size(width, height)
-        return _resample(image, target, box)
+            return self._centre(image)
+        target = self._fitting_size(width, height) if self.resize == "fit" else (self.size, self.size)
+        return _resample(image, target, (0.0, 0.0, float(width), float(height)))
+
+    def _centre(self, image: Image.Image) -> Image.Image:
+        """Of the whole picture, resized to whole pixels, as CLIP has it: cut first, edges would not see what is beyond them."""
+        width, height = (self.size * side // min(image.size) for side in image.size)
+        resized = _resample(image, (width, height), (0.0, 0.0, *map(float, image.size)))
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return resized.crop((left, top, left + self.size, top + self.size))
 
     def _fitting_size(self, width: int, height: int) -> tuple[int, int]:
         rows, columns = (limit * self.patch for limit in self.max_grid)

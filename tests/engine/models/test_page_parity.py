@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import vlkernels as vk
+from feature_pyramid import MapAsItIs, layoutlmv2_without_detectron2
 from stack_parity import (
     LENGTHS,
     TOLERANCE,
@@ -20,14 +21,11 @@ from stack_parity import (
 from torch import nn
 
 from engine.batch import Batch, MaskedWords, Pixels, Places, Text
-from engine.build import build_model
-from engine.initial_weights import load_initial_weights
 from engine.models.embedding.places import even_grid
 from engine.models.model import VisionLanguageModel
 from engine.models.roles import Joint
 from engine.objectives import add_heads
 from engine.objectives.masked_language import MaskedLanguage
-from engine.recipes import table
 from engine.sections import Distances, ImageInput, JointStack, Model
 from engine.weights import bert, layoutlmv2
 from engine.weights.pieces import Piece, linear
@@ -114,26 +112,10 @@ def names_of_masked_layoutlm():
     yield Piece("heads.masked_language.bias", ("cls.predictions.bias",))
 
 
-class PooledMap(nn.Module):
-    """In the place of their backbone, which needs a package of its own: the map is the picture."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.grid = config.image_feature_pool_shape[:2]
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return nn.functional.adaptive_avg_pool2d(image, self.grid).flatten(2).transpose(1, 2)
-
-
 @pytest.fixture
 def public(monkeypatch):
     """Their module, without the backbone."""
-    from transformers.models.layoutlmv2 import modeling_layoutlmv2
-
-    monkeypatch.setattr(modeling_layoutlmv2, "requires_backends", lambda *_: None)
-    monkeypatch.setattr(modeling_layoutlmv2, "LayoutLMv2VisualBackbone", PooledMap)
-    monkeypatch.setattr(modeling_layoutlmv2.LayoutLMv2PreTrainedModel, "_init_weights", lambda *_: None)
-    return modeling_layoutlmv2
+    return layoutlmv2_without_detectron2(monkeypatch, MapAsItIs)
 
 
 def layoutlmv2_config(picture_type: bool = False) -> transformers.LayoutLMv2Config:
@@ -181,22 +163,3 @@ def test_words_and_cells_are_layoutlmv2s(picture_type, public):
         tokens = ours(packed(ids, types, boxes), cells, layout, None, image_layout=images)
         parts = [vk.take_segments(tokens.hidden, tokens.layout, (segment,)) for segment in (0, 1)]
         compare(ours, theirs, pieces, torch.cat((*parts, ours.pooled(tokens))), expected)
-
-
-def test_a_run_begins_as_layoutlmv2(public, tmp_path):
-    """But for the backbone, whose names are another library's."""
-    theirs = redraw(public.LayoutLMv2Model(layoutlmv2_config())).float()
-    theirs.save_pretrained(tmp_path)
-    sizes = SIZES | {"layers": LAYERS, "image.backbone": "resnet18_fpn"}
-    sizes |= {"relative_position.count": 8, "relative_position.max_distance": 20}
-    sizes |= {"relative_box.count": 16, "relative_box.max_distance": 256}
-    options = [f"--model.joint.{name}={value}" for name, value in sizes.items()]
-    config = table.recipe("layoutlmv2_base", *options, f"--data.max_caption_tokens={POSITIONS}")
-    config.init_from = {"joint": str(tmp_path)}
-    model = build_model(config, VOCAB)
-    lines = load_initial_weights(config, model)
-    parameters, saved = dict(model.joint.named_parameters()), dict(theirs.named_parameters())
-    for piece in layoutlmv2.joint(LAYERS):
-        assert torch.equal(parameters[piece.ours], piece.read(saved)), piece
-    left = lines[-1].partition(": ")[2].split(", ")
-    assert len(lines) == 2 and all(name.startswith(("joint.image.backbone", "heads.")) for name in left)

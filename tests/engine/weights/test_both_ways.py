@@ -17,7 +17,7 @@ from engine.initial_weights import load_initial_weights
 from engine.models import VisionLanguageModel
 from engine.models.embedding.places import even_grid
 from engine.models.embedding.sinusoids import grid_sinusoids
-from engine.published import write
+from engine.published import Loaded, write
 from engine.recipes import table
 
 transformers = pytest.importorskip("transformers")
@@ -337,7 +337,7 @@ def test_there_and_back(name, tmp_path):
     idle = [line.partition(": ")[2] for line in lines if line.startswith("not used")]
     assert set(", ".join(idle).split(", ")) <= {"", "final_logits_bias", *waves}
     ids = exchanged(case)
-    first, *left = write(tmp_path / "ours", model, TOKENIZER, case.family, case.role)
+    first, *left = write(tmp_path / "ours", Loaded(model, TOKENIZER, None), case.family, case.role)
     assert first.endswith(f", a {case.public}")
     again, told = public.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), told

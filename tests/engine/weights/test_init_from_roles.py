@@ -111,7 +111,6 @@ def test_the_copy_that_follows_begins_with_the_same(tmp_path):
         ("decoder", "bert", [], "the part must be one of model, image, text, fusion, got decoder"),
         ("fusion", "bert", ["--model.text.layers=3"], "does not fit: model.fusion.layers must be 1, got 2"),
         ("text", "bert", ["--model.text.layers=5"], "does not fit: model.text.layers must be 4, got 5"),
-        ("image", "vit", ["--model.image.eps=1e-5"], "does not fit: model.image.eps must be 1e-06, got 1e-05"),
         (
             "image",
             "vit",
@@ -200,9 +199,42 @@ def test_a_run_fills_a_role_that_computes_the_same(tmp_path):
     again = build_model(other, TOKENIZER.vocab_size)
     assert load_initial_weights(other, again) == [f"loaded {len(model.state_dict())} tensors of {tmp_path} into the model"]
     assert all(torch.equal(own, taken) for own, taken in zip(again.parameters(), model.parameters(), strict=True))
-    another = table.recipe("bert_base", "--tiny=true", f"--init_from.text={tmp_path}", "--model.text.eps=1e-5")
-    with pytest.raises(ValueError, match="does not fit: model.text.eps must be 1e-12, got 1e-05"):
+    another = table.recipe("bert_base", "--tiny=true", f"--init_from.text={tmp_path}", "--model.text.activation=relu")
+    with pytest.raises(ValueError, match="does not fit: model.text.activation must be gelu, got relu"):
         load_initial_weights(another, build_model(another, TOKENIZER.vocab_size))
+
+
+@torch.no_grad()
+def test_another_eps_is_told_and_kept(tmp_path):
+    """DeiT's 1e-12 in a tower of 1e-6: of a published folder, and of a run."""
+    vit = saved(tmp_path / "vit", "ViTModel", image_size=3 * PATCH, patch_size=PATCH, layer_norm_eps=1e-12)
+    size = f"--data.image_size={3 * PATCH}", "--model.image.max_grid=[3,3]", f"--model.image.patch_size={PATCH}"
+    model, lines = begun("albef_base", {"image": tmp_path / "vit"}, *size)
+    assert "the run keeps its own: model.image.eps is 1e-06 (the folder: 1e-12)" in lines
+    assert model.image.transformer.blocks[0].self_attention.norm.eps == 1e-6
+    assert torch.equal(model.image.transformer.final_norm.weight.float(), vit.layernorm.weight)
+    sizes = [f"--model.image.{key}={value}" for key, value in SIZES.items()]
+    config = table.recipe("albef_base", *sizes, *size)
+    export(tmp_path / "run", model, config, TOKENIZER)
+    _, lines = begun("albef_base", {"image": tmp_path / "run"}, *size, "--model.image.eps=1e-5")
+    assert "the run keeps its own: model.image.eps is 1e-05 (the folder: 1e-06)" in lines
+
+
+def test_pictures_of_another_normalisation_are_told(tmp_path):
+    """By a folder that says how its pictures are prepared, and by a run."""
+    saved(tmp_path / "vit", "ViTModel", image_size=3 * PATCH, patch_size=PATCH, layer_norm_eps=1e-6)
+    size = f"--data.image_size={3 * PATCH}", "--model.image.max_grid=[3,3]", f"--model.image.patch_size={PATCH}"
+    _, lines = begun("albef_base", {"image": tmp_path / "vit"}, *size)
+    assert not any("keeps its own" in line for line in lines)
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    own = "--data.image_mean=[0.4,0.5,0.5]", "--data.image_std=[0.5,0.5,0.5]"
+    model, lines = begun("albef_base", {"image": tmp_path / "vit"}, *size, *own)
+    told = "the run keeps its own: data.image_mean is [0.4, 0.5, 0.5] (the folder: [0.5, 0.5, 0.5])"
+    assert told in lines
+    sizes = [f"--model.image.{key}={value}" for key, value in SIZES.items()]
+    export(tmp_path / "run", model, table.recipe("albef_base", *sizes, *size, "--data.image_std=[0.5,0.5,0.5]",
+                                                 "--data.image_mean=[0.5,0.5,0.5]"), TOKENIZER)  # fmt: skip
+    assert told in begun("albef_base", {"image": tmp_path / "run"}, *size, *own)[1]
 
 
 def test_a_decoder_begins_as_the_text_of_a_run(tmp_path):
