@@ -16,7 +16,7 @@ std::vector<float> make_workspace(LogitColumns& op) {
     return memory;
 }
 
-// Losses of the rows. With `gradient` the derivatives take the place of the logits, and are summed over the rows: [entries], else [0].
+// Losses of the rows. With `gradient` their derivatives take the place of the logits, and are summed over the rows too.
 std::tuple<Tensor, Tensor> classify(Tensor logits, const std::optional<Tensor>& bias, const Tensor& targets,
                                     const std::optional<Tensor>& cotangents, double label_smoothing, double z_loss,
                                     bool gradient) {
