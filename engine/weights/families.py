@@ -45,6 +45,7 @@ FAMILIES: tuple[Family, ...] = (
     clip.SIGLIP,
     clip.SIGLIP_VISION,
     vilt.VILT,
+    vilt.VILT_RANKS,
     resnet.RESNET,
     blip.BLIP,
     blip.BLIP_CAPTIONS,

@@ -55,6 +55,17 @@ class LastRow(Piece):
         return dict(zip(self.theirs, (parameter[:-1], parameter[-1]), strict=True))
 
 
+class AgainstNothing(Piece):
+    """A map to two logits, of no and of yes; theirs is to what yes has more."""
+
+    def read(self, saved: Mapping[str, Tensor]) -> Tensor:
+        found = saved[self.theirs[0]]
+        return torch.cat((torch.zeros_like(found), found))
+
+    def write(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {self.theirs[0]: parameter[1:] - parameter[:1]}
+
+
 class Filters(Piece):
     """A linear map of square patches; theirs is a convolution."""
 

@@ -1,5 +1,6 @@
 """Runs that begin role by role: each reads as the public model whose weights it took, or a part of one."""
 
+import contextlib
 import json
 
 import pytest
@@ -298,6 +299,18 @@ def test_words_without_a_tokenizer_are_told(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="init_from.text: the tokenizer of .* cannot be read"):
         load_initial_weights(config, build_model(config, VOCAB))
+
+
+def test_t5_1_1_is_another_model_than_t5(tmp_path):
+    """Whichever name the file has for it."""
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "vocab_size": VOCAB}
+    saved(tmp_path, "T5ForConditionalGeneration", **sizes)
+    known = json.loads((tmp_path / "config.json").read_text())
+    del known["scale_decoder_outputs"], known["tie_word_embeddings"]
+    for more, fits in (({}, True), ({"tie_word_embeddings": False}, False), ({"scale_decoder_outputs": False}, False)):
+        (tmp_path / "config.json").write_text(json.dumps(known | more))
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="scale_decoder_outputs must be False, got True"):
+            begun("t5_base", {"model": tmp_path}, roles=("text", "decoder"))
 
 
 # ---- backbones
