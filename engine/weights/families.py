@@ -39,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     t5.T5,
     bart.BART,
     vision.VIT,
+    vision.DEIT,
     vision.MAE,
     clip.CLIP,
     clip.CLIP_VISION,

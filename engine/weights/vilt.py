@@ -55,6 +55,7 @@ SIZES = Sizes(
         "image.kind": "patches",
         "image.patch_bias": True,
         "image.embedding_norm": False,
+        "image.distillation_token": False,
         "image.positions": "learned",
         "image.class_token": True,
     },

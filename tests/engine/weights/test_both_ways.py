@@ -245,6 +245,13 @@ CASES = {
         image_states,
         picture() | {"objectives.classification.classes": 7},
     ),
+    "deit": Case(
+        "vit_b16",
+        "DeiTForImageClassification",
+        PICTURE | {"num_labels": 7} | TEXT_EPS,
+        image_states,
+        picture() | {"objectives.classification.classes": 7, "image.distillation_token": True, "image.eps": 1e-12},
+    ),
     "clip": Case(
         "clip_vit_b32",
         "CLIPModel",
