@@ -102,7 +102,7 @@ class Config:
             self._shrink()
         plain = self.name not in ("", ".", "..") and "/" not in self.name
         require(plain, f"name must be the name of a folder, got {self.name!r}")
-        require(bool(self.objectives.active), "objectives: at least one must be given")
+        require(bool(self.objectives.active), "objectives: at least one must be given; --config RECIPE gives those of a system")
         self._check_shapes()
         self._check_tasks()
         if self.data.texts is not None:
@@ -114,6 +114,10 @@ class Config:
     def folder(self) -> str:
         """The run folder."""
         return f"{self.output}/{self.name}"
+
+    def option(self, path: str) -> Any:
+        """An option by its dotted name; None inside a section that is null."""
+        return functools.reduce(lambda inner, part: inner and getattr(inner, part), path.split("."), self)
 
     def micro_batch(self, world: int) -> int:
         """Pairs (or bucketed batches) one of `world` ranks takes per micro-step."""
@@ -148,9 +152,8 @@ class Config:
             setattr(self, name, copy.deepcopy(section))  # what the caller passed stays as it was
         batch = self.train.global_batch
         for path, cap in TINY.items():
-            *sections, name = path.split(".")
-            section = functools.reduce(lambda inner, part: inner and getattr(inner, part), sections, self)
-            if section is not None:
+            section_path, _, name = path.rpartition(".")
+            if (section := self.option(section_path)) is not None:
                 value = getattr(section, name)
                 setattr(section, name, cap if value is None else min(value, cap))
         self._shrink_backbone()

@@ -30,8 +30,10 @@ def find() -> dict[str, type[Objective]]:
 def _defined_in(name: str) -> type[Objective]:
     module = importlib.import_module(f"{__name__}.{name}")
     classes = [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__]
-    (objective,) = (one for one in classes if issubclass(one, Objective))
-    return objective
+    found = [one for one in classes if issubclass(one, Objective)]
+    if len(found) != 1:
+        raise ImportError(f"{module.__file__} must hold one subclass of Objective, it holds {len(found)}")
+    return found[0]
 
 
 @dataclass

@@ -177,7 +177,8 @@ def refuse_differences(path: Path, saved: dict[str, Any], current: dict[str, Any
     changed = [name for name, value in current.items() if saved.get(name) != value]
     if changed:
         differences = "; ".join(f"{name} was {saved.get(name)} and is {current[name]}" for name in changed)
-        raise ValueError(f"cannot resume from {path}: {differences}")
+        anew = "give the run another --name, or begin it anew with --train.resume never"
+        raise ValueError(f"cannot resume from {path}: {differences}; {anew}")
 
 
 def refuse_missing(path: Path, state: dict[str, Any]) -> None:

@@ -13,13 +13,13 @@ import typing
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from engine.config import Config
+from engine.config import TINY, Config
 
 PROGRAM = "pretrain"
 HANGING = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
@@ -35,6 +35,8 @@ INSIDE_OPTIONAL_SECTION = (
     r"- Expected (?:a <class ')?NoneType"
 )
 """How it wraps what is wrong inside a section that may be null."""
+SOURCES = {"data.source", "data.sets", "data.held_out"}
+"""Options that say what to read: what stands on the command line is read, of a tiny run too."""
 
 
 def optional_sections(section: type = Config, prefix: str = "") -> dict[str, type]:
@@ -60,7 +62,11 @@ def parse(argv: list[str] | None = None) -> Config:
         values = parser.parse_args(arguments).clone(with_meta=False)
         printed = values.pop("print_config")
         values.pop("config")
+        given = {name: values[name] for name in options_of(arguments) if name in values}
+        if SOURCES & given.keys() and "data.tiny_source" not in given:
+            values["data.tiny_source"] = None
         config = Config(**vars(parser.instantiate(values)))
+    tell_what_tiny_lowered(config, given)
     if printed:
         if is_main():
             print(config.to_yaml(), end="")
@@ -97,6 +103,19 @@ def drop_launcher_arguments(argv: list[str]) -> list[str]:
         elif name != "--deepspeed":
             kept.append(argument)
     return kept
+
+
+def options_of(arguments: list[str]) -> list[str]:
+    """Dotted names of the options that stand on the command line."""
+    return [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+
+
+def tell_what_tiny_lowered(config: Config, given: dict[str, Any]) -> None:
+    """--tiny true caps what the command line asks for as it caps the recipe: not without a word."""
+    lowered = {name: config.option(name) for name in TINY if config.tiny and name in given}
+    told = [f"{name} {cap} ({given[name]} was given)" for name, cap in lowered.items() if cap != given[name]]
+    if told and is_main():
+        print(f"{PROGRAM}: --tiny true makes it {', '.join(told)}", file=sys.stderr)
 
 
 def recipes_of(arguments: list[str]) -> list[Path]:
@@ -188,6 +207,8 @@ def explain(message: str, options: list[str]) -> str:
         name = ".".join(part for part in unknown.groups() if part)
         near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
         return f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else "")
+    if "unrecognized arguments: " in text:
+        return f"{text}: an option takes one value; put a pattern such as shards/{{00..07}}.tar in quotes"
     text = unwrapped(text)
     text = re.sub(r"a <class '(\w+)'>", r"\1", text).replace("a typing.Literal", "one of ")
     return re.sub(r"^Parser key \"([\w.]+)\":", r"\1:", text).replace(": Expected", ": expected")

@@ -121,6 +121,8 @@ def test_empty_batch():
         (lambda: vk.SegmentLayout([[1]], capacity=2**31), r"2\*\*31 - 1 tokens, got 2147483648"),
         (lambda: vk.SegmentLayout(torch.tensor([[2.7]])), "lengths must be integers, got torch.float32"),
         (lambda: vk.SegmentLayout([[2.7]]), "lengths must be integers, got 2.7"),
+        (lambda: vk.SegmentLayout(torch.ones(2, 8).bool()), "lengths must be integers, got torch.bool"),
+        (lambda: vk.SegmentLayout([3, 4]), r"lengths must be \[B, S\]: a sample of one segment is \[3\], got 3"),
         (lambda: vk.SegmentLayout([[1], [2]]).take(torch.tensor([0, -1])), r"index must lie in \[0, 2\), got values from -1"),
         (lambda: vk.SegmentLayout([[2**30]]).take(torch.zeros(3, dtype=torch.int32)), r"2\*\*31 - 1 tokens, got 3221225472"),
         (lambda: from_bounds([0.0, 3.0]), "cu_seqlens must be one of int64, int32, got float32"),

@@ -67,6 +67,19 @@ def test_on_a_cpu_autocast_changes_nothing(mine, theirs, data):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("mine, theirs", PAIRS)
+def test_autocast_adds_a_projection_to_a_wider_residual_as_pytorch_does(mine, theirs):
+    """The residual stream of a model under autocast stays float32, what a projection gives is of the half type."""
+    fused, plain = both(mine, theirs, 8)
+    projected, residual = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = fused(projected, residual=residual), plain(projected + residual)
+    assert found.dtype == wanted.dtype == torch.float32
+    torch.testing.assert_close(found, wanted)
+    gradients = (torch.autograd.grad(y.pow(3).sum(), (projected, residual)) for y in (found, wanted))
+    torch.testing.assert_close(*gradients)
+
+
 def test_the_eps_of_rms_norm_is_that_of_the_dtype_it_computes_in():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         fused, plain = both(*PAIRS[1], 4, dtype=dtype)

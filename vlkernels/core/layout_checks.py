@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,15 +25,21 @@ def _whole(length: Any) -> int:
         raise ValueError(f"lengths must be integers, got {length!r}") from None
 
 
+def _row(sample: Any) -> list[int]:
+    if not isinstance(sample, Iterable):
+        raise ValueError(f"lengths must be [B, S]: a sample of one segment is [{sample!r}], got {sample!r}")
+    return [_whole(n) for n in sample]
+
+
 def host_lengths(lengths: Lengths) -> Tensor:
     if isinstance(lengths, Tensor):
         if lengths.device.type != "cpu":
             raise ValueError("lengths must be on the host; for lengths on a device use from_cu_seqlens or take")
-        if lengths.is_floating_point():
+        if lengths.is_floating_point() or lengths.dtype == torch.bool:
             raise ValueError(f"lengths must be integers, got {lengths.dtype}")
         host = lengths.to(torch.int64).contiguous()
     else:
-        rows = [[_whole(n) for n in row] for row in lengths]
+        rows = [_row(sample) for sample in lengths]
         widths = {len(row) for row in rows}
         if len(widths) > 1:
             raise ValueError(f"every sample must have the same number of segments, got {sorted(widths)}")

@@ -250,11 +250,22 @@ def training_stream(
 
 def check_streams(config: Config, sets: TrainingSets, held_out: Source, tokenizer: Tokenizer) -> None:
     """Refuse before anything is trained what training or evaluation could not read."""
+    for name, source in (*((one.name, one.source) for one in sets.sets), ("data.held_out", held_out)):
+        check_kind(config, name, source)
     task_streams(config, sets, tokenizer)
     for task in config.objectives.active:
         if next(held_out_batches(config, held_out, tokenizer, 1, task), None) is None:
             summary = held_out.ledger.summary()
             raise DataError(f"data.held_out has no usable pair for objectives.{task}: {summary}")
+
+
+def check_kind(config: Config, name: str, source: Source) -> None:
+    """Refuse records that lack what the model embeds: documents have no picture, and pages alone have boxes of words."""
+    kind, model = kind_of(source), config.model
+    if kind == "documents" and model.reads_pictures is not None:
+        raise DataError(f"{name} are documents, and the model reads pictures: give shards, pages or classes")
+    if kind != "pages" and any(stream is not None and stream.page is not None for stream in (model.text, model.joint)):
+        raise DataError(f"{name} are {kind}, and the model reads where words lie on a page: give pages:FOLDER")
 
 
 def leave_signals_to_the_run(worker: int) -> None:

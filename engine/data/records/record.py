@@ -24,6 +24,10 @@ class DataError(ValueError):
     """One clear line that stops a run."""
 
 
+class MissingData(DataError):
+    """Files or folders are not there."""
+
+
 class RecordFault(Exception):
     """A record that cannot be used: its name and the reason."""
 
@@ -138,7 +142,8 @@ class FaultLedger:
             )
 
     def summary(self) -> str:
-        return "\n  ".join([f"{len(self.faults)} broken records (limit {self.limit})", *self.faults])
+        """One line: how many, and the first of them."""
+        return f"{len(self.faults)} broken records" + (f", the first is {self.faults[0]}" if self.faults else "")
 
 
 class Source(Protocol):
@@ -211,9 +216,9 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def decode_text(key: str, data: bytes, complete: bool) -> str:
-    """UTF-8 text; an incomplete one may end inside a character."""
+    """UTF-8 text, with or without a byte order mark; an incomplete one may end inside a character."""
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(data, final=complete)
+        return codecs.getincrementaldecoder("utf-8-sig")().decode(data, final=complete)
     except UnicodeDecodeError:
         raise RecordFault(key, "caption is not UTF-8") from None
 

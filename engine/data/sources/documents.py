@@ -16,6 +16,7 @@ import numpy as np
 from engine.data.records.index_cache import cached_arrays
 from engine.data.records.record import DataError, FaultLedger, Record, RecordFault, Texts, image_identity
 from engine.data.records.sentences import split_sentences
+from engine.data.sources.shards import require_files
 
 EXTENSIONS = (".txt", ".jsonl")
 MAX_DOCUMENT_BYTES = 1 << 24
@@ -33,8 +34,7 @@ class DocumentSource:
         self.files = list(files)
         self.cache = cache
         self.ledger = ledger
-        if missing := [file for file in self.files if not file.is_file()]:
-            raise DataError(f"{len(missing)} of {len(self.files)} files do not exist, the first is {missing[0]}")
+        require_files("files", self.files)
         self._spans = [self._index(file) for file in self.files]
         self._starts = np.cumsum([0, *map(len, self._spans)])
         self._length = min(int(self._starts[-1]), max_records or int(self._starts[-1]))
@@ -89,7 +89,7 @@ class DocumentSource:
 def _plain_sentences(key: str, data: bytes) -> list[str]:
     """A line ends a sentence."""
     try:
-        lines = data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()  # a file may begin with a byte order mark
     except UnicodeDecodeError:
         raise RecordFault(key, "document is not UTF-8") from None
     return [sentence for line in lines for sentence in split_sentences(line)]

@@ -15,6 +15,7 @@ from engine.data.records.record import (
     Detections,
     ExampleIndex,
     FaultLedger,
+    MissingData,
     Record,
     RecordFault,
     Source,
@@ -172,13 +173,25 @@ def load_source(data: Data, split: Split, seed: int = 0) -> Source:
     for group in _groups(data, [patterns] if isinstance(patterns, str) else patterns):
         left = None if data.max_records is None else data.max_records - sum(map(len, sources))
         if left is None or left > 0:
-            sources.append(_open(data, split, group, left, ledger))
+            sources.append(_open_or_say_what_else(data, split, group, left, ledger))
     source = sources[0] if len(sources) == 1 else JoinedSources(sources)
     if not data.permute_captions or split != "train":
         return source
     if not hasattr(sources[0], "num_images"):
         raise DataError("data.permute_captions gives captions to other pictures: documents, pages and classes have none")
     return PermutedCaptions(source, seed)
+
+
+def _open_or_say_what_else(
+    data: Data, split: Split, patterns: list[str], max_records: int | None, ledger: FaultLedger
+) -> Source:
+    """The published data of a recipe are on few disks; it has others for trials."""
+    try:
+        return _open(data, split, patterns, max_records, ledger)
+    except MissingData as missing:
+        if data.tiny_source is None:
+            raise
+        raise DataError(f"{missing}; --tiny true trains on {data.tiny_source}") from None
 
 
 def _groups(data: Data, patterns: list[str]) -> list[list[str]]:
@@ -216,8 +229,7 @@ def _open_databases(data: Data, pattern: str, max_records: int | None, ledger: F
     if len(folders) != 2:
         raise DataError(f"{pattern!r} must be two folders, TEXT_DB + IMAGE_DB")
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
-        instead = f"; --tiny true trains on {data.tiny_source}" if data.tiny_source else ""
-        raise DataError(f"{pattern}: no folder {' and no '.join(missing)}{instead}")
+        raise MissingData(f"{pattern}: no folder {' and no '.join(missing)}")
     limit, cache = data.max_caption_tokens, Path(data.cache)
     return UniterDatabases(*folders, limit, data.regions, cache, ledger, max_records)
 
@@ -228,11 +240,13 @@ def _open(
     first = patterns[0]
     if _PLUS in first:
         return _open_databases(data, first, max_records, ledger)
+    if _kind(data, first) == "shards" or first in picture_sets.NAMES:
+        return _open_shards(data, split, patterns, max_records, ledger)
+    if data.regions is not None:
+        raise DataError(f"{first} has no regions, which data.regions asks for")
     if _is_documents(first):
         return _open_documents(data, split, patterns, max_records, ledger)
-    if _kind(data, first) != "shards" and first not in picture_sets.NAMES:
-        return _open_folder(data, split, first, max_records, ledger)
-    return _open_shards(data, split, patterns, max_records, ledger)
+    return _open_folder(data, split, first, max_records, ledger)
 
 
 def _open_documents(
@@ -248,8 +262,6 @@ def _open_documents(
 def _open_folder(
     data: Data, split: Split, pattern: str, max_records: int | None, ledger: FaultLedger
 ) -> Source:
-    if data.regions is not None:
-        raise DataError(f"{pattern} has no regions, which data.regions asks for")
     folder = _folder(data, split, pattern)
     if pattern.startswith(PAGES) or pattern == folder_sets.PAGES:
         return PageFolder(folder, data.max_image_pixels, ledger, max_records)
@@ -264,7 +276,7 @@ def _folder(data: Data, split: Split, pattern: str) -> Path:
         return folder_sets.folder(pattern, split, Path(data.cache))
     folder = Path(pattern.partition(":")[2]).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{pattern}: no such folder")
+        raise MissingData(f"{pattern}: no such folder")
     return folder
 
 

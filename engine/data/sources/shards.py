@@ -18,6 +18,7 @@ from engine.data.records.record import (
     Detections,
     ExampleIndex,
     FaultLedger,
+    MissingData,
     Record,
     RecordFault,
     Texts,
@@ -61,6 +62,15 @@ def expand_pattern(pattern: str) -> list[Path]:
     return paths
 
 
+def require_files(name: str, files: list[Path]) -> None:
+    """Refuse what is not there, and folders."""
+    missing = [file for file in files if not file.is_file()]
+    if missing and missing[0].is_dir():
+        raise MissingData("{0} is a folder: name its shards, {0}/*.tar, or write classes:{0} or pages:{0}".format(missing[0]))
+    if missing:
+        raise MissingData(f"{len(missing)} of {len(files)} {name} do not exist, the first is {missing[0]}")
+
+
 def _text(key: bytes) -> str:
     return key.decode("utf-8", "replace")
 
@@ -91,11 +101,7 @@ class ShardSource:
         self.regions = regions
         self.ledger = ledger
         self._descriptors: dict[int, int] = {}
-        missing = [shard for shard in self.shards if not shard.is_file()]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of {len(self.shards)} shards do not exist, the first is {missing[0]}"
-            )
+        require_files("shards", self.shards)
         self._tables: list[np.ndarray] = []
         for shard in self.shards:
             index = load_index(shard, cache)
@@ -110,7 +116,8 @@ class ShardSource:
         self._length = min(int(self._starts[-1]), max_records or int(self._starts[-1]))
         if not len(self):
             raise DataError(
-                f"no usable record in {len(self.shards)} shards ({', '.join(map(str, self.shards[:3]))})"
+                f"no usable record in {len(self.shards)} shards ({', '.join(map(str, self.shards[:3]))}): "
+                f"{self.ledger.summary()}"
             )
 
     def __len__(self) -> int:

@@ -127,7 +127,7 @@ class Objective:
 
     def measure(self, model: Any, held_out: HeldOut) -> Figures:
         """Figures by group. Beside NAME of a group, NAME_OTHER is what to compare it with: what can be had blindly."""
-        raise NotImplementedError
+        return {}
 
 
 def add_heads(model: Any, objectives: dict[str, Objective]) -> None:

@@ -1,10 +1,14 @@
-"""Whichever objective is imported first, the package is whole: none needs another to have been imported before it."""
+"""How objectives are found: by looking, in any order; what is none is named."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import engine
+import engine.objectives
+from engine.objectives import Objective
 
 SCRIPT = """
 import importlib, os, pathlib, sys
@@ -24,6 +28,18 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.py")):
 print("tried", name)
 sys.exit(", ".join(failed) or 0)
 """
+
+
+def test_a_file_that_is_no_objective_is_named(tmp_path, monkeypatch):
+    """A helper that was put beside the objectives, or two of them in one file."""
+    (tmp_path / "helper.py").write_text("from engine.objectives.parts.objective import Objective\n")
+    monkeypatch.setattr(engine.objectives, "__path__", [str(tmp_path)])
+    with pytest.raises(ImportError, match="helper.py must hold one subclass of Objective, it holds 0$"):
+        engine.objectives.find()
+
+
+def test_an_objective_of_ones_own_need_not_be_measured():
+    assert Objective.measure(None, None, None) == {}
 
 
 def test_any_objective_may_be_imported_first():

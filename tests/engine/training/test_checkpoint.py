@@ -136,7 +136,8 @@ def test_resume_from_another_run(tmp_path):
 )
 def test_a_checkpoint_of_another_kind_is_one_clear_line(tmp_path, change, line):
     train(output=str(tmp_path), max_steps=1)
-    with pytest.raises(ValueError, match=f"cannot resume from .*step_00000001: {line}"):
+    way_out = "give the run another --name, or begin it anew with --train.resume never"
+    with pytest.raises(ValueError, match=f"cannot resume from .*step_00000001: {line}; {way_out}$"):
         train(output=str(tmp_path), max_steps=2, **change)
 
 

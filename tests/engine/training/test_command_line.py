@@ -111,6 +111,7 @@ def test_help_lists_and_explains_every_option():
         (["--data.image_size", "30"], "data.image_size must be a multiple of model.image.patch_size = 8"),
         (["--data.image_size", "64"], "model.image.max_grid must hold data.image_size / patch_size = 8"),
         (["--data.max_caption_tokens", "65"], "data.max_caption_tokens must not exceed model.text"),
+        (["--data.source", "0.tar", "1.tar"], "unrecognized arguments: 1.tar: an option takes one value; put a pattern"),
         (["--name", "../else"], "name must be the name of a folder, got '../else'"),
         (["--optimizer.lr", "-1"], "optimizer.lr must be positive, got -1.0"),
         (["--train.keep_checkpoints", "1"], "train.keep_checkpoints must be at least 2, got 1"),
@@ -118,6 +119,30 @@ def test_help_lists_and_explains_every_option():
 )  # fmt: skip
 def test_a_mistake_is_one_clear_line(capsys, argv, line):
     assert mistake(capsys, *argv).startswith(line)
+
+
+def test_a_command_line_without_a_recipe_names_what_is_missing(capsys):
+    with pytest.raises(SystemExit):
+        parse([])
+    assert "objectives: at least one must be given; --config RECIPE gives those" in capsys.readouterr().err
+
+
+def test_a_tiny_run_tells_what_it_lowers_of_the_command_line(capsys):
+    config = parse([*QUICKSTART, "--tiny=true", "--train.max_steps=20", "--model.image.width", "64", "--train.log_every=1"])
+    assert config.train.max_steps == 12
+    line = "pretrain: --tiny true makes it model.image.width 32 (64 was given), train.max_steps 12 (20 was given)\n"
+    assert capsys.readouterr() == ("", line)
+    parse([*QUICKSTART, "--tiny=true", "--train.max_steps=3"])
+    parse([*QUICKSTART, "--train.max_steps=20"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_tiny_run_reads_the_data_that_the_command_line_names():
+    clip = ["--config", str(RECIPES[0].with_name("clip_vit_b32.yaml")), "--tiny=true"]
+    assert parse(clip).data.source == parse(clip).data.held_out == "builtin"
+    own = parse([*clip, "--data.source=mine.tar", "--data.held_out", "other.tar"]).data
+    assert (own.source, own.held_out) == ("mine.tar", "other.tar")
+    assert parse([*clip, "--data.source=mine.tar", "--data.tiny_source=builtin-scenes"]).data.source == "builtin-scenes"
 
 
 def test_an_unknown_key_in_a_recipe_is_one_clear_line(capsys, tmp_path):

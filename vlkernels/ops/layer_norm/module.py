@@ -65,10 +65,15 @@ def _flatten(value: Tensor | None, dims: int) -> Tensor | None:
 
 
 def as_autocast_does(arguments: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """PyTorch's autocast runs both norms in float32 on CUDA, float64 aside, and leaves them alone on the CPU."""
-    if not torch.is_autocast_enabled("cuda"):
+    """PyTorch's autocast runs both norms in float32 on CUDA, float64 aside. On the CPU it leaves them alone: there a sum of
+    two dtypes is of the wider one."""
+    if torch.is_autocast_enabled("cuda"):
+        return {name: value.to(dtype) if _is_cast(value) else value for name, value in arguments.items()}
+    x, residual = arguments["x"], arguments.get("residual")
+    if residual is None or not torch.is_autocast_enabled("cpu"):
         return arguments
-    return {name: value.to(dtype) if _is_cast(value) else value for name, value in arguments.items()}
+    wider = torch.promote_types(x.dtype, residual.dtype)
+    return {**arguments, "x": x.to(wider), "residual": residual.to(wider)}
 
 
 def _is_cast(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Runs of text alone, of pages and of pictures of classes: streams that repeat, whatever ranks, workers and restarts."""
 
+import dataclasses
 import json
 from itertools import islice
 
@@ -221,3 +222,23 @@ def test_pictures_of_classes_are_pairs_with_the_classes_name(workshop):
     source, tokenizer = held_out(config)
     sample = maker_of(config, tokenizer)(source[4], 0, 4)
     assert sample.classes == (1,) and tokenizer.decode(sample.text.ids[1:-1]) == "dog" and len(sample.image) == 16
+
+
+def test_records_that_lack_what_the_model_embeds_are_refused_before_anything_is_trained(workshop, documents, pages):
+    pictures = workshop.good_shards()
+
+    def refusal(config, training, held_out):
+        sets = load_training_sets(dataclasses.replace(config, data=dataclasses.replace(config.data, source=training)))
+        source = load_source(dataclasses.replace(config.data, held_out=held_out), "held_out")
+        with pytest.raises(DataError) as refused:
+            check_streams(config, sets, source, make_tokenizer(config, sets))
+        return str(refused.value)
+
+    reads_pictures = "are documents, and the model reads pictures: give shards, pages or classes"
+    assert refusal(workshop.config(pictures), documents, pictures) == f"data {reads_pictures}"
+    assert refusal(workshop.config(pictures), pictures, documents) == f"data.held_out {reads_pictures}"
+    of_pages = text_alone(workshop, pages)
+    of_pages.model.text.page = "sum"
+    reads_places = "and the model reads where words lie on a page: give pages:FOLDER"
+    assert refusal(of_pages, documents, pages) == f"data are documents, {reads_places}"
+    assert refusal(of_pages, pages, pictures) == f"data.held_out are pictures, {reads_places}"

@@ -69,6 +69,12 @@ def test_text_that_is_not_utf8_and_documents_too_long_are_named(tmp_path, monkey
     assert source[2].sentences == ["short"]
 
 
+@pytest.mark.parametrize(("kind", "text"), [("txt", b"One.\r\nTwo.\r\n"), ("jsonl", b'{"text": "One. Two."}\r\n')])
+def test_a_byte_order_mark_and_other_line_ends_are_no_words(tmp_path, kind, text):
+    source = opened(tmp_path, (kind, b"\xef\xbb\xbf" + text))
+    assert source[0].sentences == ["One.", "Two."]
+
+
 def test_lines_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
     """Read 5 bytes at a time, the same documents are found."""
     text = "first line.\nSecond.\n\n\n third \n \nx\n\n"

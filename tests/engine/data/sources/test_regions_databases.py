@@ -380,7 +380,8 @@ def test_patterns_that_are_no_databases(databases, workshop):
     hint = "no folder gone and no nowhere; --tiny true trains on builtin-scenes$"
     with pytest.raises(DataError, match=hint):
         databases.open(workshop, tiny_source="builtin-scenes")
-    with pytest.raises(DataError, match='"builtin" has no regions, which data.regions asks for'):
-        options = workshop.config("builtin").data
+    for source in ("builtin", "builtin-text", "builtin-pages"):
+        options = workshop.config(source).data
         options.regions = SMALL
-        load_source(options, "train")
+        with pytest.raises(DataError, match=f'"?{source}"? has no regions, which data.regions asks for'):
+            load_source(options, "train")

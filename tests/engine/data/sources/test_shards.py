@@ -160,8 +160,24 @@ def test_missing_and_empty_sources_are_one_clear_line(workshop):
     with pytest.raises(DataError, match="names no shard"):
         load_source(workshop.config(str(workshop.folder / "*.tar")).data, "train")
     empty = workshop.shard("empty.tar", [("readme.md", b"nothing")])
-    with pytest.raises(DataError, match="no usable record in 1 shards"):
+    with pytest.raises(DataError, match=r"no usable record in 1 shards \(.*\): 0 broken records$"):
         load_source(workshop.config(str(empty)).data, "train")
+    mute = workshop.shard("mute.tar", [("a.png", workshop.image()), ("b.png", workshop.image())])
+    with pytest.raises(DataError, match="no usable record .*: 2 broken records, the first is .*mute.tar/a: no caption$"):
+        load_source(workshop.config(str(mute)).data, "train")
+    with pytest.raises(DataError, match=r"^(\S+) is a folder: name its shards, \1/\*\.tar, or write classes:\1 or pages:\1$"):
+        load_source(workshop.config(str(workshop.folder)).data, "train")
+
+
+@pytest.mark.parametrize("pattern", ["gone.tar", "gone.txt", "pages:gone"])
+def test_a_recipe_whose_published_data_are_not_there_has_others_for_trials(workshop, pattern):
+    with pytest.raises(DataError, match="gone.*; --tiny true trains on builtin$"):
+        load_source(workshop.config(pattern, tiny_source="builtin").data, "train")
+
+
+def test_a_byte_order_mark_is_no_word(workshop):
+    shard = workshop.shard("s.tar", [("k.png", workshop.image()), ("k.txt", b"\xef\xbb\xbfa cat\r\n")])
+    assert load_source(workshop.config(str(shard)).data, "train").captions(0) == ["a cat"]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
