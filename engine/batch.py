@@ -160,6 +160,23 @@ class HiddenCodes(OnDevice):
 
 
 @dataclass
+class Objects(OnDevice):
+    """What is to be seen in the pictures, and where, in packed order."""
+
+    layout: vk.SegmentLayout
+    """Lengths [B, 1]: how many each picture shows."""
+    boxes: Tensor
+    """float32 [M, 4]: x and y of the middle, width and height, as shares of the picture's sides."""
+    classes: Tensor
+    """int64 [M]."""
+    attributes: Tensor
+    """int64 [M]; -1: not known."""
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+@dataclass
 class Words:
     """The text of one sample, as objectives prepare it and `collate` makes `Text` of it."""
 
@@ -192,6 +209,8 @@ class Sample:
     """What the picture or the page shows, by number."""
     soft_labels: np.ndarray | None = None
     """float32 [regions, C]: the detector's distributions, where an objective needs them."""
+    objects: Objects | None = None
+    """What the picture shows and where, where an objective needs it."""
     own_image: bool | None = None
     """Whether the picture is the text's own, where others may take its place."""
     views: dict[str, Any] = field(default_factory=dict)
@@ -244,6 +263,8 @@ def put_together(parts: Sequence[Any], sample_ids: Tensor) -> Any:
         return _texts(parts, sample_ids)
     if isinstance(first, Places):
         return Places.of_samples(parts)
+    if isinstance(first, vk.SegmentLayout):
+        return vk.SegmentLayout(torch.cat([part.lengths for part in parts]), sample_ids=sample_ids)
     if isinstance(first, OnDevice):
         columns = {item.name: [getattr(part, item.name) for part in parts] for item in dataclasses.fields(first)}
         return type(first)(**{name: put_together(column, sample_ids) for name, column in columns.items()})

@@ -53,6 +53,7 @@ TINY = {
     "train.log_every": 2,
     "train.save_every": 6,
     "objectives.momentum_contrastive.queue": 96,
+    "objectives.detection.queries": 16,
     "schedule.warmup_steps": 4,
     "schedule.flat_steps": 4,
     "evaluation.gallery": 64,

@@ -14,7 +14,7 @@ import torch
 import vlkernels as vk
 from torch import Tensor, nn
 
-from engine.batch import IMAGE, Batch, HiddenCodes, MaskedRegions, MaskedWords, Text
+from engine.batch import Batch, HiddenCodes, MaskedWords, Text
 from engine.models import sharing
 from engine.models.co_attention import CoAttention
 from engine.models.embedding import Cells, GridEmbedder, cells_of_one_code
@@ -24,6 +24,7 @@ from engine.models.momentum import MomentumCopy
 from engine.models.passes import SharedPasses, drawn_as
 from engine.models.roles import Decoder, Fusion, ImageTower, Joint, make_text_tower
 from engine.models.transformer import Blocks, SelectedRows, Source, Tokens
+from engine.models.views import hidden_rows, text_of
 from engine.sections import Model, Regions, Stack
 
 READING = ("joint", "fusion", "text", "decoder")
@@ -138,7 +139,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
                 image, _ = self._read_together(batch, view)
                 return self.image.transformer(image, rng=self.rng, layers=LAST, selected=selected)
             layout = drawn_as(batch.image_layout, batch, view)
-            return self.image(batch.image, layout, self.rng, masked=_hidden_rows(batch, view), selected=selected)
+            return self.image(batch.image, layout, self.rng, masked=hidden_rows(batch, view), selected=selected)
 
         return self._of_all(batch, f"image {view}", selected, read)
 
@@ -181,7 +182,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
                 selected=selected,
             )
 
-        text, reads = self.text_of(batch, view), self.options.joint.source is not None
+        text, reads = text_of(batch, view), self.options.joint.source is not None
         return self._of_all(batch, f"joint {view} {mask}", selected, read)
 
     def decoder_states(
@@ -190,18 +191,19 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         """States of a text that is written, from the states of another role's pass over `source_view`."""
 
         def read() -> Tokens:
-            text = self.begun_with(self.options.decoder.first_token, self.text_of(batch, view))
+            text = self.begun_with(self.options.decoder.first_token, text_of(batch, view))
             layout = drawn_as(text.layout, batch, view, stage=2)
-            name = self.options.decoder.source
-            states = self._states_of(name, batch, source_view) if name is not None else None
-            if self.decoder.pooled_prefix is not None:
-                states = self.image.pooled(states)
-            if states is None or self.decoder.prefix is not None:
-                return self.decoder(text, layout, self.rng, states, selected)
-            source = self._once(batch, f"decoder source {source_view}", lambda: self.decoder.source_of(states))
-            return self.decoder(text, layout, self.rng, source, selected)
+            return self.decoder(text, layout, self.rng, self._before_writing(batch, source_view), selected)
 
         return self._of_all(batch, f"decoder {view} {source_view}", selected, read)
+
+    def decoder_source(self, batch: Batch, view: str | None = None) -> Source:
+        """Another role's states over a view, as the decoder reads them by cross-attention; projected once."""
+
+        def project() -> Source:
+            return self.decoder.source_of(self._states_of(self.options.decoder.source, batch, view))
+
+        return self._once(batch, f"decoder source {view}", project)
 
     def cells(self, batch: Batch) -> Cells:
         """What the backbone of the joint stream makes of the pictures, for all passes."""
@@ -216,15 +218,6 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         """`[M, D]`: states of the words or regions that a view hides, where all else is read; those of other tokens are
         not computed to the end."""
         return self._once(batch, f"masked {view}", lambda: self._masked_states(batch, view)).hidden
-
-    def text_of(self, batch: Batch, view: str | None) -> Text:
-        """The text of the batch, or what a view has made of it."""
-        made = batch.views[view] if view is not None else None
-        if isinstance(made, MaskedWords):
-            return dataclasses.replace(batch.text, ids=made.ids)
-        if isinstance(made, Text):
-            return made
-        return batch.text if batch.text is not None else _no_text(batch)
 
     # ---- what is compared, and what is read
 
@@ -260,7 +253,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             return self.text_states(batch, view)
 
         def embed() -> Tokens:
-            text = self.begun_with(self.options.fusion.first_token, self.text_of(batch, view))
+            text = self.begun_with(self.options.fusion.first_token, text_of(batch, view))
             return self.text.embed(text, drawn_as(text.layout, batch, view, stage=1), self.rng)
 
         return self._once(batch, f"embedded {view}", embed)
@@ -290,7 +283,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
     def _hidden_tokens(self, batch: Batch, view: str | None) -> Tensor | None:
         """Of the pictures: rows of regions, or a bool for each cell."""
         hides_codes = view is not None and isinstance(batch.views[view], HiddenCodes)
-        return self.hidden_cells(batch, view) if hides_codes else _hidden_rows(batch, view)
+        return self.hidden_cells(batch, view) if hides_codes else hidden_rows(batch, view)
 
     def _make_decoder(self, vocab_size: int, streams: itertools.count) -> Decoder | None:
         stack = self.options.decoder
@@ -304,7 +297,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
             if role == "text" and self.co_attention is not None:
                 _, states = self._read_together(batch, view)
                 return self.text.transformer(states, rng=self.rng, layers=LAST, selected=selected)
-            text = self.text_of(batch, view)
+            text = text_of(batch, view)
             return getattr(self, role)(text, drawn_as(text.layout, batch, view), self.rng, selected)
 
         return self._of_all(batch, f"{role} {view}", selected, read)
@@ -313,9 +306,9 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         """Both towers before their last layers, where they read each other."""
 
         def read() -> tuple[Tokens, Tokens]:
-            text = self.text_of(batch, view)
+            text = text_of(batch, view)
             pictures, texts = drawn_as(batch.image_layout, batch, view), drawn_as(text.layout, batch, view)
-            image = self.image.embed(batch.image, pictures, self.rng, _hidden_rows(batch, view))
+            image = self.image.embed(batch.image, pictures, self.rng, hidden_rows(batch, view))
             towers = self.image.transformer, self.text.transformer
             return self.co_attention(image, self.text.embed(text, texts, self.rng), towers, self.rng)
 
@@ -335,6 +328,15 @@ class VisionLanguageModel(SharedPasses, nn.Module):
     def _states_of(self, role: str, batch: Batch, view: str | None) -> Tokens:
         """The pass over a batch by which another role reads this one."""
         return self.image_states(batch) if role == "image" else self._pass_of(role)(batch, view)
+
+    def _before_writing(self, batch: Batch, view: str | None) -> Tokens | Source | Tensor | None:
+        """What the decoder has of another role: states to begin with, or a source."""
+        if (source := self.options.decoder.source) is None:
+            return None
+        if self.decoder.prefix is None:
+            return self.decoder_source(batch, view)
+        states = self._states_of(source, batch, view)
+        return states if self.decoder.pooled_prefix is None else self.image.pooled(states)
 
     def _pass_of(self, role: str) -> Callable[..., Tokens]:
         return {
@@ -367,7 +369,7 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         return drawn_as(batch.text.layout, batch, view), 0
 
     def _joint_layout(self, batch: Batch, view: str | None) -> vk.SegmentLayout:
-        text = self.text_of(batch, view) if self.joint.text is not None else None
+        text = text_of(batch, view) if self.joint.text is not None else None
         image = batch.image_layout if batch.image is not None and self.joint.image is not None else None
         has_own_length = view is not None and isinstance(batch.views[view], Text)
         is_the_batchs = self.joint.segments == ["text", "image"] and not has_own_length
@@ -378,18 +380,3 @@ class VisionLanguageModel(SharedPasses, nn.Module):
         super()._apply(fn, recurse)
         self.rng.state = fn(self.rng.state)
         return self
-
-
-def _hidden_rows(batch: Batch, view: str | None) -> Tensor | None:
-    """int64 `[M]`: regions, of all there are, that a view hides."""
-    masked = batch.views[view] if view is not None else None
-    if not isinstance(masked, MaskedRegions):
-        return None
-    hidden = masked.places if masked.hidden is None else masked.hidden
-    return hidden.rows(batch.image_layout)
-
-
-def _no_text(batch: Batch) -> Text:
-    """Of a batch of pictures alone."""
-    ids = torch.empty(0, dtype=torch.int64, device=batch.layout.device)
-    return Text(ids, batch.layout.select((0,)))

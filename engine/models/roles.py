@@ -78,7 +78,10 @@ class TextTower(nn.Module):
     def embed(self, text: Text, layout: vk.SegmentLayout, rng: vk.Rng) -> Tokens:
         """Rows of a text; `layout` has the identities that this pass draws by."""
         rows = self.maker(lambda: [self.embedder.rows(text.ids, layout, text.types, text.boxes)], layout, rng)
-        return Tokens(rows if self.widening is None else self.widening(rows), layout)
+        return Tokens(self._widened(rows), layout)
+
+    def _widened(self, rows: Tensor) -> Tensor:
+        return rows if self.widening is None else self.widening(rows)
 
     def forward(
         self, text: Text, layout: vk.SegmentLayout, rng: vk.Rng, selected: SelectedRows | None = None
@@ -179,6 +182,11 @@ class Decoder(TextTower):
         source = self.source_of(read) if isinstance(read, Tokens) else read
         return self.transformer(tokens, rng=rng, mask=self.mask, source=source, selected=selected)
 
+    def answer(self, queries: LearnedEmbedder, layout: vk.SegmentLayout, source: Source, rng: vk.Rng) -> Tokens:
+        """States of learned rows in place of a text, each of which sees all of its sample (DETR's object queries)."""
+        rows = self.maker(lambda: [queries.rows(layout, self.embedder.norm)], layout, rng)
+        return self.transformer(Tokens(self._widened(rows), layout), rng=rng, source=source)
+
     def _begun_by(self, read: Tokens | Tensor, text: Text, layout: vk.SegmentLayout, rng: vk.Rng) -> Tokens:
         """Rows of the prefix and of the text, whose positions go on behind it, as if all were words."""
         if isinstance(read, Tokens):
@@ -195,7 +203,7 @@ class Decoder(TextTower):
             return [self.embedder.rows_in_place_of_words(prefix, of_prefix), words]
 
         rows = self.maker(embed, whole, rng)
-        return Tokens(rows if self.widening is None else self.widening(rows), whole)
+        return Tokens(self._widened(rows), whole)
 
 
 def _as_one_segment(layout: vk.SegmentLayout) -> vk.SegmentLayout:

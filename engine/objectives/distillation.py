@@ -19,6 +19,7 @@ from engine.models.heads import MaskedLanguageHead
 from engine.models.passes import drawn_as
 from engine.models.roles import TextTower
 from engine.models.transformer import Tokens
+from engine.models.views import text_of
 from engine.objectives.parts.all_tokens import AllTokens
 from engine.objectives.parts.baselines import Unigrams
 from engine.objectives.parts.held_out import Figures, HeldOut, require_some
@@ -104,7 +105,7 @@ class Distillation(Objective):
 
     def _read(self, model: Any, batch: Batch) -> tuple[Tokens, Tensor]:
         """The student's states of the masked texts, and the teacher's."""
-        text = model.text_of(batch, self.name)
+        text = text_of(batch, self.name)
         layout = drawn_as(text.layout, batch, self.name)
         return model.text_states(batch, self.name), model.heads[self.name].teacher(text, layout, model.rng)
 

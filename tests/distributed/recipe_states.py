@@ -25,11 +25,15 @@ KINDS = {
     "frozen": ("blip2_stage2", "--optimizer.lr=10"),
     "mixed": ("simvlm_base", "--optimizer.lr=0.3", "--tokenizer.kind=bpe"),
     "momentum": ("albef_base", "--optimizer.lr=0.3", "--objectives.matching.negatives=global"),
+    "queries": ("e2e_vlp", "--optimizer.lr=0.1", "--data.sets=null", "--objectives.masked_language=null",
+                "--objectives.random_matching=null", "--optimizer.lr_multipliers={}", "--schedule.decay_at=[]",
+                "--model.joint.image.backbone_norm=batch"),
     "codebook": ("soho", "--optimizer.lr=0.1", "--optimizer.rules={}", "--schedule.decay_at=[]"),
 }
 """Words of t5_base embed both of its texts and are its head; its tables of relative bias belong to a stack and are read by
-the blocks. simvlm_base has documents beside its pairs. Copies and queues of albef_base follow the steps, as codes of soho
-and batch norms of both backbones do. Rates let norms move by far more than the spacing of float32 around 1."""
+the blocks. simvlm_base has documents beside its pairs. Object queries of e2e_vlp belong to a head, the decoder reads them, and
+what it answers is matched. Copies and queues of albef_base follow the steps, as codes of soho and batch norms of backbones
+do. Rates let norms move by far more than the spacing of float32 around 1."""
 
 
 def configuration(kind: str, cache: str, stage: int = 2) -> Config:

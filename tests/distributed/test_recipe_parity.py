@@ -19,6 +19,7 @@ from vlkernels.testing import error_rule
 WORKER = Path(__file__).with_name("recipe_worker.py")
 STILL = {
     "frozen": ("image.embedder.", "image.transformer.blocks.", "decoder.embedder.", "decoder.transformer."),
+    "queries": ("joint.image.places.", "joint.text.positions", "joint.text.norm."),  # the encoder reads pictures alone
     "codebook": ("heads.masked_language.", "joint.image.places."),  # a step has one of its losses; its places are sines
 }
 UNMOVED = 0.1

@@ -40,6 +40,7 @@ LONGEST = 150
 LEARNT = 0.25
 LEFT = {
     "distillation": 1.01,  # of a teacher that knows nothing and says so: at its own entropy from the beginning; see below
+    "detected_overlap": 0.5,  # boxes a quarter of the picture wide: a pixel of 32 is much, and matches change on the way
     "masked_patches": 0.5,  # 96 patches of 192 pixels, by a decoder of width 32
 }
 """Losses of which more is left."""

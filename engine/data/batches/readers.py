@@ -42,7 +42,7 @@ class PatchReader:
             return self.maker(record, epoch, example)
         shown = self._shown(epoch, example, record, faults)
         own = shown.identity == record.identity
-        record = dataclasses.replace(record, image=shown.image, identity=shown.identity)
+        record = dataclasses.replace(record, image=shown.image, identity=shown.identity, regions=shown.regions)
         return self.maker(record, epoch, example, own_image=own)
 
     def _shown(self, epoch: int, example: int, record: Record, faults: list[str]) -> Record:

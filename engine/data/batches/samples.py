@@ -7,7 +7,9 @@ from hashlib import blake2b
 import numpy as np
 import torch
 
-from engine.batch import Patches, Pixels, Regions, Sample, Words
+import vlkernels as vk
+
+from engine.batch import Objects, Patches, Pixels, Regions, Sample, Words
 from engine.config import Config
 from engine.corruption.pages import GRID
 from engine.data.pictures.transform import ImageTransform, grid_positions
@@ -59,6 +61,7 @@ class SampleMaker:
         self.fills = config.data.fill_captions
         self.objectives = sorted(objectives, key=lambda one: bool(one.beside))  # those that look at others' views last
         self.needs_soft_labels = any(objective.needs_soft_labels for objective in objectives)
+        self.needs_objects = any(objective.needs_objects for objective in objectives)
 
     def __call__(
         self, record: Record, epoch: int, example: int, caption: int | None = None, own_image: bool | None = None
@@ -66,8 +69,9 @@ class SampleMaker:
         """`caption`: which of the record's; None: one drawn for training, the first for evaluation."""
         labels = None if record.detections is None else record.detections.soft_labels
         text, image = self._text(record, epoch, example, caption), self._image(record, epoch, example)
+        objects = objects_of(record) if self.needs_objects else None
         sample = Sample(
-            text, image, record.identity, classes=record.classes, soft_labels=labels, own_image=own_image
+            text, image, record.identity, classes=record.classes, soft_labels=labels, objects=objects, own_image=own_image
         )
         return self.prepared(sample, record.key, epoch, example)
 
@@ -127,6 +131,25 @@ class SampleMaker:
             kept = np.sort(random.choice(len(values), self.max_patches, replace=False))
             values, positions = values[kept], positions[kept]
         return Patches(torch.from_numpy(values), torch.from_numpy(positions))
+
+
+def objects_of(record: Record) -> Objects:
+    """The regions of a record, whose picture is shown whole."""
+    width, height = record.image.size
+    boxes = np.asarray([region.box for region in record.regions], dtype=np.float64).reshape(-1, 4)
+    (left, top), (right, bottom) = boxes[:, :2].T, boxes[:, 2:].T
+    for region, right_side_out in zip(record.regions, (left < right) & (top < bottom), strict=True):
+        inside = right_side_out and min(region.box) >= 0 and region.box[2] <= width and region.box[3] <= height
+        if not inside or region.kind is None:
+            what = "has no class" if inside else f"does not lie in its picture of {width} x {height} pixels"
+            raise RecordFault(record.key, f"region {list(region.box)} {what}")
+    shares = np.stack((left + right, top + bottom, 2 * (right - left), 2 * (bottom - top)), axis=1) / 2
+    return Objects(
+        vk.SegmentLayout([[len(boxes)]]),
+        torch.from_numpy((shares / [width, height, width, height]).astype(np.float32)),
+        torch.tensor([region.kind for region in record.regions], dtype=torch.int64),
+        torch.tensor([-1 if region.attribute is None else region.attribute for region in record.regions], dtype=torch.int64),
+    )
 
 
 def purpose_of(objective: str) -> int:

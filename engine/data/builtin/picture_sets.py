@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, features
@@ -16,6 +17,7 @@ from PIL import Image, features
 from engine.data.builtin import glyphs, scenes
 from engine.data.builtin.glyphs import Glyph
 from engine.data.builtin.held_out import HELD_OUT_CODE_POINTS
+from engine.data.builtin.scenes import FAMILY
 from engine.data.records.cache_folder import write_folder
 from engine.data.records.record import DataError, Region
 
@@ -23,8 +25,7 @@ GLYPHS, SCENES, EMOJI = NAMES = ("builtin", "builtin-scenes", "builtin-emoji")
 NUM_SCENES = {"train": 8192, "held_out": 512}
 NUM_KINDS = 64  # of glyphs in scenes
 _RECORDS_PER_SHARD = 1000
-_FORMAT = "3"
-_FAMILY = 8  # kinds whose names begin alike
+_FORMAT = {GLYPHS: "3", SCENES: "4", EMOJI: "3"}
 _KIND_WORDS = (2, 3)  # names of that many words
 _KIND_SIDE = 16  # pixels that two kinds are compared at
 _KIND_SIMILARITY = 0.7  # cosine between two kinds, at most
@@ -45,7 +46,7 @@ def shards(name: str, split: str, cache: Path) -> list[Path]:
 def _fingerprint(name: str) -> str:
     """Of all that the pictures depend on: another font or renderer gets a folder of its own."""
     font = glyphs.emoji_font() if name == EMOJI else glyphs.FONT
-    renderer = [_FORMAT, Image.__version__, *(str(features.version(part)) for part in ("freetype2", "zlib"))]
+    renderer = [_FORMAT[name], Image.__version__, *(str(features.version(part)) for part in ("freetype2", "zlib"))]
     return hashlib.blake2b(font.read_bytes() + " ".join(renderer).encode(), digest_size=6).hexdigest()
 
 
@@ -83,7 +84,7 @@ def scene_glyphs() -> tuple[Glyph, ...]:
     for glyph in _shuffled(split_glyphs("train")):
         words = glyph.captions[0].split()
         family = families.setdefault(" ".join(words[:-1]), [])
-        if len(glyph.captions) > 1 or len(words) not in _KIND_WORDS or len(family) == _FAMILY:
+        if len(glyph.captions) > 1 or len(words) not in _KIND_WORDS or len(family) == FAMILY:
             continue
         size = (_KIND_SIDE, _KIND_SIDE)
         pixels = np.asarray(glyph.picture.resize(size, Image.Resampling.BOX, box=glyph.ink), dtype=np.int64)
@@ -92,7 +93,7 @@ def scene_glyphs() -> tuple[Glyph, ...]:
         if (seen @ ink[0] <= _KIND_SIMILARITY * norms).all():
             seen = np.concatenate([seen, ink])
             family.append(glyph)
-    kinds = [glyph for family in families.values() if len(family) == _FAMILY for glyph in family]
+    kinds = [glyph for family in families.values() if len(family) == FAMILY for glyph in family]
     assert len(kinds) >= NUM_KINDS, len(kinds)
     return tuple(kinds[:NUM_KINDS])
 
@@ -132,9 +133,15 @@ def _description(key: str, picture: Image.Image, captions: tuple[str, ...], regi
         "captions": captions,
         "width": picture.width,
         "height": picture.height,
-        "regions": [asdict(region) for region in regions],
+        "regions": [_told(region) for region in regions],
     }
     return json.dumps(content).encode()
+
+
+def _told(region: Region) -> dict[str, Any]:
+    """As the json of a record has it."""
+    values = {"class" if name == "kind" else name: value for name, value in asdict(region).items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -11,6 +11,7 @@ from engine.data.records.record import Region
 
 _RELATIONS = ("left of", "above")
 _SIZES = (2, 4)
+FAMILY = 8  # glyphs in a row of the list whose names begin alike: their common attribute
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ def compose(scene: Scene, glyphs: Sequence[Glyph]) -> tuple[Image.Image, str, li
     last = len(members) - 1
     picture = Image.new("L", (CELL + last * step[0], CELL + last * step[1]), 255)
     regions = []
-    for place, glyph in enumerate(members):
+    for place, (kind, glyph) in enumerate(zip(scene.members, members, strict=True)):
         x, y = place * step[0], place * step[1]
         picture.paste(glyph.picture, (x, y))
         left, top, right, bottom = glyph.ink
-        regions.append(Region((left + x, top + y, right + x, bottom + y), glyph.captions[0]))
+        box = (left + x, top + y, right + x, bottom + y)
+        regions.append(Region(box, glyph.captions[0], kind, attribute=kind // FAMILY))
     return picture, f" {scene.relation} ".join(region.caption for region in regions), regions

@@ -46,6 +46,10 @@ class Region:
 
     box: tuple[int, int, int, int]
     caption: str
+    kind: int | None = None
+    """The class of what it shows, by number, where a set tells classes apart."""
+    attribute: int | None = None
+    """Something else that is true of it, by number, where a set knows it."""
 
 
 @dataclass(frozen=True)
@@ -254,11 +258,20 @@ def clean_captions(key: str, value: Any) -> tuple[list[str], tuple[str, ...]]:
 
 
 def parse_regions(key: str, value: Any) -> list[Region]:
-    """Regions of the json's "regions": a list of {"box": [left, top, right, bottom], "caption": text}."""
+    """Regions of the json's "regions": a list of {"box": [left, top, right, bottom], "caption": text}, which may have a
+    "class" and an "attribute" besides."""
     try:
-        return [Region(_box(item["box"]), str(item["caption"])) for item in value]
-    except (TypeError, KeyError, ValueError):
-        raise RecordFault(key, 'regions must be a list of {"box": [4 integers], "caption": text}') from None
+        return [_region(item) for item in value]
+    except (AttributeError, TypeError, KeyError, ValueError):
+        wanted = 'regions must be a list of {"box": [4 integers], "caption": text}, with numbers from 0 as "class" and "attribute"'
+        raise RecordFault(key, wanted) from None
+
+
+def _region(item: dict[str, Any]) -> Region:
+    numbers = [None if (number := item.get(name)) is None else int(number) for name in ("class", "attribute")]
+    if any(number is not None and number < 0 for number in numbers):
+        raise ValueError
+    return Region(_box(item["box"]), str(item["caption"]), *numbers)
 
 
 def _box(values: Sequence[int]) -> tuple[int, int, int, int]:

@@ -79,7 +79,12 @@ class Unigrams:
     @property
     def entropy(self) -> float:
         """Cross-entropy of the words under their own frequencies, in nats."""
-        return -torch.xlogy(self.counts, self.counts / self.count).sum().item() / self.count
+        return entropy(self.counts)
+
+
+def entropy(counts: Tensor) -> float:
+    """Cross-entropy of what was counted under its own frequencies, in nats."""
+    return (-torch.xlogy(counts, counts / counts.sum()).sum() / counts.sum()).item()
 
 
 def binary_entropy(share: Tensor) -> Tensor:

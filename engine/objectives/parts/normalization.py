@@ -11,7 +11,8 @@ from engine.batch import Batch
 
 def normalizer(batch: Batch, count: str) -> Tensor | float:
     """What a local sum over `count` is multiplied by: the trainer's factor, or this batch's own mean."""
-    return batch.normalizers.get(count, 1 / max(batch.counts[count], 1))
+    counted = batch.counts[count]
+    return batch.normalizers.get(count, 1 / counted if counted else 0.0)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ class Objective:
     """Whether the model's learned factor multiplies its similarities."""
     needs_soft_labels: ClassVar[bool] = False
     """Whether it reads the detector's distributions over classes."""
+    needs_objects: ClassVar[bool] = False
+    """Whether it reads what the picture shows and where."""
     reads_whole: ClassVar[str | None] = None
     """A view of another objective that it reads all states of, in batches that have it."""
     head: ClassVar[str]

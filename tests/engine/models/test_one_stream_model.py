@@ -26,6 +26,7 @@ from benchmarks.uniter_pairs import Pair
 from engine.batch import IMAGE, TEXT, Batch
 from engine.build import build_model
 from engine.models import VisionLanguageModel
+from engine.models.views import text_of
 from engine.objectives import Objectives, PretrainingModule, add_heads
 from engine.objectives.random_matching import RandomMatching
 from engine.sections import JointStack, Regions
@@ -77,7 +78,7 @@ def test_embedding_by_hand(masked):
 def embedded(model: VisionLanguageModel, batch: Batch, masked: int | None) -> torch.Tensor:
     view = VIEWS[masked]
     hidden = batch.views[view].places.rows(batch.image_layout) if masked == IMAGE else None
-    text = model.text_of(batch, view)
+    text = text_of(batch, view)
     return model.joint.embed(text, batch.image, batch.layout, model.rng, batch.image_layout, hidden).hidden
 
 

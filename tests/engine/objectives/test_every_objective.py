@@ -70,6 +70,10 @@ CASES = {
     "query_contrastive": ({"image": IMAGE, "joint": QUERIES}, {}, {"label_smoothing": 0.1}),
     "causal_language behind queries": ({"image": IMAGE, "joint": QUERIES}, {}, {"opening": "sentinel"}),
     "triplet": (TOWERS, {}, {}),
+    "detection": (
+        {"image": IMAGE, "decoder": DecoderStack(**SIZES, source="image")},
+        {"source": "builtin-scenes", "held_out": "builtin-scenes"}, {"queries": 6, "classes": 64, "attributes": 8},
+    ),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from engine.data import (
 )
 from engine.data.builtin import glyphs, picture_sets, split
 from engine.data.builtin.held_out import HELD_OUT_CODE_POINTS
-from engine.data.builtin.picture_sets import NAMES, NUM_SCENES, shards, split_glyphs
+from engine.data.builtin.picture_sets import NAMES, NUM_KINDS, NUM_SCENES, shards, split_glyphs
 from engine.data.records.cache_folder import write_folder
 from engine.data.sources.load import usable_captions
 from engine.sections import Data
@@ -133,6 +133,15 @@ def test_scenes_say_how_their_glyphs_lie(cache, part):
         assert starts == list(range(len(named))) and max(record.image.size) == 32 * len(named)
         shapes[record.image.size] += 1
     assert set(shapes) == {(32 * size, 32) for size in (2, 3, 4)} | {(32, 32 * size) for size in (2, 3, 4)}
+
+
+def test_glyphs_of_scenes_have_a_class_and_a_family(cache):
+    source = load_source(Data(source="builtin-scenes", cache=str(cache)), "train")
+    regions = [region for index in range(0, len(source), 5) for region in source[index].regions]
+    names = {(region.kind, region.caption) for region in regions}
+    assert len(names) == NUM_KINDS and {kind for kind, _ in names} == set(range(NUM_KINDS))
+    families = {(region.attribute, region.caption.rpartition(" ")[0]) for region in regions}
+    assert {number for number, _ in families} == set(range(8)) and len(families) == 8
 
 
 def test_held_out_scenes_are_new_combinations_of_training_glyphs(cache):

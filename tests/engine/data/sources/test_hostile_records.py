@@ -78,6 +78,14 @@ def broken_members(workshop):
             "regions must be",
             [("boxes.png", image), ("boxes.json", b'{"caption": "x", "regions": [[1]]}')],
         ),
+        (
+            "kind",
+            "regions must be",
+            [
+                ("kind.png", image),
+                ("kind.json", b'{"caption": "x", "regions": [{"box": [0, 0, 1, 1], "caption": "x", "class": -1}]}'),
+            ],
+        ),
     ]
 
 
