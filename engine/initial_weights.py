@@ -156,7 +156,8 @@ def sources_of_family(asked: str, folder: Folder, filling: Filling) -> tuple[Fol
         kept += part.sizes.kept(where, place.stack, settings)
     if has_heads:
         found = {name: value for name, value in family.settings(model).items() if name in family.agreeing}
-        wanted = {name: folder.config.get(name) for name in found}
+        settings = family.sizes.completed(folder.config)
+        wanted = {name: settings.get(name) for name in found}
         differing += [f"{name} must be {wanted[name]}, got {value}" for name, value in found.items() if value != wanted[name]]
     folder.require(not differing, f"does not fit: {'; '.join(differing)}")
     if any(option(place.stack, "reads_pixels") for _, place, _ in places):

@@ -66,9 +66,9 @@ class MaskedPatches(Objective):
         super().check(config)
         image = config.model.image
         require(
-            image.kind == "patches" and image.class_token,
-            "objectives.masked_patches needs model.image.kind patches and model.image.class_token true, got "
-            f"{image.kind} and {str(image.class_token).lower()}",
+            image.kind == "patches" and image.class_tokens == 1,
+            "objectives.masked_patches needs model.image.kind patches and one class token of model.image, got "
+            f"{image.kind} and {image.class_tokens}",
         )
 
     def prepare(self, sample: Sample, draw: Draw) -> None:
@@ -125,7 +125,7 @@ class PatchDecoder(nn.Module):
         super().__init__()
         self.narrowing = nn.Linear(width, stack.width)
         self.mask_row = table(1, stack.width)
-        self.places = TabledPlaces(grid, stack.width, learned=False, class_token=True)
+        self.places = TabledPlaces(grid, stack.width, learned=False, class_tokens=1)
         self.transformer = PackedTransformer(stack, itertools.count(), impl=impl)  # nothing is dropped
         self.pixels = nn.Linear(stack.width, values)
         self.impl = impl

@@ -62,6 +62,8 @@ class ImageInput:
     have their boxes instead."""
     class_token: bool = False
     """A learned token before the picture's own."""
+    distillation_token: bool = False
+    """Another one behind it (DeiT)."""
     mean_token: bool = False
     """A token before the regions: their mean, in the box of the whole picture (ViLBERT)."""
     embedding_norm: bool = True
@@ -90,6 +92,11 @@ class ImageInput:
         """Side in pixels of what a place of the backbone's last map is of."""
         return 4 if self.backbone.endswith("_fpn") else 2 ** (1 + (self.stages or 4))
 
+    @property
+    def class_tokens(self) -> int:
+        """How many learned tokens stand before the picture's own."""
+        return self.class_token + self.distillation_token
+
     def check_input(self, where: str, width: int) -> None:
         """Refuse what does not fit a stream of this width."""
         require_positive(self, where, "patch_size")
@@ -111,6 +118,10 @@ class ImageInput:
             not self.mean_token or (self.kind == "regions" and not self.class_token),
             f"{where}.mean_token stands before regions, and no class_token beside it: {where}.kind must be regions, got "
             f"{self.kind} with class_token {str(self.class_token).lower()}",
+        )
+        require(
+            self.class_token or not self.distillation_token,
+            f"{where}.distillation_token stands behind a class token: {where}.class_token must be true, got false",
         )
         require(
             not self.class_token or self.positions in ("learned", "sinusoidal", "none"),

@@ -294,7 +294,7 @@ class Model:
         picture = {"image": self.image, "joint": self.joint and self.joint.image}.get(decoder.source)
         cells = 0
         if picture is not None:
-            cells = picture.class_token + picture.mean_token + (regions or picture.max_grid[0] * picture.max_grid[1])
+            cells = picture.class_tokens + picture.mean_token + (regions or picture.max_grid[0] * picture.max_grid[1])
         if decoder.source == "joint":
             return self.joint.queries + words * self.joint.text + cells
         return cells if decoder.source == "image" else words

@@ -24,7 +24,7 @@ TEXT = PRE | {
     "embedding_width": None,
     "page": None,
 }
-IMAGE = PRE | {"picture.kind": "patches"}
+IMAGE = PRE | {"picture.kind": "patches", "picture.distillation_token": False}
 OF_TEXT = {"max_positions": "max_position_embeddings", "attention_dropout": "attention_dropout"}
 OF_IMAGE = {"picture.image_size": "image_size", "attention_dropout": "attention_dropout"}
 

@@ -14,14 +14,13 @@ CHANNELS = 3
 
 
 class Table(Piece):
-    """A table of rows; theirs has leading dimensions of 1."""
+    """A table of rows; theirs have leading dimensions of 1."""
 
     def read(self, saved: Mapping[str, Tensor]) -> Tensor:
-        found = saved[self.theirs[0]]
-        return found.reshape(-1, found.shape[-1])
+        return torch.cat([saved[name].flatten(0, -2) for name in self.theirs])
 
     def write(self, parameter: Tensor) -> dict[str, Tensor]:
-        return {self.theirs[0]: parameter[None]}
+        return {name: part[None] for name, part in super().write(parameter).items()}
 
 
 class Row(Piece):
@@ -53,6 +52,17 @@ class LastRow(Piece):
 
     def write(self, parameter: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.theirs, (parameter[:-1], parameter[-1]), strict=True))
+
+
+class AgainstNothing(Piece):
+    """A map to two logits, of no and of yes; theirs is to what yes has more."""
+
+    def read(self, saved: Mapping[str, Tensor]) -> Tensor:
+        found = saved[self.theirs[0]]
+        return torch.cat((torch.zeros_like(found), found))
+
+    def write(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {self.theirs[0]: parameter[1:] - parameter[:1]}
 
 
 class Filters(Piece):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from engine.weights.family import Family, Part, Place
 from engine.weights.pieces import Piece, linear
@@ -44,7 +45,6 @@ def _block(ours: str, theirs: str, decoder: bool, gated: bool) -> Iterator[Piece
 
 
 def _sizes(layers: str, **always: object) -> Sizes:
-    tied = {"tie_word_embeddings": True}
     return Sizes(
         same={
             "width": "d_model",
@@ -73,9 +73,7 @@ def _sizes(layers: str, **always: object) -> Sizes:
             **always,
         },
         written={"dropout": "dropout_rate"},
-        constants=tied,
-        defaults=tied
-        | {
+        defaults={
             "feed_forward_proj": "relu",
             "relative_attention_max_distance": 128,
             "layer_norm_epsilon": 1e-6,
@@ -87,6 +85,25 @@ def _sizes(layers: str, **always: object) -> Sizes:
 def _role(place: Place, theirs: str) -> Iterator[Piece]:
     yield Piece(f"{place.words}.words", ("shared.weight",))
     yield from stack(place.transformer, theirs, place.layers, decoder=theirs == "decoder", gated=place.stack.gated)
+
+
+WRITERS = ("denoising", "causal_language")
+
+
+def _heads(model: Any) -> Iterator[Piece]:
+    for head in WRITERS:
+        yield Piece(f"heads.{head}.words", ("lm_head.weight",))
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """That T5 1.1 neither shares its table nor scales the states is one setting, which `transformers` renames."""
+    scales = all(model.heads[head].factor != 1 for head in WRITERS if head in model.heads)
+    return {
+        "decoder_start_token_id": PAD_ID,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": scales,
+        "scale_decoder_outputs": scales,
+    }
 
 
 T5 = Family(
@@ -107,6 +124,9 @@ T5 = Family(
             lambda place: _role(place, "decoder"),
         ),
     ),
+    heads=_heads,
     encloses=False,
-    settings=lambda model: {"decoder_start_token_id": PAD_ID, "is_encoder_decoder": True},
+    sizes=Sizes({}, defaults={"scale_decoder_outputs": lambda settings: settings.get("tie_word_embeddings") is not False}),
+    settings=_settings,
+    agreeing=("scale_decoder_outputs",),
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from engine.weights.bert import PLAIN, ROWS, STACK, word_heads
 from engine.weights.family import Family, Part, Processor
 from engine.weights.pieces import Piece, beneath, linear
-from engine.weights.reshaped import Filters, Table
+from engine.weights.reshaped import AgainstNothing, Filters, Table
 from engine.weights.sizes import Sizes
 
 BLOCK = {
@@ -53,6 +55,7 @@ SIZES = Sizes(
         "image.kind": "patches",
         "image.patch_bias": True,
         "image.embedding_norm": False,
+        "image.distillation_token": False,
         "image.positions": "learned",
         "image.class_token": True,
     },
@@ -71,3 +74,14 @@ VILT = Family(
     processor=Processor("ViltImageProcessor", fits=True),
     settings=lambda model: {"modality_type_vocab_size": 2, "max_image_length": -1},
 )
+
+
+def _ranks(model: Any) -> Iterator[Piece]:
+    for kind in ("weight", "bias"):
+        yield AgainstNothing(f"heads.random_matching.{kind}", (f"rank_output.{kind}",))
+
+
+VILT_RANKS = dataclasses.replace(
+    VILT, name="vilt_ranks", classes={"ViltForImageAndTextRetrieval": ("random_matching",)}, heads=_ranks
+)
+"""The released pretraining weights have no such head in `transformers`: only those of retrieval."""

@@ -30,9 +30,9 @@ CLIP_BLOCK = {
 """Sub-layers of a block; SigLIP has CLIP's."""
 
 
-def vit(layers: int, *, pooler: bool, learned_positions: bool = True) -> Iterator[Piece]:
-    """An image role of `ViTModel`'s tensors, or of `ViTMAEModel`'s, whose positions are not learned."""
-    yield Table("embedder.class_token", ("embeddings.cls_token",))
+def vit(layers: int, *, pooler: bool, learned_positions: bool = True, distilled: bool = False) -> Iterator[Piece]:
+    """An image role of `ViTModel`'s tensors, or of `ViTMAEModel`'s, whose positions are not learned, or of `DeiTModel`'s."""
+    yield Table("embedder.class_token", ("embeddings.cls_token", *(["embeddings.distillation_token"] if distilled else [])))
     if learned_positions:
         yield Table("embedder.places.table", ("embeddings.position_embeddings",))
     yield Filters("embedder.projection.weight", ("embeddings.patch_embeddings.projection.weight",))
@@ -102,6 +102,7 @@ VIT_SIZES = Sizes(
         "picture.kind": "patches",
         "picture.patch_bias": True,
         "picture.embedding_norm": False,
+        "picture.distillation_token": False,
     },
     alone={"picture.positions": "learned", "picture.class_token": True, "mask": "full", "text": False, "queries": 0},
     written={
@@ -144,6 +145,24 @@ VIT = Family(
     settings=_classes,
     processor=PROCESSOR,
 )
+
+
+def _deit(place: Place) -> Iterator[Piece]:
+    return place.beneath("deit", vit(place.layers, pooler=place.role == "image", distilled=True))
+
+
+DEIT = Family(
+    name="deit",
+    kind="deit",
+    classes={"DeiTForImageClassification": ("classification",), "DeiTModel": ()},
+    parts=(Part(("image",), VIT_SIZES._replace(always={**VIT_SIZES.always, "picture.distillation_token": True}), _deit),),
+    heads=VIT.heads,
+    prefix="deit.",
+    spellings=(("deit.encoder.layer.", "deit.layers."), *SPELLINGS[1:]),
+    settings=_classes,
+    processor=Processor("DeiTImageProcessor"),
+)
+"""With a token for its teacher; without one a DeiT is a ViT."""
 
 
 def _mae(place: Place) -> Iterator[Piece]:

@@ -35,7 +35,7 @@ class ImageEmbedder(nn.Module):
         super().__init__()
         self.options, self.impl = options, impl
         self.places = make_places(options, width)
-        self.class_token = table(1, width) if options.class_token else None
+        self.class_token = table(options.class_tokens, width) if options.class_token else None
         self.norm = vk.FusedLayerNorm(width, eps) if options.embedding_norm else None
 
     @property
@@ -44,7 +44,7 @@ class ImageEmbedder(nn.Module):
 
     def layout(self, image: vk.SegmentLayout) -> vk.SegmentLayout:
         """Of the stream that pictures of `image` become."""
-        return image if self.segments == 1 else vk.SegmentLayout.joined((1, image))
+        return image if self.segments == 1 else vk.SegmentLayout.joined((self.options.class_tokens or 1, image))
 
     def rows(
         self, image: Any, layout: vk.SegmentLayout, text: TextEmbedder | None = None, masked: Tensor | None = None
@@ -88,7 +88,8 @@ class ImageEmbedder(nn.Module):
     def _first_rows(self, image: Any, layout: vk.SegmentLayout, masked: Tensor | None) -> Rows:
         """The tokens before the pictures' own."""
         count = layout.num_samples
-        token = torch.zeros(count, 1, dtype=torch.int32, device=self.class_token.device)
+        numbers = torch.arange(self.options.class_tokens, dtype=torch.int32, device=self.class_token.device)
+        token = numbers.repeat(count)[:, None]
         tables, ids = ((), None)
         if isinstance(self.places, TabledPlaces):
             tables, ids = self.places.of_class_tokens(count)

@@ -23,11 +23,11 @@ class FactoredPlaces(nn.Module):
 
 
 class TabledPlaces(nn.Module):
-    """A row per place of the largest grid, learned or of sines; before them the class token's, where there is one."""
+    """A row per place of the largest grid, learned or of sines; before them the class tokens', where there are any."""
 
-    def __init__(self, grid: tuple[int, int], width: int, *, learned: bool, class_token: bool):
+    def __init__(self, grid: tuple[int, int], width: int, *, learned: bool, class_tokens: int):
         super().__init__()
-        self.grid_columns, self.first = grid[1], int(class_token)
+        self.grid_columns, self.first = grid[1], class_tokens
         if learned:
             self.table = table(self.first + grid[0] * grid[1], width)
         else:
@@ -41,7 +41,7 @@ class TabledPlaces(nn.Module):
 
     def of_class_tokens(self, count: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """Table, and the ids of class tokens."""
-        return (self.table,), torch.zeros(count, 1, dtype=torch.int32, device=self.table.device)
+        return (self.table,), torch.arange(self.first, dtype=torch.int32, device=self.table.device).repeat(count)[:, None]
 
 
 def make_places(options: ImageInput, width: int) -> nn.Module | None:
@@ -53,7 +53,7 @@ def make_places(options: ImageInput, width: int) -> nn.Module | None:
         return FactoredPlaces(grid, width)
     if options.positions in ("learned", "sinusoidal"):
         learned = options.positions == "learned"
-        return TabledPlaces(grid, width, learned=learned, class_token=options.class_token)
+        return TabledPlaces(grid, width, learned=learned, class_tokens=options.class_tokens)
     return None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.batch import Batch, OnDevice, Places
+from engine.models.embedding.rows import table
 from engine.models.heads import MaskedLanguageHead
 from engine.models.transformer import Tokens
 from engine.objectives.parts.baselines import Unigrams
@@ -44,9 +45,9 @@ class NextWords(OnDevice):
 class WritingObjective(Objective):
     """Cross-entropy of words, each from those before it and what the writer reads."""
 
-    output: Literal["plain", "scaled", "transform"] = "plain"
+    output: Literal["plain", "scaled", "transform", "own"] = "plain"
     """What is multiplied with the word table. plain: the states (GPT, BART); scaled: by 1 / sqrt(width) (T5); transform:
-    behind BERT's linear map, activation and norm (BLIP)."""
+    behind BERT's linear map, activation and norm (BLIP); own: the states, with a table of the head's (T5 1.1)."""
     label_smoothing: float = 0.0
     """Share of each target that is spread over all words (BART, BLIP: 0.1)."""
 
@@ -66,6 +67,8 @@ class WritingObjective(Objective):
         stack, (vocab_size, width) = getattr(model.options, role), model.words_of(role).shape
         if self.output == "transform":
             return MaskedLanguageHead(stack.width, width, vocab_size, stack.activation, stack.eps, model.impl)
+        if self.output == "own":
+            return OwnWordHead(vocab_size, stack.width, model.impl)
         return WordHead(1 / math.sqrt(stack.width) if self.output == "scaled" else 1.0, model.impl)
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Losses, Report]:
@@ -116,3 +119,24 @@ class WordHead(nn.Module):
 
     def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
         return F.linear(hidden * self.factor, table)
+
+
+class OwnWordHead(nn.Module):
+    """A table of its own as decoder of the states."""
+
+    def __init__(self, vocab_size: int, width: int, impl: str):
+        super().__init__()
+        self.words, self.impl, self.factor = table(vocab_size, width), impl, 1.0
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
+        """The logits `[M, V]`, or the sum of the cross-entropies of `targets`, for which those are never stored."""
+        if targets is None:
+            return F.linear(hidden, self.words)
+        options = {"label_smoothing": label_smoothing, "reduction": "sum", "impl": self.impl}
+        return vk.linear_cross_entropy(hidden, self.words, targets, **options)
+
+    def loss(self, hidden: Tensor, targets: Tensor, table: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        return self(hidden, targets, label_smoothing)
+
+    def logits(self, hidden: Tensor, table: Tensor) -> Tensor:
+        return self(hidden)

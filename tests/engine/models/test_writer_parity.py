@@ -95,10 +95,10 @@ def gpt_pieces(pre_norm: bool) -> Iterator[Piece]:
     yield from gpt2.stack("text.transformer", "transformer", LAYERS, pre_norm=pre_norm)
 
 
-def t5_pieces() -> Iterator[Piece]:
+def t5_pieces(gated: bool = False) -> Iterator[Piece]:
     yield Piece("text.embedder.words", ("shared.weight",))
     for ours, theirs in (("text", "encoder"), ("decoder", "decoder")):
-        yield from t5.stack(f"{ours}.transformer", theirs, LAYERS, decoder=ours == "decoder", gated=False)
+        yield from t5.stack(f"{ours}.transformer", theirs, LAYERS, decoder=ours == "decoder", gated=gated)
 
 
 def bart_pieces() -> Iterator[Piece]:
@@ -148,3 +148,18 @@ def test_a_recipe_is_the_public_model(name):
     ours = build_model(config, VOCAB).double()
     theirs = redraw(getattr(transformers, public)(getattr(transformers, public).config_class(**options)))
     compare(ours, theirs, copy_weights(ours, theirs, pieces()), config, call)
+
+
+def test_t5_1_1_has_a_table_of_its_own_to_write_with():
+    """And gated networks; its states are not scaled."""
+    gates = [f"--model.{role}.{option}" for role in ("text", "decoder") for option in ("gated=true", "activation=gelu_tanh")]
+    config = small("t5_base", *gates, "--objectives.denoising.output=own")
+    ours = build_model(config, VOCAB).double()
+    published = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    theirs = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | published))
+    theirs.lm_head.weight = nn.Parameter(torch.empty(VOCAB, WIDTH))  # they tie it, and let a folder undo that
+    redraw(theirs)
+    pieces = [*t5_pieces(gated=True), Piece("heads.denoising.words", ("lm_head.weight",))]
+    compare(ours, theirs, copy_weights(ours, theirs, pieces), config, of_encoder_and_decoder)
+    states = torch.randn(3, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(ours.heads["denoising"].logits(states, ours.words_of("decoder")), theirs.lm_head(states))

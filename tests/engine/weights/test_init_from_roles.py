@@ -1,5 +1,6 @@
 """Runs that begin role by role: each reads as the public model whose weights it took, or a part of one."""
 
+import contextlib
 import json
 
 import pytest
@@ -111,6 +112,7 @@ def test_the_copy_that_follows_begins_with_the_same(tmp_path):
         ("decoder", "bert", [], "the part must be one of model, image, text, fusion, got decoder"),
         ("fusion", "bert", ["--model.text.layers=3"], "does not fit: model.fusion.layers must be 1, got 2"),
         ("text", "bert", ["--model.text.layers=5"], "does not fit: model.text.layers must be 4, got 5"),
+        ("image", "deit", [], "does not fit: model.image.distillation_token must be True, got False"),
         (
             "image",
             "vit",
@@ -120,12 +122,20 @@ def test_the_copy_that_follows_begins_with_the_same(tmp_path):
     ],
 )
 def test_what_does_not_fit_a_role(tmp_path, role, folder, more, told):
-    saved(tmp_path / "vit", "ViTModel", image_size=3 * PATCH, patch_size=PATCH, layer_norm_eps=1e-6)
+    for kind in ("ViT", "DeiT"):
+        folder_of_kind = tmp_path / kind.lower()
+        saved(folder_of_kind, f"{kind}Model", image_size=3 * PATCH, patch_size=PATCH, layer_norm_eps=1e-6)
     saved(tmp_path / "bert", "BertForMaskedLM", num_hidden_layers=4, vocab_size=VOCAB)
     size = [f"--data.image_size={3 * PATCH}", "--model.image.max_grid=[3,3]", f"--model.image.patch_size={PATCH}"]
     with pytest.raises(ValueError) as caught:
         begun("albef_base", {role: tmp_path / folder}, *size, *more)
     assert str(caught.value).endswith(told)
+
+
+def test_a_distillation_token_stands_behind_a_class_token(capsys):
+    with pytest.raises(SystemExit):
+        table.recipe("siglip_b16", "--model.image.distillation_token=true")
+    assert "model.image.class_token must be true, got false" in capsys.readouterr().err
 
 
 BLIP2 = [
@@ -298,6 +308,18 @@ def test_words_without_a_tokenizer_are_told(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="init_from.text: the tokenizer of .* cannot be read"):
         load_initial_weights(config, build_model(config, VOCAB))
+
+
+def test_t5_1_1_is_another_model_than_t5(tmp_path):
+    """Whichever name the file has for it."""
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "vocab_size": VOCAB}
+    saved(tmp_path, "T5ForConditionalGeneration", **sizes)
+    known = json.loads((tmp_path / "config.json").read_text())
+    del known["scale_decoder_outputs"], known["tie_word_embeddings"]
+    for more, fits in (({}, True), ({"tie_word_embeddings": False}, False), ({"scale_decoder_outputs": False}, False)):
+        (tmp_path / "config.json").write_text(json.dumps(known | more))
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="scale_decoder_outputs must be False, got True"):
+            begun("t5_base", {"model": tmp_path}, roles=("text", "decoder"))
 
 
 # ---- backbones
