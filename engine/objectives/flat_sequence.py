@@ -64,7 +64,8 @@ class FlatSequence(WritingObjective):
         )
         require(
             config.tokenizer.path is not None or sentinels >= self.bins,
-            f"objectives.flat_sequence.bins are ids of their own: tokenizer.sentinels must be {self.bins} at least, got {sentinels}",
+            "objectives.flat_sequence.bins are ids of their own: tokenizer.sentinels must be "
+            f"{self.bins} at least, got {sentinels}",
         )
         longest = config.data.max_caption_tokens + PER_OBJECT * self.objects
         require(
@@ -117,10 +118,11 @@ class FlatSequence(WritingObjective):
                 for group, chosen in groups.items():
                     totals[group][beside] += losses[chosen].sum().item()
         require_some(unigrams["flat_numbers"].count, "objects beside two different pictures")
-        return {
-            group: {name: total / unigrams[group].count for name, total in sums.items()} | {"loss_unigram": unigrams[group].entropy}
-            for group, sums in totals.items()
-        }
+        figures: Figures = {}
+        for group, sums in totals.items():
+            figures[group] = {name: total / unigrams[group].count for name, total in sums.items()}
+            figures[group]["loss_unigram"] = unigrams[group].entropy
+        return figures
 
 
 def bins_of(values: np.ndarray, bins: int) -> np.ndarray:

@@ -54,7 +54,10 @@ def test_numbers_stand_before_the_words():
 
 @pytest.mark.parametrize(
     "boxes, bins, reason",
-    [(BOXES + BOXES[:1], 4, "3 objects, more than objectives.flat_sequence.objects = 2"), (BOXES, 5, "the tokenizer has 4 sentinels")],
+    [
+        (BOXES + BOXES[:1], 4, "3 objects, more than objectives.flat_sequence.objects = 2"),
+        (BOXES, 5, "the tokenizer has 4 sentinels"),
+    ],
 )
 def test_samples_that_do_not_fit_are_refused(boxes, bins, reason):
     with pytest.raises(ValueError, match=reason):
