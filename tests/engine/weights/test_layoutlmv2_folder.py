@@ -93,6 +93,9 @@ def test_there_and_back_with_the_backbone(recipe, public, tmp_path):
     again, told = public.LayoutLMv2Model.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert {f"layoutlmv2.{name}" for name in told["missing_keys"]} == COARSER
     assert not told["unexpected_keys"] and not told["mismatched_keys"]
+    tagger, missing = public.LayoutLMv2ForTokenClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert set(missing["missing_keys"]) == COARSER | {"classifier.weight", "classifier.bias"} and not missing["unexpected_keys"]
+    assert torch.equal(tagger.layoutlmv2.visual_proj.bias, theirs.visual_proj.bias)
     saved, found = theirs.state_dict(), again.state_dict()
     for name in saved.keys() - {name.removeprefix("layoutlmv2.") for name in COARSER}:
         assert torch.equal(found[name], saved[name]), name
