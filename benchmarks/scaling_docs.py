@@ -1,4 +1,4 @@
-"""Tables and plots of docs/SCALING.md, written by `python -m benchmarks.scaling`."""
+"""`python -m benchmarks.scaling_docs`: the tables and plots of docs/SCALING.md."""
 
 from __future__ import annotations
 
@@ -6,23 +6,12 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from benchmarks.scaling import (
-    Assumptions,
-    Part,
-    Run,
-    albef_base,
-    clip_large,
-    dense_loss_memory,
-    loss_memory,
-    memory,
-    step_time,
-    total,
-    wire,
-)
+from benchmarks.scaled_models import albef_base, clip_large
+from benchmarks.scaling import Assumptions, Part, Run, dense_loss_memory, loss_memory, memory, step_time, total, wire
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "SCALING.md"
-BEGIN, END = "<!-- scaling: written by `python -m benchmarks.scaling` -->\n", "<!-- scaling: end -->\n"
+BEGIN, END = "<!-- scaling: written by `python -m benchmarks.scaling_docs` -->\n", "<!-- scaling: end -->\n"
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TABLE_RANKS = (8, 64, 256, 1024)
@@ -213,6 +202,10 @@ def files() -> dict[Path, str]:
     return {PAGE: page, DOCS / "scaling_zero.svg": zero_picture(), DOCS / "scaling_loss.svg": loss_picture()}
 
 
-def write() -> None:
+def main() -> None:
     for path, text in files().items():
         path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

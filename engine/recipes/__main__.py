@@ -9,6 +9,9 @@ from engine.recipes.table import describe, names
 
 def main(wanted: list[str]) -> int:
     """0, or 2 where a name is not that of a recipe."""
+    if {"-h", "--help"} & set(wanted):
+        print(__doc__)
+        return 0
     if unknown := [name for name in wanted if name not in names()]:
         print(f"recipes: error: no recipe {', '.join(unknown)}; there are {', '.join(names())}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import pytest
 from launch import run
 from scaling_worker import CASES, WORLDS, Case, run_of
 
-from benchmarks import scaling, scaling_docs
+from benchmarks import scaled_models, scaling, scaling_docs
 from tests.mutants import load_mutant
 
 WORKER = Path(__file__).with_name("scaling_worker.py")
@@ -68,7 +68,7 @@ def test_a_wrong_model_is_noticed(name, found, tmp_path):
 
 def test_the_page_and_its_pictures_are_not_stale():
     stale = [path.name for path, text in scaling_docs.files().items() if path.read_text() != text]
-    assert stale == [], "run `python -m benchmarks.scaling`"
+    assert stale == [], "run `python -m benchmarks.scaling_docs`"
 
 
 def test_more_ranks_never_hold_more_of_a_state():
@@ -92,7 +92,7 @@ def test_a_loss_of_the_whole_step_is_exchanged_once():
 
 
 def test_activations_are_given_or_estimated():
-    tower = scaling.Part("tower", scaling.transformer(layers=6, width=16), tokens=10, layers=6, width=16)
+    tower = scaling.Part("tower", scaled_models.transformer(layers=6, width=16), tokens=10, layers=6, width=16)
     options = {"parts": (tower,), "stage": 1, "ranks": 2, "samples": 3}
     assert scaling.activations(scaling.Run(**options)) == 34 * 6 * 10 * 16 * 3
     assert scaling.activations(scaling.Run(**options, checkpointing=True)) == (2 * 6 + 34) * 10 * 16 * 3

@@ -21,7 +21,7 @@ FUSED = {  # no op of the model is left out
     "hard_negatives": "torch",
     "layer_norm": "cpp",
     "linear": "cpp",
-    "linear_cross_entropy": "torch",
+    "linear_cross_entropy": "cpp",
     "segment_mean": "cpp",
     "take_rows": "cpp",
 }

@@ -223,6 +223,20 @@ def test_auto_takes_what_is_faster():
 
 
 @needs_kernel
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_batches_of_half_types_add_gradients_of_parameters_in_float32(dtype):
+    """PyTorch's kernel adds them in the half type on a CPU, and is several per cent off."""
+    torch.manual_seed(0)
+    x, gradient = torch.randn(1500, 32, dtype=dtype), torch.randn(1500, 32, dtype=dtype)
+    parameters = [torch.randn(32, dtype=dtype, requires_grad=True) for _ in range(2)]
+    exact = [p.detach().double().requires_grad_() for p in parameters]
+    vk.layer_norm(x, *parameters).backward(gradient)
+    torch.nn.functional.layer_norm(x.double(), (32,), *exact).backward(gradient.double())
+    for ours, true in zip(parameters, exact, strict=True):
+        assert (ours.grad.double() - true.grad).abs().max() < 4 * torch.finfo(dtype).eps * true.grad.abs().max()
+
+
 def test_compiles_without_a_graph_break():
     def block(x, residual, weight, bias, rng):
         y, z = vk.layer_norm(x, weight, bias, residual=residual, dropout_p=0.1, rng=rng, return_sum=True)

@@ -10,19 +10,21 @@ import torch.nn.functional as F
 import vlkernels as vk
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlkernels.core import dispatch
+from vlkernels.core import dispatch, native
 from vlkernels.core.spec import Case, InputMaker
-from vlkernels.ops.linear_cross_entropy import benchmarks, peers, torch_kernels
+from vlkernels.ops.linear_cross_entropy import benchmarks, cpu, driver, peers, torch_kernels
 from vlkernels.ops.linear_cross_entropy.spec import SPECS
 from vlkernels.testing import contract
 
 SPEC = SPECS[0]
 ROWS, WIDTH, ENTRIES = 25, 8, 60
+needs_kernel = pytest.mark.skipif(native.missing("classify") is not None, reason=str(native.missing("classify")))
+CHUNKED = [pytest.param("torch"), pytest.param("cpp", marks=needs_kernel)]
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(torch_kernels, "CPU_CHUNK_LOGITS", 4 * ENTRIES)
+    monkeypatch.setattr(driver, "CPU_CHUNK_LOGITS", 4 * ENTRIES)
 
 
 def problem(dtype=torch.float64, ignored=True):
@@ -54,10 +56,11 @@ def ragged_case(rows, width, entries):
     return Case(f"{rows}x{width}x{entries}", make)
 
 
+@pytest.mark.parametrize("impl", CHUNKED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", RAGGED)
-def test_ragged_sizes(sizes, dtype):
-    contract.verify(SPEC, ragged_case(*sizes), dtype, "torch")
+def test_ragged_sizes(sizes, dtype, impl):
+    contract.verify(SPEC, ragged_case(*sizes), dtype, impl)
 
 
 def test_an_evaluation_keeps_nothing():
@@ -90,7 +93,7 @@ def test_chunks_give_what_all_logits_give(option, ignored, reduction, small_chun
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_rows_that_cannot_be_counted_are_carried_along_with_weight_zero(reduction, small_chunks, monkeypatch):
-    monkeypatch.setattr(torch_kernels, "_may_count", lambda targets: False)
+    monkeypatch.setattr(driver, "_may_count", lambda targets: False)
     results = []
     for impl in ("torch", "reference"):
         hidden, weight, targets, bias = problem()
@@ -102,7 +105,7 @@ def test_rows_that_cannot_be_counted_are_carried_along_with_weight_zero(reductio
 
 
 def test_weight_gradients_of_bfloat16_chunks_add_up_in_float32(monkeypatch):
-    monkeypatch.setattr(torch_kernels, "CPU_CHUNK_LOGITS", 2 * 16)
+    monkeypatch.setattr(driver, "CPU_CHUNK_LOGITS", 2 * 16)
     fill = InputMaker(torch.bfloat16)
     hidden, weight, targets = fill.normal(512, 8), fill.normal(16, 8), fill.integers(0, 16, (512,))
     mine = torch.autograd.grad(vk.linear_cross_entropy(hidden, weight, targets, impl="torch"), weight)[0]
@@ -222,7 +225,106 @@ def test_auto_never_takes_the_reference():
     hidden, weight, targets, _ = problem(torch.float32)
     with dispatch.recorded() as served:
         vk.linear_cross_entropy(hidden, weight, targets)
-    assert served == [("linear_cross_entropy", "torch")]
+    assert served == [("linear_cross_entropy", "torch" if native.missing("classify") else "cpp")]
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", native.CPU_ISA_LEVELS)
+@pytest.mark.parametrize("name", ["longer_than_a_tile", "extreme", "confident", "z_loss_none"])
+def test_every_instruction_set_keeps_the_contract(name, isa):
+    try:
+        native.limit_cpu_isa(isa)
+        contract.verify(SPEC, next(case for case in SPEC.cases if case.name == name), torch.float32, "cpp")
+    finally:
+        native.limit_cpu_isa(native.CPU_ISA_LEVELS[-1])
+
+
+def passes(logits, targets, **options):
+    """Losses, derivatives and their sums over the rows, by the compiled passes; logits [rows, V] are left alone."""
+    columns = logits.T.clone(memory_format=torch.contiguous_format)
+    given = {"bias": None, "cotangents": None, "label_smoothing": 0.0, "z_loss": 0.0} | options
+    losses, over_rows = cpu.classify(
+        columns, given["bias"], targets, given["cotangents"], given["label_smoothing"], given["z_loss"], True
+    )
+    return losses, columns.T, over_rows
+
+
+@needs_kernel
+@pytest.mark.parametrize("isa", native.CPU_ISA_LEVELS)
+@pytest.mark.parametrize("rows", [1, 15, 16, 67])
+def test_the_compiled_passes_are_a_cross_entropy_over_any_number_of_blocks(rows, isa):
+    fill = InputMaker(torch.float32)
+    logits, bias = fill.normal(rows, 1600, grad=False, scale=5), fill.normal(1600, grad=False)
+    cotangents, targets = fill.normal(rows, grad=False), fill.integers(0, 1600, (rows,))
+    options = {"label_smoothing": 0.1, "z_loss": 1e-2}
+    try:
+        native.limit_cpu_isa(isa)
+        losses, slopes, over_rows = passes(logits, targets, bias=bias, cotangents=cotangents, **options)
+    finally:
+        native.limit_cpu_isa(native.CPU_ISA_LEVELS[-1])
+    exact = logits.double().requires_grad_()
+    shifted = exact + bias.double()
+    true = F.cross_entropy(shifted, targets, reduction="none", label_smoothing=0.1) + 1e-2 * shifted.logsumexp(1) ** 2
+    (gradient,) = torch.autograd.grad(true, exact, cotangents.double())
+    torch.testing.assert_close(losses.double(), true, rtol=1e-5, atol=0)
+    torch.testing.assert_close(slopes.double(), gradient, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(over_rows.double(), gradient.sum(0), rtol=1e-5, atol=1e-6)
+
+
+@needs_kernel
+def test_a_row_that_knows_its_target_keeps_the_digits_of_a_small_loss():
+    logits = torch.zeros(3, 1000)
+    logits[:, 7] = torch.tensor([30.0, 60.0, 80.0])
+    losses, slopes, _ = passes(logits, torch.full((3,), 7))
+    true = torch.log1p(999 * (-logits[:, 7].double()).exp())
+    torch.testing.assert_close(losses.double(), true, rtol=1e-5, atol=0)
+    torch.testing.assert_close(slopes[:, 7].double(), -true, rtol=1e-5, atol=0)
+
+
+@needs_kernel
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", [3, 5])  # the target, another entry
+def test_what_is_not_finite_stays_so(at, value, smoothing):
+    logits = torch.randn(2, 40, dtype=torch.float32)
+    bias = torch.zeros(40)
+    bias[at] = value
+    losses, slopes, _ = passes(logits, torch.tensor([3, 3]), bias=bias, label_smoothing=smoothing)
+    exact = (logits + bias).requires_grad_()
+    true = F.cross_entropy(exact, torch.tensor([3, 3]), reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(losses, true, equal_nan=True)
+    if true.isfinite().all():
+        torch.testing.assert_close(slopes, torch.autograd.grad(true.sum(), exact)[0])
+
+
+@needs_kernel
+def test_the_compiled_passes_give_the_same_bits_on_any_number_of_threads():
+    fill, threads = InputMaker(torch.float32), torch.get_num_threads()
+    logits, targets = fill.normal(130, 5000, grad=False, scale=3), fill.integers(0, 5000, (130,))
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(passes(logits, targets, label_smoothing=0.1))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@needs_kernel
+def test_the_kernel_refuses_what_it_cannot_read():
+    logits, targets, of_rows = torch.zeros(5, 3), torch.zeros(3, dtype=torch.int64), torch.ones(3)
+    right = [logits, torch.zeros(5), targets, of_rows, 0.0, 0.0]
+    wrong = [
+        *((0, t) for t in (logits.double(), logits.T, logits[0])),
+        *((1, t) for t in (torch.zeros(3), torch.zeros(5).double())),
+        *((2, t) for t in (targets.int(), targets[:2], targets + 5, targets - 1)),
+        *((3, t) for t in (of_rows[:2], of_rows.double())),
+    ]
+    cpu.classify(*right, True)
+    for position, argument in wrong:
+        with pytest.raises(RuntimeError, match="must"):
+            cpu.classify(*(argument if k == position else r for k, r in enumerate(right)), True)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,6 @@ def tag_names(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return ()
     try:
-        return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line)
+        return tuple(line for line in path.read_text(encoding="utf-8-sig").splitlines() if line)
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8") from None

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from engine.config import TINY, Config
+from engine.recipes.__main__ import main as table_of_systems
 from engine.training.command_line import make_parser, parse
 
 RECIPES = sorted((Path(__file__).parents[3] / "engine" / "recipes").glob("*.yaml"))
@@ -156,6 +157,11 @@ def test_a_key_that_stands_twice_in_a_recipe_is_one_clear_line(capsys, tmp_path)
     recipe.write_text("seed: 1\noptimizer:\n  lr: 1.0e-3\n  clip: 1.0\n  lr: 2.0e-3\n")
     for arguments in (["--config", str(recipe)], [f"--config={recipe}"]):
         assert mistake(capsys, *arguments) == f"{recipe}: optimizer.lr is given twice, on lines 3 and 5"
+
+
+def test_the_table_of_systems_explains_itself(capsys):
+    assert table_of_systems(["--help"]) == 0 and "[NAME ...]" in capsys.readouterr().out
+    assert table_of_systems(["nobody"]) == 2 and "no recipe nobody; there are albef_base" in capsys.readouterr().err
 
 
 def test_only_rank_0_speaks(capsys, monkeypatch):

@@ -101,7 +101,8 @@ def layer_norm(
 
     Gradients: to ``x``, ``residual``, ``linear_bias``, ``weight`` and ``bias``; the same bits in every run
         and for any number of threads, and on every card. The kernel's backward has no derivative of its own.
-    Numerics: statistics (two-pass variance), products and sums over rows in float32.
+    Numerics: statistics (two-pass variance), products and sums over rows in float32 (on the reference as in PyTorch, whose
+        sums over rows are of the half type on a CPU).
     Memory: the backward keeps ``z`` (``x`` when nothing is fused) and two floats per row, and no mask.
     Errors: ``ValueError`` where shapes, dtypes or devices disagree, for ``dropout_p`` outside [0, 1), and for
         a ``row_scale`` that requires a gradient.
@@ -210,8 +211,11 @@ def _normalise(
 
 
 def _too_few_to_train(x: Tensor, centered: bool) -> int:
-    """The number of elements that ``x`` falls short of; 0 where it does not."""
+    """The number of elements that ``x`` falls short of; 0 where it does not, and where PyTorch's LayerNorm adds the gradients
+    of its parameters in a half type."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.device.type != "cpu":
+        return 0
+    if centered and x.dtype in (torch.bfloat16, torch.float16):
         return 0
     fewest = FEWEST_ELEMENTS_TO_TRAIN if centered else FEWEST_RMS_ELEMENTS_TO_TRAIN
     return fewest if x.numel() < fewest else 0

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlkernels.core import checks, dispatch, library
-from vlkernels.core.dispatch import Implementation
+from vlkernels.core import checks, dispatch, library, native
+from vlkernels.core.dispatch import Facts, Implementation
 from vlkernels.core.triton_runtime import TritonImplementation
-from vlkernels.ops.linear_cross_entropy import reference, torch_kernels
+from vlkernels.ops.linear_cross_entropy import cpu, reference, torch_kernels
 from vlkernels.ops.linear_cross_entropy.call import saved_dtype
 from vlkernels.ops.linear_cross_entropy.gpu import launches
 from vlkernels.ops.linear_cross_entropy.reference import Teacher
 
+
+def _without_teacher_in_float32(facts: Facts) -> str | None:
+    if facts["teacher_dtype"] is not None:
+        return "it has no teacher"
+    return "it computes in float32, the inputs are float64" if facts["dtype"] == torch.float64 else None
+
+
 IMPLEMENTATIONS = (
     TritonImplementation(supports=launches.refusal),
+    Implementation(
+        "cpp", devices=("cpu",), available=partial(native.missing, "classify"), supports=_without_teacher_in_float32
+    ),
     Implementation("torch"),
     Implementation("reference"),
 )
@@ -62,7 +73,7 @@ def linear_cross_entropy(
             logits / t)``.
         temperature: t > 0.
         reduction: "mean" over rows that are not ignored (0 when all are), "sum" or "none" ([M]).
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         The loss in float32 (float64 for float64 inputs).
@@ -83,7 +94,8 @@ def linear_cross_entropy(
     if len(targets):
         live = torch.where(targets == ignore_index, 0, targets)
         checks.check_values_between("targets (ignore_index aside)", live, 0, weight.shape[0])
-    facts = {"dtype": hidden.dtype, "teacher_dtype": None if teacher is None else teacher[0].dtype}
+    teachers = (None, None, None) if teacher is None or distillation == 0 else teacher
+    facts = {"dtype": hidden.dtype, "teacher_dtype": None if teachers[0] is None else teachers[0].dtype}
     chosen = dispatch.resolve("linear_cross_entropy", impl, IMPLEMENTATIONS, hidden.device, facts)
     if chosen == "reference":
         return reference.linear_cross_entropy(
@@ -99,7 +111,6 @@ def linear_cross_entropy(
             temperature=temperature,
             reduction=reduction,
         )
-    teachers = (None, None, None) if teacher is None or distillation == 0 else teacher
     gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
@@ -196,13 +207,13 @@ _forward = library.define(
     f"linear_cross_entropy({_ARGUMENTS}, str reduction, bool gradient, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
-    kernels={"torch": torch_kernels.forward, "triton": launches.forward},
+    kernels={"cpp": cpu.forward, "torch": torch_kernels.forward, "triton": launches.forward},
 )
 
 _backward = library.define_backward(
     f"linear_cross_entropy_backward(Tensor grad, {_ARGUMENTS}, str impl) -> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
-    kernels={"torch": torch_kernels.backward, "triton": launches.backward},
+    kernels={"cpp": cpu.backward, "torch": torch_kernels.backward, "triton": launches.backward},
 )
 
 
