@@ -41,6 +41,7 @@ TINY = {
     "objectives.masked_patches.heads": 2,
     "data.image_size": 32,
     "tokenizer.vocab_size": 512,
+    "tokenizer.sentinels": 128,
     "data.max_records": 256,
     "data.max_caption_tokens": 64,
     "data.texts.per_step": 4,
@@ -54,6 +55,7 @@ TINY = {
     "train.save_every": 6,
     "objectives.momentum_contrastive.queue": 96,
     "objectives.detection.queries": 16,
+    "objectives.flat_sequence.bins": 128,
     "schedule.warmup_steps": 4,
     "schedule.flat_steps": 4,
     "evaluation.gallery": 64,
@@ -86,8 +88,8 @@ class Config:
     """Weights a new run begins with: folders as `transformers` saves them, or of finished runs, by role, such as
     {image: vit-base, text: bert-base-uncased}; {model: FOLDER} fills every role that the folder has something for, {teacher:
     FOLDER} the teacher of a distillation."""
-    impl: Literal["auto", "reference", "torch", "cpp", "triton", "cuda", "flash"] = "auto"
-    """Implementation every vlkernels op is asked for."""
+    impl: Literal["auto", "reference"] = "auto"
+    """auto: of every vlkernels op the fastest implementation that serves the call; reference: plain PyTorch."""
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     model: Model = field(default_factory=Model)

@@ -21,6 +21,7 @@ from engine.objectives.parts.normalization import normalizer, widened
 from engine.objectives.parts.objective import Draw, Losses, Objective, Report
 from engine.objectives.parts.other_images import other_images, with_images
 from engine.objectives.parts.set_matching import cheapest_matching
+from engine.objectives.parts.whole_pictures import require_whole_pictures
 from engine.sections import require, require_not_negative, require_positive
 
 BOXES, OVERLAP, ATTRIBUTES = "detected_boxes", "detected_overlap", "detected_attributes"
@@ -72,20 +73,14 @@ class Detection(Objective):
 
     def check(self, config: Any) -> None:
         super().check(config)
-        decoder, data = config.model.decoder, config.data
+        decoder = config.model.decoder
         read = decoder.source, decoder.reads
         require(
             read in (("image", "attention"), ("joint", "attention")),
             "objectives.detection asks a decoder that attends to the picture: model.decoder.source must be image or joint and "
             f"reads attention, got {read[0]} and {read[1]}",
         )
-        moved = {"random_crop": data.random_crop != "none", "flip": data.flip, "augment": data.augment != "none",
-                 "resize": data.resize == "shorter", "regions": data.regions is not None}  # fmt: skip
-        require(
-            not any(moved.values()),
-            "objectives.detection knows where things are in the whole picture: leave out "
-            f"{', '.join(f'data.{name}' for name, given in moved.items() if given)}",
-        )
+        require_whole_pictures(self.name, config.data)
 
     def prepare(self, sample: Sample, draw: Draw) -> None:
         objects = sample.objects

@@ -209,7 +209,10 @@ def test_samples_that_do_not_fit_are_refused(found, reason):
             "must be image or joint and reads attention, got None and attention",
         ),
         ({"model.decoder.reads": "prefix", "model.decoder.max_positions": "500"}, "got joint and prefix"),
-        ({"objectives.causal_language.source_reads": "all"}, "writes the text, which the source of its decoder, joint, reads too"),
+        (
+            {"objectives.causal_language.source_reads": "all"},
+            "writes the text, which the source of its decoder, joint, reads too",
+        ),
     ],
 )
 def test_runs_that_cannot_be_are_refused(change, reason, capsys):

@@ -70,6 +70,10 @@ CASES = {
     "query_contrastive": ({"image": IMAGE, "joint": QUERIES}, {}, {"label_smoothing": 0.1}),
     "causal_language behind queries": ({"image": IMAGE, "joint": QUERIES}, {}, {"opening": "sentinel"}),
     "triplet": (TOWERS, {}, {}),
+    "flat_sequence": (
+        {"joint": JointStack(**SIZES, mask="causal", max_positions=80, image=ImageInput())},
+        {"source": "builtin-scenes", "held_out": "builtin-scenes"}, {"bins": 16, "objects": 4},
+    ),
     "detection": (
         {"image": IMAGE, "decoder": DecoderStack(**SIZES, source="image")},
         {"source": "builtin-scenes", "held_out": "builtin-scenes"}, {"queries": 6, "classes": 64, "attributes": 8},
