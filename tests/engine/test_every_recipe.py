@@ -169,6 +169,21 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
     assert step_on_meta(to_meta(module.train()), batch)
 
 
+@pytest.mark.parametrize("name", table.names())
+def test_weights_of_a_half_type_are_trained_too(name, shared_cache):
+    """As DeepSpeed casts a model: its parameters, and none of its buffers."""
+    config = smallest(name, shared_cache)
+    batches = eight_of_each_task(config, shared_cache).values()
+    torch.manual_seed(0)
+    module = PretrainingModule(build_model(config, opened(name, shared_cache)[1].vocab_size), config.objectives.active)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.bfloat16()
+    for batch in batches:
+        total, losses, _ = module(batch)
+        assert all(value.isfinite() for value in losses.values()), losses
+        total.backward()
+
+
 def learning_by_heart(
     config: Config, model: VisionLanguageModel, batches: Collection[Batch], rate: float = 1e-2
 ) -> Iterator[dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import vlkernels as vk
@@ -32,6 +32,11 @@ class Rows:
     offset: Tensor | None = None
     """[D], added behind norm and dropout."""
 
+    def in_one_dtype(self) -> Rows:
+        """Tables of sines are no parameters: they stay in float32 where DeepSpeed makes a half type of all others."""
+        like = self.tables[0] if self.dense is None else self.dense
+        return replace(self, tables=tuple(table.to(like.dtype) for table in self.tables))
+
     def all_tables(self) -> Rows:
         """The same with the dense rows as a table, which other segments' rows need not have."""
         if self.dense is None:
@@ -54,7 +59,7 @@ class RowMaker(nn.Module):
 
     def forward(self, embed: Callable[[], Sequence[Rows]], layout: vk.SegmentLayout, rng: vk.Rng | None) -> Tensor:
         """`[layout.num_tokens, D]`; `embed()` gives one part for every segment of the layout, in its order."""
-        parts = embed()
+        parts = [part.in_one_dtype() for part in embed()]
         if len(parts) == 1:
             return self._one(parts[0], layout, rng, self.streams[0])
         if all(part.norm is not None and part.offset is None for part in parts):
