@@ -88,8 +88,8 @@ class Config:
     """Weights a new run begins with: folders as `transformers` saves them, or of finished runs, by role, such as
     {image: vit-base, text: bert-base-uncased}; {model: FOLDER} fills every role that the folder has something for, {teacher:
     FOLDER} the teacher of a distillation."""
-    impl: Literal["auto", "reference", "torch", "cpp", "triton", "cuda", "flash"] = "auto"
-    """Implementation every vlkernels op is asked for."""
+    impl: Literal["auto", "reference"] = "auto"
+    """auto: of every vlkernels op the fastest implementation that serves the call; reference: plain PyTorch."""
     data: Data = field(default_factory=Data)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     model: Model = field(default_factory=Model)

@@ -80,6 +80,7 @@ def test_help_lists_and_explains_every_option():
             "unknown option objectives.contrastive.weigt; did you mean objectives.contrastive.weight?",
         ),
         (["--optimizer.lr", "fast"], "optimizer.lr: expected float. Got value: fast"),
+        (["--impl", "triton"], "impl: expected one of ['auto', 'reference']. Got value: triton"),  # no op has all
         (["--zero.stage", "4"], "zero.stage: expected one of [0, 1, 2, 3]. Got value: 4"),
         (["--config", "nowhere.yaml"], "config: File does not exist: "),
         (["--deepspeed_config", "ds.json"], "--deepspeed_config is not taken: the recipe alone"),
