@@ -37,10 +37,10 @@ def write_tokenizer(
     if swap is not None:
         exchange(whole, *swap)
     model = tokenizers.Tokenizer.from_str(json.dumps(whole))
-    if family.encloses:
+    if family.borders != "none":
         special = [(token, model.token_to_id(token)) for token in (CLS, SEP)]
-        pair = f"{CLS} $A {SEP} $B:1 {SEP}:1"
-        model.post_processor = TemplateProcessing(single=f"{CLS} $A {SEP}", pair=pair, special_tokens=special)
+        first = f"{CLS} $A {SEP}" if family.borders == "both" else f"$A {SEP}"
+        model.post_processor = TemplateProcessing(single=first, pair=f"{first} $B:1 {SEP}:1", special_tokens=special)
     drafts = drafts_of(folder, TOKENIZER, TOKENIZER_CONFIG)
     model.save(str(drafts[TOKENIZER]))
     special_class = family.tokenizers.get(whole["model"]["type"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engine.weights.pieces import Piece, beneath
 from engine.weights.sizes import Sizes
@@ -105,8 +105,8 @@ class Family:
     """Of these, what must agree where a folder fills heads."""
     swapped: Callable[[Any], tuple[int, int]] | None = None
     """Ids of a tokenizer that have to change places, where the family reads one of them otherwise than we do."""
-    encloses: bool = True
-    """Whether a text is read between [CLS] and [SEP]."""
+    borders: Literal["both", "end", "none"] = "both"
+    """What stands around a text that is read: [CLS] and [SEP], [SEP] behind it, nothing."""
     processor: Processor | None = None
     prepared: Callable[[Any], dict[str, Any]] = lambda transform: {}
     """Entries of config.json, by section, that follow from a run's transform of pictures."""

@@ -75,7 +75,7 @@ GPT2 = Family(
     classes={"GPT2LMHeadModel": ()},
     parts=(Part(("text", "decoder"), GPT2_SIZES, lambda place: _decoder(place, True)),),
     prefix="transformer.",
-    encloses=False,
+    borders="none",
 )
 GPT = Family(
     name="gpt",
@@ -83,5 +83,5 @@ GPT = Family(
     classes={"OpenAIGPTLMHeadModel": ()},
     parts=(Part(("text", "decoder"), GPT_SIZES, lambda place: _decoder(place, False)),),
     prefix="transformer.",
-    encloses=False,
+    borders="none",
 )

@@ -58,5 +58,5 @@ OPT = Family(
     classes={"OPTForCausalLM": ()},
     parts=(Part(("decoder", "text"), SIZES, lambda place: decoder(place, "model.decoder")),),
     prefix="model.",
-    encloses=False,
+    borders="none",
 )

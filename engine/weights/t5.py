@@ -125,7 +125,7 @@ T5 = Family(
         ),
     ),
     heads=_heads,
-    encloses=False,
+    borders="end",
     sizes=Sizes({}, defaults={"scale_decoder_outputs": lambda settings: settings.get("tie_word_embeddings") is not False}),
     settings=_settings,
     agreeing=("scale_decoder_outputs",),

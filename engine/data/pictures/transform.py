@@ -65,7 +65,7 @@ class ImageTransform:
         return _resample(image, target, (0.0, 0.0, float(width), float(height)))
 
     def _centre(self, image: Image.Image) -> Image.Image:
-        """Of the whole picture, resized to whole pixels, as CLIP has it: cut first, edges would not see what is beyond them."""
+        """Of the whole picture, resized to whole pixels, as CLIP has it: cut first, it would lie up to a pixel beside."""
         width, height = (self.size * side // min(image.size) for side in image.size)
         resized = _resample(image, (width, height), (0.0, 0.0, *map(float, image.size)))
         left, top = (width - self.size) // 2, (height - self.size) // 2

@@ -100,6 +100,18 @@ def test_a_pair_of_sentences_has_its_types(tmp_path):
     torch.testing.assert_close(theirs(**pair).last_hidden_state[0], own.hidden, **CLOSE)
 
 
+BORDERS = {"t5_base": ([], ["[SEP]"]), "gpt2": ([], []), "bart_base": (["[CLS]"], ["[SEP]"])}
+
+
+@pytest.mark.parametrize(("recipe", "borders"), BORDERS.items())
+def test_a_text_stands_between_what_training_has_there(recipe, borders, tmp_path):
+    """T5's encoder reads an end, GPT-2 blocks of running text."""
+    run, _ = opened(recipe, tmp_path)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    before, behind = (read.convert_tokens_to_ids(tokens) for tokens in borders)
+    assert read(CAPTION)["input_ids"] == [*before, *run.tokenizer.encode(CAPTION, 64)[0][1:-1].tolist(), *behind]
+
+
 @torch.no_grad()
 def test_blip_matches_and_captions(tmp_path):
     run, _ = opened("blip_base", tmp_path / "blip", family="blip")
