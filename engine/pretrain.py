@@ -3,8 +3,8 @@
     deepspeed engine/pretrain.py --config engine/recipes/quickstart.yaml [--section.key value ...]
     python engine/pretrain.py --config engine/recipes/quickstart.yaml        (one process, no launcher)
 
-Exit codes: 0 done, or stopped by Ctrl-C and saved; 143 stopped by SIGTERM and saved; 2 a mistake in the
-configuration or the data, told in one line; 1 the run could not go on.
+Exit codes: 0 done, or stopped by Ctrl-C and saved; 143 stopped by SIGTERM and saved; 130 Ctrl-C outside of training, or
+twice; 2 a mistake in the configuration or the data, told in one line; 1 the run could not go on.
 """
 
 from __future__ import annotations

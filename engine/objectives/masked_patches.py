@@ -140,4 +140,4 @@ class PatchDecoder(nn.Module):
         of_class = ids.new_zeros(whole.num_samples)
         waves = vk.take_rows(waves, vk.put_segments((of_class, ids[:, 0]), whole, segments, impl=self.impl), impl=self.impl)
         hidden = SelectedRows.of(view.hidden.rows(whole, segment=1), view.hidden.samples, whole)
-        return self.pixels(self.transformer(Tokens(rows + waves, whole), selected=hidden).hidden)
+        return self.pixels(self.transformer(Tokens(rows + waves.to(rows.dtype), whole), selected=hidden).hidden)

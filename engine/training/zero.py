@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -380,6 +381,9 @@ def leave(main: Callable[[], int]) -> None:
             dist.destroy_process_group()
     except SystemExit as stop:
         code = stop.code
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+        print("interrupted; what was saved before stays", file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

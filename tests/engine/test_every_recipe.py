@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from meta_step import step_on_meta, to_meta
+from meta_step import in_half_precision, step_on_meta, to_meta
 from shared_cache import shared_cache
 from torch import nn
 
@@ -167,6 +167,7 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
         beside_other_images = objective == "masked_language" and config.model.reads_pictures is not None
         assert not beside_other_images or "loss_shuffled_image" in measured
     assert step_on_meta(to_meta(module.train()), batch)
+    assert config.system is None or step_on_meta(in_half_precision(module), batch), "a published system"
 
 
 def learning_by_heart(

@@ -308,6 +308,12 @@ def test_the_exit_code_survives_the_end(body, code):
     assert ("RuntimeError: x" in finished.err) == (code == 1)
 
 
+def test_ctrl_c_outside_of_training_is_one_line():
+    (finished,) = run(["-c", "from engine.training import zero\ndef main(): raise KeyboardInterrupt\nzero.leave(main)"])
+    assert finished.code == 130 and finished.err.endswith("interrupted; what was saved before stays\n")
+    assert "Traceback" not in finished.err
+
+
 def test_warnings_of_others_are_not_silenced():
     zero.import_deepspeed(torch.device("cpu"))
     with pytest.warns(FutureWarning, match="soon"):

@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from engine.data.records.record import DataError, FaultLedger, RecordFault, Region
 from engine.data.sources.load import load_source
@@ -75,6 +76,14 @@ def test_image_kinds(workshop, kind):
     extension = {"PNG": "png", "JPEG": "jpeg", "WEBP": "webp"}[kind]
     shard = workshop.shard("s.tar", [(f"k.{extension}", workshop.image(kind=kind)), ("k.txt", b"noise")])
     assert load_source(workshop.config(str(shard)).data, "train")[0].image.size == (32, 32)
+
+
+def test_of_16_bits_of_grey_the_upper_8_are_read(workshop):
+    data = io.BytesIO()
+    Image.fromarray(np.asarray([[0, 256, 32768, 65535]], dtype=np.uint16)).save(data, "PNG")
+    shard = workshop.shard("s.tar", [("k.png", data.getvalue()), ("k.txt", b"deep")])
+    image = load_source(workshop.config(str(shard)).data, "train")[0].image
+    assert np.asarray(image)[0].tolist() == [[level] * 3 for level in (0, 1, 128, 255)]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
