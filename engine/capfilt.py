@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     with one_line_errors("capfilt"):
         captioner, judge = load(options.captioner), load(options.filter)
-        require(captioner.model.decoder is not None, f"{options.captioner} has no decoder to write captions with")
+        writer = captioner.model.options.decoder
+        source = None if writer is None else writer.source
+        require(source == "image", f"{options.captioner} has no decoder that reads an image tower, its source is {source}")
         require("matching" in judge.model.heads, f"{options.filter} has no matching head to judge captions by")
         data = rebuild(Config, json.loads((Path(options.captioner) / CONFIG).read_text())).data
         source = load_source(dataclasses.replace(data, source=options.source, max_records=None), "train")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.build import build_model
 from engine.config import Config
-from engine.data import Tokenizer, image_transform, load_tokenizer
+from engine.data import Tokenizer, load_tokenizer, transform_of_held_out
 from engine.models import VisionLanguageModel
 from engine.models.momentum import FeatureQueue, MomentumCopy
 from engine.published import WRITABLE, Loaded, write
@@ -76,9 +76,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
     model.load_state_dict(weights, strict=False)
     if model.teacher is not None:
         model.teacher.begin()
-    picture = config.model.reads_pictures
-    transform = None if picture is None or picture.kind == "regions" else image_transform(config)
-    return Loaded(model.to(device).eval(), tokenizer, transform)
+    return Loaded(model.to(device).eval(), tokenizer, transform_of_held_out(config))
 
 
 def distinct_tensors(model: VisionLanguageModel) -> dict[str, Tensor]:

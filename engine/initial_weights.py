@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config import Config
+from engine.data import ImageTransform, transform_of_held_out
 from engine.models import VisionLanguageModel
 from engine.sections import require
 from engine.weights import runs
@@ -35,9 +36,8 @@ def load_initial_weights(
 ) -> list[str]:
     """Fill the parts of `model` that `init_from` names; lines that say what was loaded and what was not. `words` are the
     ids of the run's tokens: rows of words are then taken by word, from folders with a tokenizer of their own."""
-    data = config.data
     known = ["model", *config.model.roles, *(["teacher"] if "distillation" in model.heads else [])]
-    lines, filling = [], Filling(model, words, (data.image_mean, data.image_std))
+    lines, filling = [], Filling(model, words, transform_of_held_out(config))
     for asked, path in config.init_from.items():
         require(asked in known, f"init_from: the part must be one of {', '.join(known)}, got {asked}")
         lines += filling.take(asked, Folder.read(f"init_from.{asked}", Path(path)))
@@ -58,8 +58,8 @@ class Source(NamedTuple):
 class Filling:
     """A model, and what of it has been filled."""
 
-    def __init__(self, model: VisionLanguageModel, words: Mapping[str, int] | None, normalization: tuple[Any, Any]):
-        self.model, self.words, self.normalization = model, words, normalization
+    def __init__(self, model: VisionLanguageModel, words: Mapping[str, int] | None, transform: ImageTransform | None):
+        self.model, self.words, self.transform = model, words, transform
         self.tensors = {
             name: tensor
             for name, tensor in model.state_dict(keep_vars=True).items()
@@ -95,7 +95,7 @@ class Filling:
         """Where pictures are not those that the folder's weights have seen; it may not say."""
         return [
             kept_line(f"data.image_{name}", list(own), list(found))
-            for name, own, found in zip(("mean", "std"), self.normalization, theirs, strict=True)
+            for name, own, found in zip(("mean", "std"), (self.transform.mean, self.transform.std), theirs, strict=True)
             if found is not None and not all(map(functools.partial(math.isclose, rel_tol=1e-3), own, found))
         ]
 
@@ -134,7 +134,10 @@ class Filling:
         folder.require(fits(name, target.shape, found.shape), told)
         if name.endswith(PLACES):
             places = self.model.get_submodule(name.rpartition(".")[0])
-            return copy_places(name, found, target, Grid.of_theirs(settings, found), Grid.of_ours(places, target))
+            theirs, ours = Grid.of_theirs(settings, found), Grid.of_ours(places, target)
+            has_patches = self.model.options.reads_pictures.kind == "patches"
+            taken = self.transform.grid if has_patches else None
+            return copy_places(name, found, target, theirs, ours, taken or ours[:2])
         if holds_words(name) and self.words is not None and folder.words is not None:
             return copy_words(name, found, target, folder.words, self.words)
         return copy_rows(name, found, target)

@@ -38,11 +38,10 @@ class Plan(NamedTuple):
 
     def for_pictures(self, transform: ImageTransform | None) -> Plan:
         """The same for a folder whose pictures are all of one size."""
-        if transform is None or transform.resize == "fit":
+        if transform is None or transform.grid is None:
             return self
-        side = transform.size // transform.patch
-        places = [(part, place._replace(stack=of_grid(place.stack, (side, side)))) for part, place in self.places]
-        return self._replace(places=places, grid=(side, side))
+        places = [(part, place._replace(stack=of_grid(place.stack, transform.grid))) for part, place in self.places]
+        return self._replace(places=places, grid=transform.grid)
 
 
 class Loaded(NamedTuple):

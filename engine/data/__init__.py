@@ -1,7 +1,7 @@
 """Records from tar shards to batches of a training step."""
 
 from engine.data.batches.collation import collate
-from engine.data.batches.samples import image_transform
+from engine.data.batches.samples import image_transform, transform_of_held_out
 from engine.data.batches.sets import TrainingSet, TrainingSets, load_training_sets, make_tokenizer
 from engine.data.batches.streams import check_streams, held_out_batches, training_stream
 from engine.data.pictures.transform import ImageTransform
@@ -34,4 +34,5 @@ __all__ = [
     "make_tokenizer",
     "train_tokenizer",
     "training_stream",
+    "transform_of_held_out",
 ]

@@ -80,15 +80,21 @@ def copy_rows(name: str, found: Tensor, target: Tensor) -> str | None:
     return f"{name} the first {rows} rows (it has {len(target)}, the file {len(found)})"
 
 
-def copy_places(name: str, found: Tensor, target: Tensor, theirs: Grid, ours: Grid) -> str | None:
-    """Fill a table of places; of another grid by bicubic interpolation, as ViT is trained on at other sizes."""
-    grid = found[theirs.before :]
-    if (theirs.rows, theirs.columns) != (ours.rows, ours.columns):
-        picture = grid.T.reshape(1, -1, theirs.rows, theirs.columns).float()
-        grid = F.interpolate(picture, (ours.rows, ours.columns), mode="bicubic", align_corners=False)[0].flatten(1).T
-    target[ours.before :] = grid.to(target.dtype)
+def copy_places(
+    name: str, found: Tensor, target: Tensor, theirs: Grid, ours: Grid, taken: tuple[int, int]
+) -> str | None:
+    """Fill a table of places; of another grid by bicubic interpolation, as ViT is trained on at other sizes: the places that
+    pictures take up, `taken` of them."""
     both = min(theirs.before, ours.before)
     target[:both] = found[:both]
-    if grid.shape == found[theirs.before :].shape:
+    places, wanted = found[theirs.before :], target[ours.before :]
+    if theirs[:2] == ours[:2]:
+        wanted.copy_(places)
         return None
-    return f"{name} interpolated from {theirs.rows} x {theirs.columns} to {ours.rows} x {ours.columns} places"
+    if theirs[:2] != taken:
+        picture = places.T.reshape(1, -1, *theirs[:2]).float()
+        places = F.interpolate(picture, taken, mode="bicubic", align_corners=False)[0].flatten(1).T
+    wanted.unflatten(0, ours[:2])[: taken[0], : taken[1]] = places.unflatten(0, taken).to(target.dtype)
+    done = "taken as they are" if theirs[:2] == taken else f"interpolated from {theirs.rows} x {theirs.columns}"
+    kept = "" if taken == ours[:2] else f" of {ours.rows} x {ours.columns}"
+    return f"{name} {done} to {taken[0]} x {taken[1]}{kept} places"

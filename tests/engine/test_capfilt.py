@@ -1,5 +1,7 @@
 """CapFilt from a run folder and shards to shards that can be trained on."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,15 @@ def run(tmp_path_factory, shared_cache):
     records = ((source[index], source[index].captions) for index in range(RECORDS))
     assert capfilt.write(folder / "found", records) == 1
     return folder, config, folder / "found" / "00000.tar"
+
+
+@pytest.mark.parametrize("writer, source", [(None, "None"), (SimpleNamespace(source="joint"), "joint")])
+def test_a_captioner_reads_an_image_tower(writer, source, monkeypatch, capsys):
+    model = SimpleNamespace(options=SimpleNamespace(decoder=writer))
+    monkeypatch.setattr(capfilt, "load", lambda _: SimpleNamespace(model=model))
+    with pytest.raises(SystemExit):
+        capfilt.main(["--captioner", "a", "--filter", "b", "--source", "c", "--output", "d"])
+    assert f"a has no decoder that reads an image tower, its source is {source}" in capsys.readouterr().err
 
 
 def test_what_is_written_is_likeliest_by_the_pass_of_training(run):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from meta_step import step_on_meta, to_meta
+from meta_step import in_half_precision, step_on_meta, to_meta
 from shared_cache import shared_cache
 from torch import nn
 
@@ -167,21 +167,7 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
         beside_other_images = objective == "masked_language" and config.model.reads_pictures is not None
         assert not beside_other_images or "loss_shuffled_image" in measured
     assert step_on_meta(to_meta(module.train()), batch)
-
-
-@pytest.mark.parametrize("name", table.names())
-def test_weights_of_a_half_type_are_trained_too(name, shared_cache):
-    """As DeepSpeed casts a model: its parameters, and none of its buffers."""
-    config = smallest(name, shared_cache)
-    batches = eight_of_each_task(config, shared_cache).values()
-    torch.manual_seed(0)
-    module = PretrainingModule(build_model(config, opened(name, shared_cache)[1].vocab_size), config.objectives.active)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.bfloat16()
-    for batch in batches:
-        total, losses, _ = module(batch)
-        assert all(value.isfinite() for value in losses.values()), losses
-        total.backward()
+    assert config.system is None or step_on_meta(in_half_precision(module), batch), "a published system"
 
 
 def learning_by_heart(

@@ -37,6 +37,12 @@ def image_transform(config: Config, train: bool = False) -> ImageTransform:
     )
 
 
+def transform_of_held_out(config: Config) -> ImageTransform | None:
+    """The transform without random choices; None where a run reads no pixels."""
+    pictures = config.model.reads_pictures
+    return None if pictures is None or pictures.kind == "regions" else image_transform(config)
+
+
 class SampleMaker:
     """Record -> Sample, for objectives that share a batch.
 

@@ -40,6 +40,12 @@ class ImageTransform:
     ) -> tuple[np.ndarray, np.ndarray]:
         return self._patches(self._drawn(image, random))
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches of every picture; None where they differ."""
+        side = self.size // self.patch
+        return None if self.resize == "fit" else (side, side)
+
     def pixels(self, image: Image.Image, random: np.random.Generator | None = None) -> np.ndarray:
         """float32 [3, H, W], for a convolutional backbone."""
         return np.ascontiguousarray(self._scaled(self._drawn(image, random)).transpose(2, 0, 1))

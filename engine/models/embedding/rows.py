@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import vlkernels as vk
@@ -32,10 +33,13 @@ class Rows:
     offset: Tensor | None = None
     """[D], added behind norm and dropout."""
 
-    def in_one_dtype(self) -> Rows:
-        """Tables of sines are no parameters: they stay in float32 where DeepSpeed makes a half type of all others."""
-        like = self.tables[0] if self.dense is None else self.dense
-        return replace(self, tables=tuple(table.to(like.dtype) for table in self.tables))
+    def of_one_type(self) -> Rows:
+        """The same with tables of sines, which are no weights and stay float32, in the type of what they are added to."""
+        learned = [one for one in self.tables if isinstance(one, nn.Parameter)]
+        kinds = [one.dtype for one in (self.dense, *learned) if one is not None]
+        if not kinds:
+            return self
+        return dataclasses.replace(self, tables=tuple(one.to(kinds[0]) for one in self.tables))
 
     def all_tables(self) -> Rows:
         """The same with the dense rows as a table, which other segments' rows need not have."""
@@ -59,7 +63,7 @@ class RowMaker(nn.Module):
 
     def forward(self, embed: Callable[[], Sequence[Rows]], layout: vk.SegmentLayout, rng: vk.Rng | None) -> Tensor:
         """`[layout.num_tokens, D]`; `embed()` gives one part for every segment of the layout, in its order."""
-        parts = [part.in_one_dtype() for part in embed()]
+        parts = [part.of_one_type() for part in embed()]
         if len(parts) == 1:
             return self._one(parts[0], layout, rng, self.streams[0])
         if all(part.norm is not None and part.offset is None for part in parts):

@@ -99,6 +99,20 @@ def test_another_grid_is_interpolated_as_in_vit(tmp_path):
     assert torch.equal(model.image.embedder.places.table[:1].float(), vit.embeddings.position_embeddings[0, :1].float())
 
 
+@pytest.mark.parametrize(("side", "told"), [(3, "taken as they are to 3 x 3"), (4, "interpolated from 3 x 3 to 4 x 4")])
+@torch.no_grad()
+def test_pictures_that_take_up_a_part_of_a_grid_have_all_of_the_folders_places(side, told, tmp_path):
+    vit = saved(tmp_path, "ViTModel", image_size=3 * PATCH, patch_size=PATCH, layer_norm_eps=1e-6)
+    size = f"--data.image_size={side * PATCH}", "--model.image.max_grid=[5,5]", f"--model.image.patch_size={PATCH}"
+    model, lines = begun("albef_base", {"image": tmp_path}, *size)
+    assert f"of tables of other rows: image.embedder.places.table {told} of 5 x 5 places" in lines
+    pixels, image, layout = pictures(side)
+    with InDouble():
+        states = vit.double()(pixels, interpolate_pos_encoding=True).last_hidden_state
+        found = model.image(image, layout, None).hidden
+    torch.testing.assert_close(found, states.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
 def test_the_copy_that_follows_begins_with_the_same(tmp_path):
     model, *_ = albef(tmp_path, 3)
     model.teacher.begin()
