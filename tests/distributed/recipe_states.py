@@ -25,9 +25,9 @@ KINDS = {
     "frozen": ("blip2_stage2", "--optimizer.lr=10"),
     "mixed": ("simvlm_base", "--optimizer.lr=0.3", "--tokenizer.kind=bpe"),
     "momentum": ("albef_base", "--optimizer.lr=0.3", "--objectives.matching.negatives=global"),
-    "queries": ("e2e_vlp", "--optimizer.lr=0.1", "--data.sets=null", "--objectives.masked_language=null",
-                "--objectives.random_matching=null", "--optimizer.lr_multipliers={}", "--schedule.decay_at=[]",
-                "--model.joint.image.backbone_norm=batch"),
+    "queries": ("e2e_vlp", "--optimizer.lr=0.1", "--data.sets=null", "--data.tiny_source=builtin-scenes",
+                "--objectives.masked_language=null", "--objectives.random_matching=null", "--optimizer.lr_multipliers={}",
+                "--schedule.decay_at=[]", "--model.joint.image.backbone_norm=batch"),
     "codebook": ("soho", "--optimizer.lr=0.1", "--optimizer.rules={}", "--schedule.decay_at=[]"),
 }
 """Words of t5_base embed both of its texts and are its head; its tables of relative bias belong to a stack and are read by
