@@ -64,9 +64,14 @@ def small(name: str, shared: Settings, own: Settings) -> Settings:
     return json.loads(json.dumps(run))  # lists for tuples
 
 
-def digest(run: Settings) -> str:
-    """Names the settings of a run."""
-    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
+def digest(name: str, shared: Settings, listed: dict[str, Settings]) -> str:
+    """Names what a run is written as: its recipe, what differs, and the runs it begins with. An option that the engine gained
+    since, and that nobody has set, makes no other run of it."""
+    own = listed[name]
+    recipe = yaml.safe_load((table.FOLDER / f"{own.get('recipe', name)}.yaml").read_text())
+    before = [digest(other, shared, listed) for other in own.get("init_from", {}).values()]
+    written = json.dumps([recipe, SIZES, shared, own, before], sort_keys=True)
+    return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def train(run: Settings, output: Path) -> dict[str, Any]:
@@ -103,13 +108,13 @@ class Clock:
         return {name: round(value - getattr(begun, name), 1) for name, value in vars(self).items()}
 
 
-def row_of(run: Settings, summary: dict[str, Any], taken: dict[str, float]) -> Row:
+def row_of(run: Settings, settings: str, summary: dict[str, Any], taken: dict[str, float]) -> Row:
     """What is stored of a run."""
     return {
         "op": "systems",
         "benchmark": run["name"],
         "dtype": "float32",
-        "settings": digest(run),
+        "settings": settings,
         "steps": run["train"]["max_steps"],
         "lr": run["optimizer"]["lr"],
         **taken,
@@ -158,11 +163,11 @@ def stored_rows(results: Path = RESULTS) -> list[Row]:
     return sorted(rows, key=lambda row: row["date"])
 
 
-def is_stored(run: Settings, rows: Sequence[Row], any_commit: bool) -> bool:
+def is_stored(name: str, settings: str, rows: Sequence[Row], any_commit: bool) -> bool:
     """Whether there is a row of these very settings, by this very commit or by any."""
     here = provenance("cpu")
     return any(
-        (row["benchmark"], row["settings"]) == (run["name"], digest(run))
+        (row["benchmark"], row["settings"]) == (name, settings)
         and (any_commit or (row["commit"] == here["commit"] and not row["modified"] and not here["modified"]))
         for row in rows
     )
@@ -179,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no run {', '.join(unknown)}")
     failed = []
     for name in options.names or listed:
-        run = small(name, shared, listed[name])
-        if is_stored(run, stored_rows(), options.missing):
+        run, settings = small(name, shared, listed[name]), digest(name, shared, listed)
+        if is_stored(name, settings, stored_rows(), options.missing):
             print(f"{name}: stored", flush=True)
             continue
         begun = Clock()
@@ -189,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except subprocess.CalledProcessError:
             failed.append(name)
             continue
-        store("systems", row_of(run, summary, Clock().since(begun)), "cpu")
+        store("systems", row_of(run, settings, summary, Clock().since(begun)), "cpu")
     PAGE.write_text(told(stored_rows()))
     if failed:
         print(f"systems: no row of {', '.join(failed)}", file=sys.stderr)

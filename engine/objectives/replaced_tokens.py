@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import vlkernels as vk
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,7 +102,8 @@ class ReplacedTokens(Objective):
         return words, model.heads[self.name](states), ids != batch.text.ids
 
     def measure(self, model: Any, held_out: HeldOut) -> Figures:
-        """Of the generator beside the words' frequencies, of the judgements beside the share of replaced tokens."""
+        """Of the generator beside the words' frequencies, of the judgements beside the share of replaced words: that the ends of a
+        text, which are no words, stay is known blindly."""
         totals, unigrams, prior = Counter(), Unigrams(len(model.words_of("generator"))), ClassPrior()
         for batch in held_out.batches(self.name):
             words, logits, replaced = self._read(model, batch)
@@ -110,12 +112,20 @@ class ReplacedTokens(Objective):
             totals["detected"] += loss.item()
             totals["right"] += int(((logits > 0) == replaced).sum())
             unigrams.add(batch.views[self.name].targets)
-            prior.add(F.one_hot(replaced.long(), 2))
+            totals["tokens"] += len(replaced)
+            prior.add(F.one_hot(replaced[between_ends(batch.text.layout)].long(), 2))
         require_some(unigrams.count, "masked words")
-        judged = {"loss": totals["detected"] / prior.count, "loss_class_prior": prior.divergence}
-        judged |= {"accuracy": totals["right"] / prior.count, "accuracy_majority": prior.largest_share}
+        inner, tokens = prior.count, totals["tokens"]
+        judged = {"loss": totals["detected"] / tokens, "loss_class_prior": prior.divergence * inner / tokens}
+        judged |= {"accuracy": totals["right"] / tokens, "accuracy_majority": 1 - (1 - prior.largest_share) * inner / tokens}
         guessed = {"loss": totals["words"] / unigrams.count, "loss_unigram": unigrams.entropy}
         return {self.name: judged, "generated_words": guessed}
+
+
+def between_ends(layout: vk.SegmentLayout) -> Tensor:
+    """bool `[T]`: neither the first nor the last token of its text."""
+    position, length = layout.token_position(), layout.lengths.sum(1)[layout.token_sample()]
+    return (position > 0) & (position < length - 1)
 
 
 class DetectionHead(nn.Module):

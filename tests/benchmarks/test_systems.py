@@ -68,6 +68,21 @@ def test_a_stored_run_is_not_repeated(recorded):
     assert systems.main(["vit_b16"]) == 0 and len(recorded.runs) == 4
 
 
+def test_settings_are_known_by_what_is_written_down():
+    """The recipe, what differs from it, and all that was trained before; not what the engine has besides."""
+    shared, listed = {"train.max_steps": 40}, {"gpt": {}, "first": {"recipe": "gpt"}, "then": {"recipe": "gpt"}}
+    listed["then"]["init_from"] = {"text": "first"}
+    named = systems.digest("then", shared, listed)
+    assert named == systems.digest("then", dict(shared), {**listed, "gpt": {"optimizer.lr": 0.1}})
+    changes = [
+        ({"train.max_steps": 41}, listed),
+        (shared, {**listed, "first": {"recipe": "gpt", "optimizer.lr": 0.1}}),
+        (shared, {**listed, "then": {**listed["then"], "optimizer.lr": 0.1}}),
+        (shared, {**listed, "then": {**listed["then"], "recipe": "gpt2"}}),
+    ]
+    assert len({named, *(systems.digest("then", *change) for change in changes)}) == 5
+
+
 def test_a_failure_stops_nobody_and_is_told(recorded, capsys):
     recorded.failing.add("long")
     assert systems.main(["long", "vit_b16"]) == 1

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import vlkernels as vk
 
 from engine.batch import Sample, Words
 from engine.data.plan.order import generator
 from engine.objectives.parts.objective import Draw
-from engine.objectives.replaced_tokens import DRAW_BITS, ReplacedTokens, drawn
+from engine.objectives.replaced_tokens import DRAW_BITS, ReplacedTokens, between_ends, drawn
 
 MASK = 3
 TOKENIZER = SimpleNamespace(mask_id=MASK, ordinary_ids=np.arange(4, 40))
@@ -42,3 +43,8 @@ def test_most_selected_words_are_hidden_and_no_special_token_is():
     changed = np.flatnonzero(seen != kept)
     assert (seen[changed] == MASK).all() and set(changed) <= set(places)
     assert 0.78 < len(changed) / len(hidden) < 0.92
+
+
+def test_what_is_known_blindly_leaves_out_the_ends_of_every_text():
+    layout = vk.SegmentLayout([[2], [5], [3]])
+    assert between_ends(layout).tolist() == [False, False, False, True, True, True, False, False, True, False]
