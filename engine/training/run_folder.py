@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 import time
 import uuid
 from pathlib import Path
+from typing import TextIO
 
 from engine.config import Config
 from engine.sections import require
 from engine.training.zero import Ranks
 
 CHECKPOINTS = "checkpoints"
+IN_USE = ".in_use"
 SHARED_AFTER = 5.0  # seconds a network file system may take to show a new file on the other hosts
 
 
@@ -22,8 +26,10 @@ def open_run(config: Config, ranks: Ranks) -> Path:
     def make() -> None:
         if ranks.is_main:
             if config.train.resume == "never" and own.exists():
+                hold(own)
                 own.rename(unused_name(own))
             own.mkdir(parents=True, exist_ok=True)
+            hold(own)
 
     def choose() -> Path:
         if config.train.resume in ("auto", "never") or has_checkpoint(own):
@@ -36,6 +42,29 @@ def open_run(config: Config, ranks: Ranks) -> Path:
     ranks.main_first(make)
     require_shared(own, ranks)
     return ranks.main_first(choose)
+
+
+_held: dict[tuple[int, int], TextIO] = {}
+
+
+def hold(folder: Path) -> None:
+    """Refuse a folder that another process holds; else nobody else can hold it while this process lives."""
+    path = folder / IN_USE
+    path.touch()
+    identity = path.stat().st_dev, path.stat().st_ino
+    if identity in _held:  # to open and close the file once more would let it go
+        return
+    file = path.open("r+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(f"{folder} is in use by {file.read()}: wait for it, or take another name or output") from None
+    except OSError:  # a file system without locks
+        return
+    file.truncate()
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[identity] = file
 
 
 def require_shared(folder: Path, ranks: Ranks) -> None:

@@ -400,7 +400,7 @@ def from_bounds(bounds):
         ({"k": torch.randn(9, 2, 8)}, r"k must be \[Tk, Hkv, K\] = \[10, 2, 8\], got \[9, 2, 8\]"),
         ({"k": torch.randn(10, 8)}, r"k must be \[Tk, Hkv, K\] = \[10, any, 8\], got \[10, 8\]"),
         ({"v": torch.randn(10, 1, 8)}, r"v must be \[Tk, Hkv, K\] = \[10, 2, 8\], got \[10, 1, 8\]"),
-        ({"v": torch.randn(10, 2, 8).double()}, "v must be one of float32, got float64"),
+        ({"v": torch.randn(10, 2, 8).double()}, "v must be float32, got float64"),
         ({"q": torch.zeros(10, 2, 8, dtype=torch.int32)}, "q must be one of float64, float32, bfloat16, float16, got int32"),
         ({"q": torch.randn(10, 3, 8)}, "heads of q must be a multiple of those of k, got H = 3, Hkv = 2"),
         ({"q": [[0.5]]}, "q must be a Tensor, got a list"),

@@ -214,7 +214,7 @@ def test_one_graph_serves_every_number_of_pairs():
     "change, message",
     [
         ({"text_features": torch.zeros(5, 3)}, r"text_features must be \[N, D\] = \[4, 3\], got \[5, 3\]"),
-        ({"text_features": torch.zeros(4, 3).half()}, "text_features must be one of float32, got float16"),
+        ({"text_features": torch.zeros(4, 3).half()}, "text_features must be float32, got float16"),
         (
             {"logit_scale": torch.ones(2)},
             r"logit_scale must be a number or have shape \(\) or \(1,\), got \[2\]",

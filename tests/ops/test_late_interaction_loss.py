@@ -317,7 +317,7 @@ EMPTY = {"tokens": torch.zeros(0, 3), "layout": vk.SegmentLayout(torch.zeros(0, 
     [
         ({"image_tokens": torch.zeros(4, 3)}, r"image_tokens must be \[num_tokens, D\] = \[5, any\], got \[4, 3\]"),
         ({"text_tokens": torch.zeros(3, 4)}, r"text_tokens must be \[num_tokens, D\] = \[3, 3\], got \[3, 4\]"),
-        ({"text_tokens": torch.zeros(3, 3).half()}, "text_tokens must be one of float32, got float16"),
+        ({"text_tokens": torch.zeros(3, 3).half()}, "text_tokens must be float32, got float16"),
         ({"image_tokens": torch.zeros(5, 3).long()}, "image_tokens must be one of .*, got int64"),
         ({"logit_scale": torch.ones(2)}, r"logit_scale must be a number or have shape \(\) or \(1,\), got \[2\]"),
         ({"image_layout": [2, 3]}, "image_layout must be a SegmentLayout, got a list"),

@@ -193,7 +193,7 @@ def test_advancing_before_the_backward_is_an_error():
     [
         ({"weight": torch.ones(7)}, r"weight must be \[D\] = \[8\], got \[7\]"),
         ({"residual": torch.ones(2, 8)}, r"residual must be \[..., D\] = \[3, 8\], got \[2, 8\]"),
-        ({"residual": torch.ones(3, 8, dtype=torch.float64)}, "residual must be one of float32, got float64"),
+        ({"residual": torch.ones(3, 8, dtype=torch.float64)}, "residual must be float32, got float64"),
         ({"row_scale": torch.ones(2)}, r"row_scale must be \[rows\] = \[3\], got \[2\]"),
         ({"row_scale": torch.ones(3, requires_grad=True)}, "row_scale gets no gradient"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),

@@ -405,7 +405,7 @@ def test_the_compiled_kernel_serves_by_default():
     [
         ({"text_tokens": torch.randn(6, 7)}, "text_tokens must be [num_tokens, D] = [6, 8], got [6, 7]"),
         ({"image_tokens": torch.randn(4, 8)}, "image_tokens must be [num_tokens, D] = [5, any], got [4, 8]"),
-        ({"text_tokens": torch.randn(6, 8).half()}, "text_tokens must be one of float32, got float16"),
+        ({"text_tokens": torch.randn(6, 8).half()}, "text_tokens must be float32, got float16"),
         ({"text_layout": layout_of([6])}, "text_layout must have the samples of image_layout = 2, got 1"),
         ({"image_segment": 1}, "image_segment must be an index below 1, got 1"),
         ({"text_segment": -1}, "text_segment must be an index below 1, got -1"),

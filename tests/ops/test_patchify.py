@@ -186,7 +186,7 @@ def mistakes():
         (call(mean=(0.5,) * 3), "mean and std must be given together"),
         (call(mean=(0.5,), std=(0.5,)), "mean must have one value per channel = 3, got 1"),
         (call(mean=(0.5,) * 3, std=(0.5, 0.0, 0.5)), "std must not be 0"),
-        (call(dtype=torch.bfloat16), "dtype must be one of float32 for these images, got torch.bfloat16"),
+        (call(dtype=torch.bfloat16), "dtype must be float32 for these images, got torch.bfloat16"),
         (call(images.byte(), dtype=torch.int32), "dtype must be one of float64, .* for these images, got torch.int32"),
         (call(images.double(), impl="cpp"), 'cannot run with impl="cpp"'),
         (call(images.to("meta")), "all tensors must be on one device, got images on meta, layout on cpu"),

@@ -194,7 +194,7 @@ def test_one_graph_serves_every_number_of_pairs():
     [
         ({"text_features": torch.zeros(5, 3)}, r"text_features must be \[N, D\] = \[4, 3\], got \[5, 3\]"),
         ({"text_features": torch.zeros(4, 2)}, r"text_features must be \[N, D\] = \[4, 3\], got \[4, 2\]"),
-        ({"text_features": torch.zeros(4, 3).half()}, "text_features must be one of float32, got float16"),
+        ({"text_features": torch.zeros(4, 3).half()}, "text_features must be float32, got float16"),
         ({"margin": -0.2}, "margin must be at least 0 and finite, got -0.2"),
         ({"margin": float("nan")}, "margin must be at least 0 and finite, got nan"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be \[N\] = \[4\], got \[3\]"),

@@ -24,8 +24,13 @@ def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> No
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a Tensor, got a {type(tensor).__name__}")
     if tensor.dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(allowed))
-        raise ValueError(f"{name} must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise ValueError(f"{name} must be {listed(allowed)}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def listed(dtypes: Sequence[torch.dtype]) -> str:
+    """``float32``, or ``one of float32, bfloat16``."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)]
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

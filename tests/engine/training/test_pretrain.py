@@ -20,7 +20,7 @@ from engine.training.telemetry import read_metrics
 SCRIPT = ROOT / "engine" / "pretrain.py"
 __all__ = ["shared_cache"]
 FILES = {
-    "checkpoints", "config.json", "config.yaml", "curves.png", "metrics.jsonl", "model.safetensors",
+    ".in_use", "checkpoints", "config.json", "config.yaml", "curves.png", "metrics.jsonl", "model.safetensors",
     "retrievals.png", "summary.json", "tensorboard", "tokenizer.json",
 }  # fmt: skip
 

@@ -150,8 +150,7 @@ def _check_images(
         raise ValueError(f"segment must be an index below {layout.num_segments}, got {segment!r}")
     allowed = checks.FLOATING_DTYPES if images.dtype == torch.uint8 else (images.dtype,)
     if dtype is not None and dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise ValueError(f"dtype must be one of {names} for these images, got {dtype}")
+        raise ValueError(f"dtype must be {checks.listed(allowed)} for these images, got {dtype}")
     return output_dtype(images, dtype)
 
 
