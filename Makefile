@@ -79,7 +79,7 @@ bench: setup
 	$(RUN) -m benchmarks.run --device cpu $(BENCH)
 	$(RUN) -m benchmarks.run --device cpu --heap default $(LARGE_LOSSES)
 	$(RUN) -m benchmarks.host_cost --device cpu
-	$(RUN) -m benchmarks.plain_quickstart --seconds 20
+	$(RUN) -m benchmarks.plain_quickstart --seconds 12
 	$(RUN) -m benchmarks.train_step --device cpu
 	$(RUN) -m benchmarks.zero_step --device cpu
 	$(RUN) -m benchmarks.report

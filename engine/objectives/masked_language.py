@@ -18,7 +18,7 @@ from engine.objectives.parts.held_out import Figures, HeldOut, require_some
 from engine.objectives.parts.normalization import normalizer
 from engine.objectives.parts.momentum import check_distillation, risen
 from engine.objectives.parts.objective import Draw, Losses, Objective, Report
-from engine.objectives.parts.other_images import other_images, with_images
+from engine.objectives.parts.other_images import other_images, with_images, with_pages
 from engine.objectives.parts.pages import blank_boxes, require_pixels
 from engine.sections import require, require_share
 
@@ -92,16 +92,17 @@ class MaskedLanguage(Objective):
         return head(copied.masked_states(batch, self.name)), copied.words, head.bias
 
     def measure(self, model: VisionLanguageModel, held_out: HeldOut) -> Figures:
-        """Found beside what the frequencies of the words tell; and, where there are images, beside the text's own one and
-        beside another one of the batch."""
+        """Found beside what the frequencies of the words tell; and beside another image of the batch, or laid out as another
+        page of it."""
         totals, unigrams = Counter(), Unigrams(len(model.words))
         for batch in held_out.batches(self.name):
             seen = {"": batch}
-            if batch.image is not None:
-                others = other_images(batch.labels)
-                if others is None:
+            on_pages = batch.text.boxes is not None
+            if on_pages or batch.image is not None:
+                if (others := other_images(batch.labels)) is None:
                     continue
-                seen["_shuffled_image"] = with_images(batch, others)
+                name, replaced = ("page", with_pages) if on_pages else ("image", with_images)
+                seen[f"_shuffled_{name}"] = replaced(batch, others)
             unigrams.add(batch.views[self.name].targets)
             for beside, one in seen.items():
                 with model.passes_shared():

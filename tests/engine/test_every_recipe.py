@@ -159,13 +159,14 @@ def test_smallest_size_trains_and_evaluates(name, shared_cache):
     assert learning.keys() == reached, sorted(learning.keys() - reached)
     read = lambda batch, task=None: held_out_batches(config, held_out, tokenizer, batch, task)  # noqa: E731
     figures = evaluate(model, read, config, tokenizer=tokenizer)
+    on_pages = batch.text is not None and batch.text.boxes is not None
     assert describe(figures).count("\n") >= 1
     for objective in config.objectives.active:
         measured = figures.get(f"{objective}_loss", figures[objective])
         losses = [name for name in measured if name.startswith("loss")]
         assert len(losses) >= 2, f"{objective} is not beside what is known blindly"
-        beside_other_images = objective == "masked_language" and config.model.reads_pictures is not None
-        assert not beside_other_images or "loss_shuffled_image" in measured
+        beside_others = objective == "masked_language" and (on_pages or config.model.reads_pictures is not None)
+        assert not beside_others or f"loss_shuffled_{'page' if on_pages else 'image'}" in measured
     assert step_on_meta(to_meta(module.train()), batch)
     assert config.system is None or step_on_meta(in_half_precision(module), batch), "a published system"
 
