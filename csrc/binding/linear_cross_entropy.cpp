@@ -48,9 +48,8 @@ std::tuple<Tensor, Tensor> classify(Tensor logits, const std::optional<Tensor>& 
     };
     VLK_CPU(set_targets_apart)(op);
     over_blocks(VLK_CPU(reduce_blocks));
-    parallel_rows(op.rows, blocks_of(op) * 256, [&, step = VLK_CPU(find_losses)](int64_t begin, int64_t end) {
-        step(op, begin, end);
-    });
+    const int64_t row_bytes = static_cast<int64_t>(memory.size() * sizeof(float)) / std::max<int64_t>(op.rows, 1);
+    parallel_rows(op.rows, row_bytes, [&, step = VLK_CPU(find_losses)](int64_t begin, int64_t end) { step(op, begin, end); });
     if (gradient) {
         over_blocks(VLK_CPU(differentiate_blocks));
         VLK_CPU(put_targets_back)(op);

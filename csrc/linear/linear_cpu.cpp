@@ -17,8 +17,6 @@ constexpr int64_t column_block = 512;           // and these columns most of the
 constexpr int64_t row_block = 11 * strip_rows;  // packed at once
 constexpr int64_t steps_ahead = 8;              // of the right panel
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // out[k * width + i] = from[i * line + k * step] for `lines` <= width lines. Lines past the end are anything.
 template <int64_t width>
 void pack_panel(const float* from, int64_t line, int64_t step, int64_t lines, int64_t depth, float* out) {

@@ -6,12 +6,10 @@
 namespace vlk::VLK_ISA {
 namespace {
 
-// As many entries as fit the registers beside their statistics: each logit is read once.
+// As many entries as fit the registers beside their statistics: each logit comes from memory once.
 constexpr int held = lanes == 16 ? 16 : 8;
 
 constexpr float infinity = __builtin_inff();
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 

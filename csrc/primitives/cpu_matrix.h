@@ -10,6 +10,8 @@ inline int64_t round_up(int64_t count, int64_t multiple) {
     return (count + multiple - 1) / multiple * multiple;
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 struct Rows {
     const float* data;
     int64_t stride;
